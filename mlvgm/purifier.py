@@ -1,0 +1,91 @@
+"""What every purifier family shares: the interface, the result, and the preprocessing in front of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mlvgm.preprocess import add_noise, blur_images
+
+
+@dataclass(frozen=True)
+class Purified:
+    """A purified batch. ``codes`` and ``mixed`` hold one tensor per latent, coarse to fine.
+
+    Attributes:
+        images: (B, 3, H, W), nominally in [0, 1]; the StyleGAN2 families do not clamp.
+        codes: what the encoder says, (B, 512) or (B, z, h, w) each.
+        mixed: the codes after interpolation with the resampled ones, same shapes.
+    """
+
+    images: Tensor
+    codes: tuple[Tensor, ...]
+    mixed: tuple[Tensor, ...]
+
+
+class Purifier(nn.Module, ABC):
+    """Encode, resample, interpolate, decode (Serez et al., WACV 2025, section 3): a pure function of its arguments.
+
+    Attributes:
+        image_size: side of the square images, in pixels.
+        noise_shapes: shape of one item's noise for each latent, coarse to fine: (512,) or (z, h, w).
+    """
+
+    image_size: int
+    noise_shapes: tuple[tuple[int, ...], ...]
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Everything the generator needs to know of ``images`` (B, 3, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def generate(self, encoded: tuple[Tensor, ...], noise: Sequence[Tensor], alphas: Tensor) -> Purified:
+        """Resample from ``noise``, interpolate with weights ``alphas`` (n,) and decode."""
+
+    @property
+    def n_latents(self) -> int:
+        return len(self.noise_shapes)
+
+    def purify(
+        self,
+        images: Tensor,
+        noise: Sequence[Tensor],
+        alphas: Tensor | Sequence[float],
+        blur: bool = False,
+        input_noise: Tensor | None = None,
+        input_noise_l2: float = 0.0,
+    ) -> Purified:
+        """Purify a batch.
+
+        Args:
+            images: float32 (B, 3, H, W) in [0, 1].
+            noise: one standard-normal tensor per latent, coarse to fine, (B, *noise_shapes[i]).
+            alphas: the n effective weights (attenuation included): 0 keeps a latent, 1 replaces it.
+            blur: blur the input first, as the paper's blur variant does.
+            input_noise: standard-normal (B, 3, H, W), scaled per image to the L2 norm ``input_noise_l2`` and added.
+            input_noise_l2: norm of the added noise, in units of the [0, 1] image.
+
+        Raises:
+            ValueError: an argument has the wrong shape or count.
+        """
+        self._check(images, noise, alphas)
+        if blur:
+            images = blur_images(images)
+        if input_noise is not None:
+            images = add_noise(images, input_noise, input_noise_l2)
+        weights = torch.as_tensor(alphas, dtype=images.dtype, device=images.device)
+        return self.generate(self.encode(images), noise, weights)
+
+    def _check(self, images: Tensor, noise: Sequence[Tensor], alphas: Tensor | Sequence[float]) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+        if len(noise) != self.n_latents or len(alphas) != self.n_latents:
+            raise ValueError(
+                f"this purifier has {self.n_latents} latents; got {len(noise)} noise tensors and {len(alphas)} alphas"
+            )
+        for i, (tensor, shape) in enumerate(zip(noise, self.noise_shapes, strict=True)):
+            if tuple(tensor.shape) != (len(images), *shape):
+                raise ValueError(f"noise[{i}] must be {(len(images), *shape)}, not {tuple(tensor.shape)}")

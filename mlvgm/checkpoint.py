@@ -1,5 +1,6 @@
 """Reading checkpoint files: no pickled code is ever run, and every fault is one sentence that names file and key."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that ``torch.save`` wrote to ``path``, on the CPU, read with ``weights_only=True``.
 
+    A ``.safetensors`` file gives the same layout: its tensors under ``state_dict``, its metadata (JSON) beside them.
+
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:
@@ -70,6 +75,17 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], path: str | Path
     # Cloned: the tensors may be a memory map of a file that somebody overwrites later.
     cast = {key: tensors[key].to(value.dtype, copy=True) for key, value in own.items()}
     module.load_state_dict(cast, strict=True, assign=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {**metadata, "state_dict": {key: file.get_tensor(key) for key in file.keys()}}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
 def _is_zip(path: Path) -> bool:

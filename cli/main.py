@@ -1,0 +1,75 @@
+"""The ``mlvgm`` command: one verb, one module of this package, imported only when it is called for."""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "export": "export a model to a bundle of engines",
+    "verify": "compare a bundle with the PyTorch reference",
+    "archive": "pack a bundle into a .mar for TorchServe",
+    "serve": "start TorchServe on loopback with an archive",
+    "predict": "ask a running server about image files",
+    "purify": "purify a folder of images in bulk",
+    "bench": "measure stages, servers and robustness",
+    "attack": "attack a pipeline",
+    "tune": "learn the interpolation weights",
+    "doctor": "check what serving needs, and say how to cure what fails",
+}
+_OWN_PACKAGES = ("mlvgm", "export", "handlers", "benchmarks", "cli")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns its exit code: 0 done, 1 the verb's own "no", 2 an error the user can mend, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser(words).parse_args(words)
+    try:
+        code: int = parsed.run(parsed)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `mlvgm ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        print(f"mlvgm {words[0]}: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, in full for the verb that was called; the others are listed with their summary."""
+    parser = argparse.ArgumentParser(
+        prog="mlvgm",
+        description="Adversarial purification in front of an image classifier.",
+        epilog="Example: mlvgm serve, then mlvgm predict sign.png. Each verb has its own --help.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        if importlib.util.find_spec(f"cli.{verb}") is None:
+            continue
+        if words and words[0] == verb:
+            module = importlib.import_module(f"cli.{verb}")
+            module.add_parser(verbs)
+            verbs.choices[verb].set_defaults(run=module.run)
+        else:
+            verbs.add_parser(verb, help=summary)
+    return parser
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """The project's own exceptions are written for the user, and so are the system's about files and ports."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _OWN_PACKAGES
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

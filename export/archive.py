@@ -1,0 +1,128 @@
+"""The ``.mar`` archive: a bundle, the server code that runs it, and the model's settings, in one file for TorchServe."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import handlers
+from handlers import runtimes
+from handlers.manifest import FILE_NAME, Manifest
+from handlers.torchserve import BUNDLE
+
+FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
+
+
+class ArchiveError(RuntimeError):
+    """The archive cannot be built."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What goes into the model's yaml file.
+
+    Attributes:
+        runtime: one of `handlers.runtimes.NAMES`.
+        threads: CPU threads of each worker; 0 for every core.
+        allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
+        batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
+            answer of a quiet server; requests that arrive while a batch runs are batched anyway.
+        response_timeout_s: a batch that takes longer costs its worker the life.
+        startup_timeout_s: for checking, loading and warming up.
+    """
+
+    runtime: str = "auto"
+    threads: int = 0
+    allow_seed: bool = False
+    batch_delay_ms: int = 2
+    response_timeout_s: int = 120
+    startup_timeout_s: int = 600
+
+
+def build_archive(
+    bundle: str | Path, out: str | Path, settings: Settings | None = None, archive_format: str = "zip-store"
+) -> Path:
+    """Check ``bundle`` and pack it into the folder ``out``; returns the path of the archive, replaced if it was there.
+
+    Raises:
+        BundleError: the bundle is damaged or inconsistent.
+        RuntimeMissing: the settings name an unknown runtime.
+        ArchiveError: torch-model-archiver is not installed or fails.
+    """
+    bundle, out = Path(bundle), Path(out)
+    settings = settings or Settings()
+    manifest = Manifest.read(bundle)
+    _check(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    # The archiver deletes $TMPDIR/<model name> before it begins: give it a folder where nothing else can be.
+    with tempfile.TemporaryDirectory(prefix=".archive-", dir=out) as scratch:
+        work = Path(scratch)
+        _gather(manifest, bundle, work / "content")
+        (work / "model.yaml").write_text(_model_yaml(manifest, settings))
+        (work / "tmp").mkdir()
+        (work / "made").mkdir()
+        _run_archiver(manifest, work, archive_format)
+        name = f"{manifest.name}{FORMATS[archive_format]}"
+        target = out / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(work / "made" / name, target)
+    return target
+
+
+def _check(settings: Settings) -> None:
+    if settings.runtime not in runtimes.NAMES:
+        raise runtimes.RuntimeMissing(
+            f"no runtime is called {settings.runtime!r}; there are {', '.join(runtimes.NAMES)}"
+        )
+    if settings.batch_delay_ms < 1:
+        raise ArchiveError("the batch delay must be 1 ms or more: TorchServe takes 0 for its default of 100 ms")
+    if importlib.util.find_spec("model_archiver") is None:
+        raise ArchiveError("torch-model-archiver is not installed: pip install 'mlvgm-serve[serve]'")
+
+
+def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
+    """Lay out what the archive holds. Large files are only linked: the archiver follows links."""
+    source = Path(next(iter(handlers.__path__)))
+    shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (FILE_NAME, *manifest.files):
+        link = content / BUNDLE / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((bundle / name).resolve())
+
+
+def _model_yaml(manifest: Manifest, settings: Settings) -> str:
+    return yaml.safe_dump(
+        {
+            "minWorkers": 1,
+            "maxWorkers": 1,
+            "batchSize": manifest.batch.max,
+            "maxBatchDelay": settings.batch_delay_ms,
+            "responseTimeout": settings.response_timeout_s,
+            "startupTimeout": settings.startup_timeout_s,
+            "handler": {
+                "runtime": settings.runtime,
+                "threads": settings.threads,
+                "allow_seed": settings.allow_seed,
+            },
+        },
+        sort_keys=False,
+    )
+
+
+def _run_archiver(manifest: Manifest, work: Path, archive_format: str) -> None:
+    command = [sys.executable, "-m", "model_archiver.model_packaging"]
+    command += ["--model-name", manifest.name, "--version", manifest.version, "--runtime", "python3"]
+    command += ["--handler", "content/handlers/torchserve.py", "--extra-files", "content"]
+    command += ["--config-file", "model.yaml", "--export-path", "made", "--archive-format", archive_format, "--force"]
+    environment = {**os.environ, "TMPDIR": str((work / "tmp").resolve())}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ArchiveError(f"torch-model-archiver failed: {reason}")

@@ -1,0 +1,154 @@
+"""One call of the pipeline with its arguments checked: images, seeds, copies, weights and noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.manifest import Manifest
+from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be purified. Row b * copies + k of any noise belongs to copy k of image b.
+
+    Attributes:
+        images: float32 (B, 3, H, W) in [0, 1].
+        seeds: one per image; they decide all noise that is not given.
+        copies: purified copies per image, K.
+        weights: float32 (n,), the effective weights a_i.
+        noise: one float32 (B * K, *noise_shapes[i]) per latent, or None to draw it.
+        input_noise: float32 (B * K, 3, H, W), or None to draw it.
+    """
+
+    images: FloatArray
+    seeds: list[int]
+    copies: int
+    weights: FloatArray
+    noise: list[FloatArray] | None
+    input_noise: FloatArray | None
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        images: npt.ArrayLike,
+        samples: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Sequence[npt.ArrayLike] | None = None,
+        input_noise: npt.ArrayLike | None = None,
+        alphas: str | Sequence[float] | None = None,
+    ) -> "Job":
+        """Check the arguments of `handlers.pipeline.Pipeline.run` against the bundle.
+
+        Raises:
+            ValueError: naming the first argument that is wrong, and what it should be.
+        """
+        batch = checked_images(manifest, images)
+        copies = _copies(manifest, samples)
+        rows = len(batch) * copies
+        return cls(
+            images=batch,
+            seeds=_seeds(seeds, len(batch)),
+            copies=copies,
+            weights=_weights(manifest, alphas),
+            noise=None if noise is None else _noise(manifest, noise, rows),
+            input_noise=None if input_noise is None else _input_noise(manifest, input_noise, rows),
+        )
+
+    def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
+        """The noise inputs among ``wanted`` for some rows: given ones cut out, the others drawn."""
+        seeds = [self.seeds[row // self.copies] for row in rows]
+        samples = [int(row % self.copies) for row in rows]
+
+        def latent(i: int) -> FloatArray:
+            if self.noise is not None:
+                return self.noise[i][rows]
+            return latent_noise(seeds, samples, i, manifest.noise_shapes[i])
+
+        drawn: dict[str, FloatArray] = {}
+        for name in wanted:
+            if name == "input_noise":
+                given = self.input_noise
+                drawn[name] = image_noise(seeds, samples, manifest.image_size) if given is None else given[rows]
+            elif name == "noise":
+                drawn[name] = np.stack([latent(i) for i in range(manifest.n_latents)], axis=1)
+            else:
+                drawn[name] = latent(int(name.removeprefix("noise_")))
+        return drawn
+
+
+def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
+    """``images``, uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1], as float32 (B, 3, H, W).
+
+    Raises:
+        ValueError: wrong type, shape or range.
+    """
+    height, width = manifest.image_size
+    array = np.asarray(images)
+    if array.dtype == np.uint8 and array.ndim == 4 and array.shape[1:] == (height, width, 3) and len(array):
+        return np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    if array.dtype.kind == "f" and array.ndim == 4 and array.shape[1:] == (3, height, width) and len(array):
+        if not (array.min() >= 0 and array.max() <= 1):  # also refuses NaN
+            raise ValueError("float images must lie in 0 to 1")
+        return np.ascontiguousarray(array, np.float32)
+    raise ValueError(
+        f"images must be uint8 (B, {height}, {width}, 3) or float (B, 3, {height}, {width}), "
+        f"not {array.dtype} {array.shape}"
+    )
+
+
+def _copies(manifest: Manifest, samples: int | None) -> int:
+    if samples is None:
+        return manifest.samples.default
+    if not 1 <= samples <= manifest.samples.max:
+        raise ValueError(f"samples must be 1 to {manifest.samples.max}, not {samples}")
+    return int(samples)
+
+
+def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+    if seeds is None:
+        return fresh_seeds(count)
+    if len(seeds) != count:
+        raise ValueError(f"seeds must hold one seed for each of the {count} images, not {len(seeds)}")
+    if not all(0 <= seed < 2**SEED_BITS for seed in seeds):
+        raise ValueError(f"seeds must be 0 to 2^{SEED_BITS} - 1")
+    return [int(seed) for seed in seeds]
+
+
+def _weights(manifest: Manifest, alphas: str | Sequence[float] | None) -> FloatArray:
+    if alphas is None:
+        alphas = manifest.default_alphas
+    if isinstance(alphas, str):
+        if alphas not in manifest.alphas:
+            raise ValueError(f"alphas must be one of {', '.join(manifest.alphas)}, not {alphas!r}")
+        alphas = manifest.alphas[alphas]
+    weights = _floats("alphas", alphas, (manifest.n_latents,))
+    if not ((weights >= 0) & (weights <= 1)).all():
+        raise ValueError("alphas must lie in 0 to 1")
+    return weights
+
+
+def _noise(manifest: Manifest, noise: Sequence[npt.ArrayLike], rows: int) -> list[FloatArray]:
+    if len(noise) != manifest.n_latents:
+        raise ValueError(f"noise must hold one array for each of the {manifest.n_latents} latents, not {len(noise)}")
+    shapes = [(rows, *shape) for shape in manifest.noise_shapes]
+    return [_floats(f"noise[{i}]", given, shape) for i, (given, shape) in enumerate(zip(noise, shapes, strict=True))]
+
+
+def _input_noise(manifest: Manifest, input_noise: npt.ArrayLike, rows: int) -> FloatArray:
+    if manifest.input_noise_l2 == 0:
+        raise ValueError("this bundle adds no input noise")
+    return _floats("input_noise", input_noise, (rows, 3, *manifest.image_size))
+
+
+def _floats(name: str, given: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
+    array = np.ascontiguousarray(given, np.float32)
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
+    return array

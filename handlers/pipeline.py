@@ -1,0 +1,249 @@
+"""The pipeline: runs a bundle's stages on a batch of images. Every server, bulk job and benchmark stands on it.
+
+Nothing here knows a model family. The manifest declares which tensors each stage takes and gives; a stage that depends
+on noise, directly or through another stage, runs once per purified copy, any other once per image.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers import runtimes
+from handlers.job import Job, checked_images
+from handlers.manifest import Manifest, Stage
+from handlers.result import Result
+from handlers.runtimes import Array, Engine, EngineError, Options
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+class NonFiniteError(EngineError):
+    """A stage gave NaN or infinity for some images; ``items`` are their places in the batch."""
+
+    def __init__(self, stage: str, items: Sequence[int]) -> None:
+        self.stage, self.items = stage, list(items)
+        super().__init__(
+            f"stage {stage} gave NaN or infinite values for image {', '.join(map(str, items))} of the batch"
+        )
+
+
+class Pipeline:
+    """The loaded stages of one bundle.
+
+    >>> with Pipeline.load("build/road-signs") as pipeline:
+    ...     result = pipeline.run(images, samples=8)
+    """
+
+    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], runtime: str) -> None:
+        self.manifest = manifest
+        self.runtime = runtime
+        self._engines = dict(engines)
+        self._per_image, self._per_copy = _split(manifest.stages)
+        outside = _inputs_from_outside(self._per_copy)
+        self._noise_inputs = {name for name in outside if _is_noise(name)}
+        self._from_image = outside - self._noise_inputs - {"alphas"}
+
+    @classmethod
+    def load(cls, folder: str | Path, runtime: str = "auto", threads: int = 0, device: int = 0) -> "Pipeline":
+        """Check the bundle in ``folder``, then load its engines.
+
+        Args:
+            runtime: one of `handlers.runtimes.NAMES`; "auto" is the bundle's own choice or else the fastest installed.
+            threads: CPU threads; 0 for every core.
+            device: number of the GPU, for the runtimes that use one.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or inconsistent; no engine has been touched then.
+            RuntimeMissing: the runtime is unknown or not installed.
+            EngineError: the runtime refuses an engine.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
+        options = Options(threads, device, manifest.precision)
+        engines: dict[str, Engine] = {}
+        try:
+            for stage in manifest.stages:
+                engines[stage.name] = runtimes.load(name, folder / stage.file, options)
+        except Exception:
+            _close(engines)
+            raise
+        return cls(manifest, engines, name)
+
+    def run(
+        self,
+        images: npt.ArrayLike,
+        samples: int | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Sequence[npt.ArrayLike] | None = None,
+        input_noise: npt.ArrayLike | None = None,
+        alphas: str | Sequence[float] | None = None,
+    ) -> Result:
+        """Purify every image ``samples`` times and let the copies vote.
+
+        Args:
+            images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1].
+            samples: copies per image, K, from 1 to the bundle's maximum; None for the bundle's default.
+            seeds: one whole number from 0 to 2^63 - 1 per image; None takes fresh ones from the operating system.
+            noise: replaces the drawn noise: per latent, coarse to fine, standard-normal (B * K, *noise_shapes[i]),
+                where row b * K + k belongs to copy k of image b.
+            input_noise: replaces the drawn input noise: standard-normal (B * K, 3, H, W).
+            alphas: a schedule of the bundle by name, or the n effective weights in [0, 1]; None for the default one.
+
+        Raises:
+            ValueError: an argument has the wrong shape, type or range.
+            NonFiniteError: a stage gave NaN or infinity, with the images concerned.
+            EngineError: a stage cannot be run.
+        """
+        job = Job.of(self.manifest, images, samples, seeds, noise, input_noise, alphas)
+        count, copies = len(job.images), job.copies
+        purified = np.empty((count * copies, *job.images.shape[1:]), np.float32)
+        logits = np.empty((count * copies, len(self.manifest.classes)), np.float32)
+        timing = _Timing()
+
+        unpurified_logits = self._classify(job.images, timing)
+        # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
+        for items in _chunks(0, count, self.manifest.batch.max):
+            encoded: dict[str, Array] = {"images": job.images[items], "alphas": job.weights}
+            for stage in self._per_image:
+                encoded |= self._run_stage(stage, encoded, items, timing)
+            for rows in _chunks(int(items[0]) * copies, (int(items[-1]) + 1) * copies, self.manifest.batch.max):
+                owners = rows // copies
+                tensors = encoded | {name: encoded[name][owners - items[0]] for name in self._from_image}
+                with timing.of("noise"):
+                    tensors |= job.draw(self.manifest, rows, self._noise_inputs)
+                for stage in self._per_copy:
+                    tensors |= self._run_stage(stage, tensors, owners, timing)
+                purified[rows] = np.asarray(tensors["images"])
+                logits[rows] = np.asarray(tensors["logits"])
+
+        return Result(
+            sample_logits=logits.reshape(count, copies, -1),
+            purified=purified.reshape(count, copies, *job.images.shape[1:]),
+            unpurified_logits=unpurified_logits,
+            timing_ms=dict(timing.milliseconds),
+        )
+
+    def classify(self, images: npt.ArrayLike) -> FloatArray:
+        """The logits (B, C) of images (as for `run`) that are not purified.
+
+        Raises:
+            ValueError, NonFiniteError, EngineError: as for `run`.
+        """
+        return self._classify(checked_images(self.manifest, images), _Timing())
+
+    def warm_up(self) -> None:
+        """Run every stage once at each power of two up to the largest batch, so that no request pays for a first time.
+
+        Raises:
+            EngineError: a stage cannot be run at one of the sizes.
+        """
+        largest = self.manifest.batch.max
+        sizes = {2**i for i in range(largest.bit_length())} | {self.manifest.batch.opt, largest}
+        for size in sorted(sizes):
+            self.run(np.zeros((size, *self.manifest.image_size, 3), np.uint8), samples=1, seeds=range(size))
+
+    def close(self) -> None:
+        """Free the engines."""
+        _close(self._engines)
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _classify(self, images: FloatArray, timing: "_Timing") -> FloatArray:
+        stage = self.manifest.stages[-1]
+        parts = [
+            np.asarray(self._run_stage(stage, {"images": images[items]}, items, timing)["logits"])
+            for items in _chunks(0, len(images), self.manifest.batch.max)
+        ]
+        return np.concatenate(parts)
+
+    def _run_stage(
+        self, stage: Stage, tensors: Mapping[str, Array], owners: IntArray, timing: "_Timing"
+    ) -> dict[str, Array]:
+        """One engine call for the rows whose images are ``owners``, with everything that comes out of it checked."""
+        count = len(owners)
+        padding = max(0, self.manifest.batch.min - count)
+        feeds = {t.name: tensors[t.name] for t in stage.inputs}
+        if padding:
+            repeated = np.append(np.arange(count), np.zeros(padding, np.int64))
+            feeds |= {t.name: feeds[t.name][repeated] for t in stage.inputs if t.shape[0] == "B"}
+        with timing.of(stage.name):
+            outputs = self._engines[stage.name].run(feeds)
+        if padding:
+            outputs = {name: array[np.arange(count)] for name, array in outputs.items()}
+        for declared in stage.outputs:
+            if declared.name not in outputs:
+                raise EngineError(
+                    f"stage {stage.name}: its file gives no {declared.name!r}, which the manifest declares"
+                )
+            array = outputs[declared.name]
+            expected = tuple(count if size == "B" else size for size in declared.shape)
+            if tuple(array.shape) != expected:
+                raise EngineError(f"stage {stage.name}: {declared.name} has shape {tuple(array.shape)}, not {expected}")
+            # Arrays on a device are not fetched just for this: what is wrong there shows in the images and logits.
+            if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+                broken = ~np.isfinite(array.reshape(count, -1)).all(axis=1)
+                raise NonFiniteError(stage.name, np.unique(owners[broken]).tolist())
+        return outputs
+
+
+def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
+    """The stages that run once per image, and those that run once per copy; the classifier is the last of these."""
+    per_image: list[Stage] = []
+    per_copy: list[Stage] = []
+    random: set[str] = set()
+    for stage in stages:
+        if stage is stages[-1] or any(_is_noise(t.name) or t.name in random for t in stage.inputs):
+            per_copy.append(stage)
+            random |= {output.name for output in stage.outputs}
+        else:
+            per_image.append(stage)
+    return per_image, per_copy
+
+
+def _inputs_from_outside(stages: Sequence[Stage]) -> set[str]:
+    """What ``stages``, run in order, take that none of them has made before."""
+    outside: set[str] = set()
+    made: set[str] = set()
+    for stage in stages:
+        outside |= {tensor.name for tensor in stage.inputs} - made
+        made |= {tensor.name for tensor in stage.outputs}
+    return outside
+
+
+def _is_noise(name: str) -> bool:
+    return name in ("noise", "input_noise") or name.startswith("noise_")
+
+
+def _chunks(start: int, stop: int, size: int) -> Iterator[IntArray]:
+    """The numbers from ``start`` to ``stop`` in runs of at most ``size``."""
+    for first in range(start, stop, size):
+        yield np.arange(first, min(first + size, stop))
+
+
+def _close(engines: dict[str, Engine]) -> None:
+    while engines:
+        engines.popitem()[1].close()
+
+
+class _Timing:
+    """Milliseconds by stage, summed over the engine calls."""
+
+    def __init__(self) -> None:
+        self.milliseconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.milliseconds[name] += (time.perf_counter() - start) * 1000

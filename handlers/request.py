@@ -1,0 +1,150 @@
+"""One prediction request, whichever way it came: raw bytes, a multipart form, or JSON.
+
+Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas`` and ``seed``. A form has them as
+fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples, X-Mlvgm-Top-K and so on.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from handlers.manifest import Manifest
+from handlers.noise import SEED_BITS
+
+OPTIONS = ("samples", "top_k", "return", "alphas", "seed")
+_IMAGE_FIELDS = ("image", "data", "body")
+_HEADER_PREFIX = "x-mlvgm-"
+_DEFAULT_TOP_K = 5
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered as it stands; the message is ASCII and fit for the client."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request with every option settled.
+
+    Attributes:
+        image: the encoded image.
+        samples: purified copies to draw.
+        top_k: classes to name in the answer.
+        wants_image: answer with the purified image instead of JSON.
+        alphas: name of a schedule of the bundle.
+        seed: decides the noise; None takes a fresh one.
+    """
+
+    image: bytes
+    samples: int
+    top_k: int
+    wants_image: bool
+    alphas: str
+    seed: int | None
+
+
+def parse(
+    fields: Mapping[str, Any], headers: Mapping[str, Any], manifest: Manifest, allow_seed: bool = False
+) -> Request:
+    """Read one request.
+
+    Args:
+        fields: the form's fields by name, or the whole body as "body" or "data": bytes, or parsed JSON.
+        headers: HTTP headers, in any case.
+        allow_seed: whether clients may choose the seed.
+
+    Raises:
+        RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
+    """
+    headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    image, body_options = _image_and_options(fields, headers.get("content-type", "").lower())
+    options = _header_options(headers) | body_options
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise RequestError(f"unknown option {_quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
+    if "seed" in options and not allow_seed:
+        raise RequestError("seed: this server does not let clients choose the noise")
+    n_classes = len(manifest.classes)
+    return Request(
+        image=image,
+        samples=_integer(options, "samples", 1, manifest.samples.max, manifest.samples.default),
+        top_k=_integer(options, "top_k", 1, n_classes, min(_DEFAULT_TOP_K, n_classes)),
+        wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
+        alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
+        seed=_integer(options, "seed", 0, 2**SEED_BITS - 1, 0) if "seed" in options else None,
+    )
+
+
+def _image_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[bytes, dict[str, Any]]:
+    named = [name for name in _IMAGE_FIELDS if name in fields]
+    if not named and "urlencoded" in content_type:  # what curl claims of any body
+        raise RequestError("the content type is that of a web form: send one like image/png, or use curl -T FILE")
+    if len(named) != 1:
+        raise RequestError("send one image: as the body, as the form field 'image', or as 'image' in JSON")
+    body = fields[named[0]]
+    options = {name: value for name, value in fields.items() if name != named[0]}
+    if isinstance(body, bytes | bytearray) and "json" not in content_type and not body.startswith(b"{"):
+        return bytes(body), options
+    entries = _json_object(body)
+    return _base64(entries.pop("image", None)), options | entries
+
+
+def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:
+    """X-Mlvgm-Top-K: 3 is the option top_k."""
+    return {
+        name.removeprefix(_HEADER_PREFIX).replace("-", "_"): value
+        for name, value in headers.items()
+        if name.startswith(_HEADER_PREFIX)
+    }
+
+
+def _accepted(headers: Mapping[str, str]) -> str:
+    accept = headers.get("accept", "").lower()
+    return "purified" if "image/png" in accept and "application/json" not in accept else "json"
+
+
+def _json_object(body: Any) -> dict[str, Any]:
+    """The server parses JSON only when the content type is that of plain JSON to the letter."""
+    try:
+        entries = json.loads(body) if isinstance(body, str | bytes | bytearray) else body
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise RequestError("the body is neither image bytes nor a JSON object with 'image' in base64")
+    return dict(entries)
+
+
+def _base64(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise RequestError("JSON must hold the image in base64 under 'image'")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError("image: not valid base64") from None
+
+
+def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
+    """A whole number: JSON's, or its decimal digits."""
+    value = _text(options.get(name, default))
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    if type(value) is not int or not low <= value <= high:
+        raise RequestError(f"{name} must be a whole number from {low} to {high}")
+    return value
+
+
+def _choice(options: Mapping[str, Any], name: str, choices: Iterable[str], default: str) -> str:
+    value = _text(options.get(name, default))
+    if not isinstance(value, str) or value not in choices:
+        raise RequestError(f"{name} must be one of {', '.join(_quoted(choice) for choice in choices)}")
+    return value
+
+
+def _text(value: Any) -> Any:
+    """Form fields come as bytes."""
+    return bytes(value).decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else value
+
+
+def _quoted(text: str) -> str:
+    return ascii(text[:40])

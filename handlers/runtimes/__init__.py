@@ -1,0 +1,104 @@
+"""Runtimes: the libraries that execute a bundle's engine files, each imported only when it is used.
+
+A runtime is a module of this package with one function, ``load(file, options) -> Engine``.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+# numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``.
+Array = Any
+
+
+class RuntimeMissing(RuntimeError):
+    """The wanted runtime does not exist, is not installed, or finds no device."""
+
+
+class EngineError(RuntimeError):
+    """An engine file cannot be loaded or run."""
+
+
+class Engine(Protocol):
+    """One loaded stage."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs for ``inputs``, by name; the batch axis comes first and is as long as that of the inputs."""
+
+    def close(self) -> None:
+        """Free everything the engine holds; it cannot run any more."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a runtime may be told.
+
+    Attributes:
+        threads: CPU threads per engine; 0 lets the runtime use every core it may run on.
+        device: number of the GPU, for the runtimes that use one.
+        precision: of the bundle, "fp32" or "bf16"; a runtime must not compute less precisely than that.
+    """
+
+    threads: int = 0
+    device: int = 0
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    module: str
+    package: str
+    install: str
+
+
+_RUNTIMES = {
+    "openvino": _Runtime("handlers.runtimes.openvino", "openvino", "pip install openvino"),
+    "onnxruntime": _Runtime("handlers.runtimes.onnxruntime", "onnxruntime", "pip install onnxruntime"),
+    "onnxruntime-cuda": _Runtime("handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu"),
+}
+_AUTO = ("openvino", "onnxruntime")  # fastest on a CPU first, as measured by `mlvgm bench`
+
+NAMES = ("auto", *_RUNTIMES)
+
+
+def installed() -> list[str]:
+    """The runtimes whose library is installed, without importing any."""
+    return [name for name, runtime in _RUNTIMES.items() if importlib.util.find_spec(runtime.package)]
+
+
+def choose(name: str) -> str:
+    """``name`` itself, or for "auto" the fastest installed runtime.
+
+    Raises:
+        RuntimeMissing: unknown or not installed, with what to install.
+    """
+    if name == "auto":
+        found = [candidate for candidate in _AUTO if candidate in installed()]
+        if not found:
+            cures = " or ".join(_RUNTIMES[candidate].install for candidate in _AUTO)
+            raise RuntimeMissing(f"no runtime is installed: {cures}")
+        return found[0]
+    if name not in _RUNTIMES:
+        raise RuntimeMissing(f"no runtime is called {name!r}; there are {', '.join(NAMES)}")
+    if name not in installed():
+        raise RuntimeMissing(f"runtime {name!r} is not installed: {_RUNTIMES[name].install}")
+    return name
+
+
+def load(name: str, file: Path, options: Options) -> Engine:
+    """Load an engine file with the runtime ``name``, as returned by `choose`.
+
+    Raises:
+        RuntimeMissing: the runtime's library or device cannot be used.
+        EngineError: the runtime refuses the file.
+    """
+    runtime = _RUNTIMES[name]
+    try:
+        module = importlib.import_module(runtime.module)
+    except ImportError as error:
+        raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): {runtime.install}") from error
+    engine: Engine = module.load(file, options)
+    return engine

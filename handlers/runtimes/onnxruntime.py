@@ -1,0 +1,51 @@
+"""ONNX Runtime on the CPU."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from handlers.runtimes import Array, EngineError, Options
+
+
+def load(file: Path, options: Options, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> "OnnxRuntimeEngine":
+    """A session on ``file``; external data is found beside it.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the file.
+    """
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    # The stages run one after the other: threads that go on spinning after theirs would slow the next one down.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return OnnxRuntimeEngine(ort.InferenceSession(str(file), settings, providers=list(providers)))
+    except Exception as error:  # ONNX Runtime's own exceptions share no base class
+        raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+
+
+class OnnxRuntimeEngine:
+    """One session; inputs and outputs are numpy arrays."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    @property
+    def providers(self) -> list[str]:
+        """What the session really runs on."""
+        return list(self._session.get_providers())
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime: {error}") from error
+
+    def close(self) -> None:
+        self._session = None

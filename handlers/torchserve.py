@@ -1,0 +1,68 @@
+"""TorchServe's entry point: settings in, a `Service` behind it, answers out."""
+
+import logging
+import os
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from handlers.pipeline import Pipeline
+from handlers.service import Service
+
+BUNDLE = "bundle"
+FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
+SETTINGS = {"runtime": "auto", "threads": 0, "allow_seed": False}
+THREADS_VARIABLE = "MLVGM_THREADS"
+
+logger = logging.getLogger(__name__)
+
+
+class PurifierHandler:
+    """Loads the bundle that travels in the archive, and answers batches."""
+
+    def initialize(self, context: Any) -> None:
+        """Load, warm up and self-test; called once per worker.
+
+        Raises:
+            Exception: whatever keeps the bundle from being served; the worker then dies and is tried again later.
+        """
+        try:
+            settings = read_settings(context.model_yaml_config)
+            threads = int(os.environ.get(THREADS_VARIABLE, settings["threads"]))
+            folder = Path(context.system_properties["model_dir"]) / BUNDLE
+            device = context.system_properties.get("gpu_id") or 0
+            pipeline = Pipeline.load(folder, settings["runtime"], threads, device)
+            self._service = Service(pipeline, settings["allow_seed"])
+            self._service.self_test()
+            logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
+        except Exception as error:
+            logger.error("%s: %s", FAILED, str(error).replace("\n", " "))
+            raise
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """One body per request, in order; status, content type and headers are set on ``context``."""
+        requests = [(fields, context.get_all_request_header(i)) for i, fields in enumerate(data)]
+        bodies = []
+        for i, answer in enumerate(self._service.answer(requests)):
+            # The phrase must be ASCII: anything else breaks the frame of the whole batch.
+            context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
+            context.set_response_content_type(i, answer.content_type)
+            for name, value in answer.headers.items():
+                context.set_response_header(i, name, value)
+            bodies.append(answer.body)
+        return bodies
+
+
+def read_settings(model_yaml: dict[str, Any]) -> dict[str, Any]:
+    """The ``handler:`` section of the model's yaml file over the defaults in `SETTINGS`.
+
+    Raises:
+        ValueError: an unknown setting, or a value of the wrong type.
+    """
+    given = model_yaml.get("handler") or {}
+    for name, value in given.items():
+        if name not in SETTINGS:
+            raise ValueError(f"model yaml: unknown setting handler.{name}; there are {', '.join(SETTINGS)}")
+        if type(value) is not type(SETTINGS[name]):
+            raise ValueError(f"model yaml: handler.{name} must be like {SETTINGS[name]!r}")
+    return {**SETTINGS, **given}

@@ -1,0 +1,104 @@
+"""The German Traffic Sign Recognition Benchmark (Stallkamp et al., Neural Networks 2012) at 32x32."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+SIDE = 32
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Images uint8 (N, 32, 32, 3), labels int64 (N,) and, for training images, the track each frame belongs to."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    tracks: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, keep: NDArray[np.bool_]) -> "Signs":
+        return Signs(self.images[keep], self.labels[keep], None if self.tracks is None else self.tracks[keep])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Float images (N, 3, 32, 32) in [0, 1] and labels."""
+        images = torch.from_numpy(self.images).permute(0, 3, 1, 2).float() / 255.0
+        return images.contiguous(memory_format=torch.channels_last), torch.from_numpy(self.labels)
+
+
+def load_signs(folder: str | Path, part: str) -> Signs:
+    """Read ``part`` ("train" or "test") from ``train.npz``/``test.npz`` or from the official GTSRB folders.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds neither.
+    """
+    folder = Path(folder)
+    packed = folder / f"{part}.npz"
+    if packed.is_file():
+        with np.load(packed) as data:
+            tracks = data["tracks"].astype(np.int64) if "tracks" in data else None
+            return Signs(data["images"], data["labels"].astype(np.int64), tracks)
+    official = {"train": folder / "Final_Training" / "Images", "test": folder / "Final_Test" / "Images"}[part]
+    if official.is_dir():
+        return _read_training(official) if part == "train" else _read_test(official)
+    raise FileNotFoundError(f"{folder}: neither {packed.name} nor the official folder {official.relative_to(folder)}")
+
+
+def split_by_track(signs: Signs, share: float = 0.1, seed: int = 0) -> tuple[Signs, Signs]:
+    """Training and validation part. All frames of one physical sign fall on the same side."""
+    if signs.tracks is None:
+        raise ValueError("only training images have tracks to split by")
+    keys = signs.labels * 100_000 + signs.tracks
+    unique = np.unique(keys)
+    held_out = np.random.default_rng(seed).permutation(unique)[: round(share * len(unique))]
+    validation = np.isin(keys, held_out)
+    return signs.subset(~validation), signs.subset(validation)
+
+
+def augment(images: Tensor, strength: float = 1.0) -> Tensor:
+    """Random small rotation, scale, shift and lighting of images (B, 3, 32, 32) in [0, 1]."""
+    batch = len(images)
+    angle = (torch.rand(batch) - 0.5) * 0.44 * strength
+    scale = 1.0 + (torch.rand(batch) - 0.5) * 0.3 * strength
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = torch.cos(angle) * scale
+    theta[:, 0, 1], theta[:, 1, 0] = -torch.sin(angle) * scale, torch.sin(angle) * scale
+    theta[:, :, 2] = (torch.rand(batch, 2) - 0.5) * 0.3 * strength
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    gain = torch.exp((torch.rand(batch, 1, 1, 1) - 0.5) * 1.0 * strength)
+    offset = (torch.rand(batch, 1, 1, 1) - 0.5) * 0.2 * strength
+    return (moved * gain + offset).clamp(0.0, 1.0).contiguous(memory_format=torch.channels_last)
+
+
+def _read_training(folder: Path) -> Signs:
+    images, labels, tracks = [], [], []
+    for label_folder in sorted(p for p in folder.iterdir() if p.is_dir()):
+        for file in sorted(label_folder.glob("*.ppm")):
+            images.append(_read(file))
+            labels.append(int(label_folder.name))
+            tracks.append(int(file.stem.split("_")[0]))
+    return Signs(np.stack(images), np.array(labels), np.array(tracks))
+
+
+def _read_test(folder: Path) -> Signs:
+    listing = next(iter(sorted(folder.glob("GT-*.csv")) + sorted(folder.parent.glob("GT-*.csv"))), None)
+    if listing is None:
+        raise FileNotFoundError(f"{folder}: the list of labels, GT-final_test.csv, is missing")
+    with listing.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    images = np.stack([_read(folder / row["Filename"]) for row in rows])
+    return Signs(images, np.array([int(row["ClassId"]) for row in rows]))
+
+
+def _read(file: Path) -> NDArray[np.uint8]:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))

@@ -1,0 +1,73 @@
+"""VGG-11 with batch norm (Simonyan and Zisserman, ICLR 2015, configuration A) and the 3-layer head of the paper."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint
+
+POOL = "pool"
+LAYOUT: tuple[int | str, ...] = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
+
+
+class VGG11(nn.Module):
+    """A classifier of images (B, 3, H, W) in [0, 1]; it normalises by itself and returns logits (B, n_classes).
+
+    Args:
+        n_classes: number of classes.
+        width: scales the channels of every convolution; 1 in the published files.
+        pool: side of the feature map in front of the head; 7 in the published files, where the head's first layer
+            alone has (512 * 7 * 7)^2 weights.
+    """
+
+    def __init__(self, n_classes: int, width: float = 1.0, pool: int = 7) -> None:
+        super().__init__()
+        self.pool = pool
+        layers: list[nn.Module] = []
+        channels = 3
+        for item in LAYOUT:
+            if isinstance(item, str):
+                layers.append(nn.MaxPool2d(2))
+                continue
+            outputs = int(item * width)
+            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            channels = outputs
+        d = channels * pool * pool
+        self.model = nn.Module()
+        self.model.features = nn.Sequential(*layers)
+        self.model.classifier = nn.Sequential(
+            nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, n_classes)
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, (B, d)."""
+        maps = self.model.features(2.0 * images - 1.0)
+        return F.adaptive_avg_pool2d(maps, self.pool).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.classifier(self.features(images))
+
+
+def read_vgg11(path: str | Path, n_classes: int) -> VGG11:
+    """The classifier of a checkpoint, ready for inference. Width and pool are read off its tensors.
+
+    Raises:
+        CheckpointError: the file is no such checkpoint, or has another number of classes.
+    """
+    weights = entry(read_checkpoint(path), "state_dict", path)
+    channels = _rows(weights, "model.features.25.weight", path)
+    pool = math.isqrt(max(_rows(weights, "model.classifier.0.weight", path) // max(channels, 1), 1))
+    classifier = VGG11(n_classes, width=_rows(weights, "model.features.0.weight", path) / 64, pool=pool)
+    load_tensors(classifier, weights, path)
+    return classifier.eval().requires_grad_(False)
+
+
+def _rows(weights: Any, key: str, path: str | Path) -> int:
+    tensor = weights.get(key) if isinstance(weights, Mapping) else None
+    if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+        raise CheckpointError(f"{path}: tensor {key!r} is missing: this is no VGG-11 with batch norm")
+    return tensor.shape[0]

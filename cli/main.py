@@ -23,7 +23,7 @@ _OWN_PACKAGES = ("mlvgm", "export", "handlers", "benchmarks", "cli")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns its exit code: 0 done, 1 the verb's own "no", 2 an error the user can mend, 130 interrupted."""
+    """Run one verb; returns its exit code: 0 done, 1 the verb's own "no", 2 for the user to mend, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser(words).parse_args(words)
     try:

@@ -1,4 +1,4 @@
-"""One TorchServe on loopback: a private folder with its configuration, keys, logs and temporary files; start and stop."""
+"""One TorchServe on loopback, started and stopped, with its configuration, keys and logs in a private folder."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ from handlers.client import Client, ServerError
 from handlers.torchserve import FAILED, THREADS_VARIABLE
 
 if TYPE_CHECKING:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEPLOY = PROJECT / "deploy"
@@ -138,7 +138,7 @@ class Server:
         if self.process():
             raise CliError(f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}")
         for port in range(self.port, self.port + 5):
-            if _is_taken(port):
+            if port_is_taken(port):
                 raise CliError(
                     f"port {port} is taken by another program: choose five free ports in a row with --port "
                     f"(this server needs {self.port} to {self.port + 4})"
@@ -264,7 +264,8 @@ def model_name(archive: Path) -> str:
         ) from None
 
 
-def _is_taken(port: int) -> bool:
+def port_is_taken(port: int) -> bool:
+    """Whether another program listens on ``port`` of loopback."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -278,7 +279,7 @@ def _alive(process: "psutil.Process") -> bool:
     import psutil
 
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

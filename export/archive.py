@@ -1,4 +1,4 @@
-"""The ``.mar`` archive: a bundle, the server code that runs it, and the model's settings, in one file for TorchServe."""
+"""The ``.mar`` archive: a bundle, the server code that runs it, and the model's settings, all that TorchServe needs."""
 
 import importlib.util
 import os
@@ -118,7 +118,7 @@ def _model_yaml(manifest: Manifest, settings: Settings) -> str:
 
 def _run_archiver(manifest: Manifest, work: Path, archive_format: str) -> None:
     command = [sys.executable, "-m", "model_archiver.model_packaging"]
-    command += ["--model-name", manifest.name, "--version", manifest.version, "--runtime", "python3"]
+    command += ["--model-name", manifest.name, "--version", manifest.version]
     command += ["--handler", "content/handlers/torchserve.py", "--extra-files", "content"]
     command += ["--config-file", "model.yaml", "--export-path", "made", "--archive-format", archive_format, "--force"]
     environment = {**os.environ, "TMPDIR": str((work / "tmp").resolve())}

@@ -140,7 +140,7 @@ class Client:
     def _authorized(
         self, address: tuple[str, int], method: str, path: str, body: bytes, headers: dict[str, str], kind: str
     ) -> Reply:
-        """Send with the key; when it is refused, once more with a newer one: another client's, or else a renewed one."""
+        """Send with the key; if it is refused, once more with a newer one: what another client renewed, or our own."""
         if self._key_file is None:
             return _check(_send(address, method, path, body, headers, self._timeout))
         key = self.key(kind)

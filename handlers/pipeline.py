@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from handlers import runtimes
 from handlers.job import Job, checked_images
-from handlers.manifest import Manifest, Stage
+from handlers.manifest import Batch, Manifest, Stage
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, EngineError, Options
 
@@ -44,6 +44,7 @@ class Pipeline:
         self.manifest = manifest
         self.runtime = runtime
         self._engines = dict(engines)
+        self._buckets = _buckets(manifest.batch)
         self._per_image, self._per_copy = _split(manifest.stages)
         outside = _inputs_from_outside(self._per_copy)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
@@ -109,11 +110,11 @@ class Pipeline:
 
         unpurified_logits = self._classify(job.images, timing)
         # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
-        for items in _chunks(0, count, self.manifest.batch.max):
+        for items in _chunks(0, count, self._buckets):
             encoded: dict[str, Array] = {"images": job.images[items], "alphas": job.weights}
             for stage in self._per_image:
                 encoded |= self._run_stage(stage, encoded, items, timing)
-            for rows in _chunks(int(items[0]) * copies, (int(items[-1]) + 1) * copies, self.manifest.batch.max):
+            for rows in _chunks(int(items[0]) * copies, (int(items[-1]) + 1) * copies, self._buckets):
                 owners = rows // copies
                 tensors = encoded | {name: encoded[name][owners - items[0]] for name in self._from_image}
                 with timing.of("noise"):
@@ -139,14 +140,12 @@ class Pipeline:
         return self._classify(checked_images(self.manifest, images), _Timing())
 
     def warm_up(self) -> None:
-        """Run every stage once at each power of two up to the largest batch, so that no request pays for a first time.
+        """Run every stage once at each size it will ever be run at, so that no request pays for a first time.
 
         Raises:
             EngineError: a stage cannot be run at one of the sizes.
         """
-        largest = self.manifest.batch.max
-        sizes = {2**i for i in range(largest.bit_length())} | {self.manifest.batch.opt, largest}
-        for size in sorted(sizes):
+        for size in self._buckets:
             self.run(np.zeros((size, *self.manifest.image_size, 3), np.uint8), samples=1, seeds=range(size))
 
     def close(self) -> None:
@@ -163,7 +162,7 @@ class Pipeline:
         stage = self.manifest.stages[-1]
         parts = [
             np.asarray(self._run_stage(stage, {"images": images[items]}, items, timing)["logits"])
-            for items in _chunks(0, len(images), self.manifest.batch.max)
+            for items in _chunks(0, len(images), self._buckets)
         ]
         return np.concatenate(parts)
 
@@ -225,10 +224,18 @@ def _is_noise(name: str) -> bool:
     return name in ("noise", "input_noise") or name.startswith("noise_")
 
 
-def _chunks(start: int, stop: int, size: int) -> Iterator[IntArray]:
-    """The numbers from ``start`` to ``stop`` in runs of at most ``size``."""
-    for first in range(start, stop, size):
-        yield np.arange(first, min(first + size, stop))
+def _buckets(batch: Batch) -> list[int]:
+    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few."""
+    powers = {2**i for i in range(batch.max.bit_length())}
+    return sorted((size for size in powers | {batch.opt, batch.max} if size >= batch.min), reverse=True)
+
+
+def _chunks(start: int, stop: int, buckets: Sequence[int]) -> Iterator[IntArray]:
+    """The numbers from ``start`` to ``stop`` in runs that fill a bucket, but for a last one that fills none."""
+    while start < stop:
+        size = next((bucket for bucket in buckets if bucket <= stop - start), stop - start)
+        yield np.arange(start, start + size)
+        start += size
 
 
 def _close(engines: dict[str, Engine]) -> None:

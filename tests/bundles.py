@@ -81,9 +81,7 @@ def write_nvae(folder: Path, nan_on_white: bool = False, batch: Batch = BATCH, *
     return _manifest("tiny", "nvae", shapes, schedules, stages, batch, **changes).write(folder)
 
 
-def write_stylegan(
-    folder: Path, input_noise_l2: float = 0.0, batch: Batch = BATCH, **changes: object
-) -> Manifest:
+def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BATCH, **changes: object) -> Manifest:
     """A bundle of the StyleGAN2 kind: three latents of equal shape and a ``resample`` stage of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     n, width = 3, 4

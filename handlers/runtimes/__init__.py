@@ -4,6 +4,7 @@ A runtime is a module of this package with one function, ``load(file, options) -
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,12 +53,15 @@ class _Runtime:
     module: str
     package: str
     install: str
+    distribution: str = ""  # needed beyond the package: one import name can come in several builds
 
 
 _RUNTIMES = {
     "openvino": _Runtime("handlers.runtimes.openvino", "openvino", "pip install openvino"),
     "onnxruntime": _Runtime("handlers.runtimes.onnxruntime", "onnxruntime", "pip install onnxruntime"),
-    "onnxruntime-cuda": _Runtime("handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu"),
+    "onnxruntime-cuda": _Runtime(
+        "handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu", "onnxruntime-gpu"
+    ),
 }
 _AUTO = ("openvino", "onnxruntime")  # fastest on a CPU first, as measured by `mlvgm bench`
 
@@ -66,7 +70,7 @@ NAMES = ("auto", *_RUNTIMES)
 
 def installed() -> list[str]:
     """The runtimes whose library is installed, without importing any."""
-    return [name for name, runtime in _RUNTIMES.items() if importlib.util.find_spec(runtime.package)]
+    return [name for name, runtime in _RUNTIMES.items() if _is_installed(runtime)]
 
 
 def choose(name: str) -> str:
@@ -86,6 +90,15 @@ def choose(name: str) -> str:
     if name not in installed():
         raise RuntimeMissing(f"runtime {name!r} is not installed: {_RUNTIMES[name].install}")
     return name
+
+
+def _is_installed(runtime: _Runtime) -> bool:
+    if importlib.util.find_spec(runtime.package) is None:
+        return False
+    try:
+        return not runtime.distribution or bool(importlib.metadata.version(runtime.distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def load(name: str, file: Path, options: Options) -> Engine:

@@ -27,7 +27,7 @@ NVAE_CONFIG = NVAEConfig(
     blocks=1,
     cells_per_block=1,
     mixtures=3,
-    expansion=3,
+    expansion=2,
     kernel=3,
 )
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("model_store/road-signs"), help="where the weights go")
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="where the checkpoints go")
     parser.add_argument("--only", choices=("classifier", "nvae"), help="train one half")
-    parser.add_argument("--epochs", type=int, default=24, help="of the classifier")
+    parser.add_argument("--epochs", type=int, default=16, help="of the classifier")
     parser.add_argument("--steps", type=int, default=6000, help="of the NVAE, 32 images each")
     parser.add_argument("--beta", type=float, default=0.3, help="weight of the NVAE's divergence")
     args = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
     train, validation = split_by_track(load_signs(args.data, "train"))
     print(f"{len(train)} training and {len(validation)} validation images, split by track")
     if args.only != "nvae":
-        classifier = VGG11(n_classes=43, width=0.25, pool=1).to(memory_format=torch.channels_last)
+        classifier = VGG11(n_classes=43, width=0.5, pool=1).to(memory_format=torch.channels_last)
         classifier = train_classifier(train, validation, classifier, args.epochs, args.work / "classifier.pt")
         save_file(_plain(classifier), args.out / "classifier.safetensors")
         print(f"classifier: validation accuracy {accuracy(classifier, validation):.4f}")

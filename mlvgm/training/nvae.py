@@ -62,8 +62,8 @@ def train_nvae(
     Returns:
         The exponential moving average of the weights, batch-norm statistics re-estimated.
     """
-    peak, warmup = 4e-3, 200
-    optimizer = torch.optim.Adamax(network.parameters(), lr=peak, eps=1e-3, weight_decay=3e-4)
+    peak, warmup = 3e-3, 100
+    optimizer = torch.optim.Adamax(network.parameters(), lr=peak)
     average = copy.deepcopy(network).requires_grad_(False)
     images, _ = train.tensors()
     held_out = validation.tensors()[0][:256]

@@ -1,0 +1,39 @@
+"""``mlvgm export``: from a recipe and its weights to a bundle of engines."""
+
+import argparse
+import time
+from pathlib import Path
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = verbs.add_parser(
+        "export",
+        help="export a model to a bundle of engines",
+        description="Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.",
+        epilog="Example: mlvgm export --recipe road-signs --out build/road-signs",
+    )
+    parser.add_argument("--recipe", required=True, help="name of a built-in recipe, or a YAML file")
+    parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
+    parser.add_argument("--classifier", type=Path, help="checkpoint or ONNX file of the classifier, likewise")
+    parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from export.bundle import export_bundle
+    from export.models import load_models
+    from mlvgm.recipe import Recipe
+
+    begun = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begun:5.1f} s] {line}", flush=True)
+
+    recipe = Recipe.read(args.recipe)
+    out = args.out or Path("build") / recipe.name
+    say(f"loading the models of {recipe.name}")
+    purifier, classifier = load_models(recipe, args.purifier, args.classifier)
+    manifest = export_bundle(recipe, purifier, classifier, out, progress=say)
+    worst = max(entry["relative_error"] for entry in manifest.report["parity"]["worst"])
+    say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}; worst relative error {worst:.1e}")
+    print(f"Next: mlvgm archive {out}")
+    return 0

@@ -1,0 +1,92 @@
+"""``mlvgm predict``: ask a running server about image files."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli.errors import CliError
+from cli.server import Server
+from handlers.client import Client, ServerError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = subparsers.add_parser(
+        "predict",
+        help="ask a running server about image files",
+        description="Send images to the server that mlvgm serve started, and print its answers. Keys are read, and "
+        "renewed when they have expired, by itself. Exit code 1 when an image was refused.",
+        epilog="Example: mlvgm predict signs/*.png --samples 16 --save-purified purified",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP or BMP")
+    parser.add_argument("--model", help="which model (default: the only one that is served)")
+    parser.add_argument("--port", type=int, default=8080, help="of the server (%(default)s)")
+    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the model's)")
+    parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
+    parser.add_argument("--alphas", help="schedule of interpolation weights (default: the model's)")
+    parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
+    parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask about one file after the other; one that is refused does not stop the rest."""
+    server = Server(arguments.port)
+    model = arguments.model or _only_model(server)
+    if arguments.save_purified:
+        arguments.save_purified.mkdir(parents=True, exist_ok=True)
+    client = server.client()
+    width = max(4, *(len(str(path)) for path in arguments.files))
+    if not arguments.json:
+        print(f"{'file':{width}}  {'label':24}  {'confidence':>10}  {'agreement':>9}  {'unpurified':24}  flagged")
+    refused = 0
+    for path in arguments.files:
+        try:
+            answer = _ask(client, model, path, arguments)
+        except (ServerError, OSError) as error:
+            if isinstance(error, ServerError) and error.status == 0:
+                raise  # no server: no use in going on
+            refused += 1
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            if arguments.json:
+                print(json.dumps({"file": str(path), "error": reason}))
+            else:
+                print(f"{path}: {reason}", file=sys.stderr)
+            continue
+        print(json.dumps({"file": str(path), **answer}) if arguments.json else _row(path, width, answer), flush=True)
+    return 1 if refused else 0
+
+
+def _only_model(server: Server) -> str:
+    models = server.models
+    if not models:
+        raise CliError(f"no server of mlvgm serve is running on port {server.port}: start one, or name the --port")
+    if len(models) > 1:
+        raise CliError(f"the server has {', '.join(models)}: say which with --model")
+    return models[0]
+
+
+def _ask(client: Client, model: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    image = path.read_bytes()
+    options: dict[str, Any] = {
+        "samples": arguments.samples,
+        "alphas": arguments.alphas,
+        "seed": arguments.seed,
+    }
+    if not arguments.save_purified:
+        return client.predict(image, model, top_k=arguments.top_k, **options)
+    purified, answer = client.purify(image, model, **options)
+    target = arguments.save_purified / f"{path.stem}.png"
+    target.write_bytes(purified)
+    return {**answer, "purified": str(target)}
+
+
+def _row(path: Path, width: int, answer: dict[str, Any]) -> str:
+    before = f"{answer['unpurified']['label']} {answer['unpurified']['confidence']:.0%}"
+    row = f"{path!s:{width}}  {answer['label']:24}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
+    row += f"{before:24}  {'yes' if answer['flagged'] else 'no'}"
+    for entry in answer.get("top_k", [])[1:]:
+        row += f"\n{'':{width}}  {entry['label']:24}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
+    return row

@@ -1,0 +1,111 @@
+"""From a recipe and its models to a bundle: trace every stage, compare it with its twin, and only then write."""
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from export import classifier as classify
+from export import families, parity
+from export.stage import Named, Stage
+from export.trace import trace
+from handlers import manifest
+from mlvgm.purifier import Purifier
+from mlvgm.recipe import Recipe
+
+LIMIT = 1e-4
+"""Relative L2 error that an fp32 stage may have against its eager twin."""
+
+
+class ExportError(RuntimeError):
+    """A bundle cannot be made of these models."""
+
+
+def export_bundle(
+    recipe: Recipe,
+    purifier: Purifier,
+    classifier: nn.Module,
+    out: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> manifest.Manifest:
+    """Write the bundle of ``recipe`` to the folder ``out``, which is replaced where it is a bundle already.
+
+    Args:
+        progress: is told in one line what comes next.
+
+    Raises:
+        ExportError: the models do not fit the recipe, or ``out`` holds something else.
+        TraceError: a stage cannot be traced.
+        ParityError: a stage is further than ``LIMIT`` from its eager twin; nothing is written then.
+    """
+    _check_fit(recipe, purifier, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stages = (
+        *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
+        classify.stage(classifier, recipe.image_size, len(recipe.classes)),
+    )
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
+        draft = Path(draft_name) / out.name
+        draft.mkdir()
+        files = {}
+        for stage in stages:
+            begun = time.monotonic()
+            progress(f"tracing {stage.name}")
+            files[stage.name] = draft / f"{stage.name}.onnx"
+            trace(stage, files[stage.name])
+            progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
+        batches = sorted({b for b in (1, 2, 3, 5, recipe.batch[2]) if b <= recipe.batch[2]})
+        comparisons = parity.compare_stages(stages, files, batches, progress=progress)
+        parity.check(comparisons, LIMIT)
+        written = _manifest(recipe, purifier, stages, parity.report(comparisons, LIMIT)).write(draft)
+        if out.exists():
+            shutil.rmtree(out)
+        draft.rename(out)
+    return written
+
+
+def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
+    if purifier.image_size != recipe.image_size:
+        raise ExportError(
+            f"recipe {recipe.name}: images are {recipe.image_size} px, the purifier's {purifier.image_size} px"
+        )
+    if purifier.n_latents != recipe.n_latents:
+        raise ExportError(
+            f"recipe {recipe.name}: has {recipe.n_latents} latents, the purifier has {purifier.n_latents}"
+        )
+    if out.exists() and not (out / manifest.FILE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out}: is there already and is no bundle; give another --out")
+
+
+def _manifest(recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any]) -> manifest.Manifest:
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
+    return manifest.Manifest(
+        name=recipe.name,
+        version="1.0",
+        family=recipe.family,
+        image_size=(recipe.image_size, recipe.image_size),
+        noise_shapes=purifier.noise_shapes,
+        alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
+        default_alphas=recipe.schedule,
+        samples=manifest.Samples(*recipe.samples),
+        classes=recipe.classes,
+        batch=manifest.Batch(*recipe.batch),
+        stages=tuple(
+            manifest.Stage(s.name, f"{s.name}.onnx", _tensors(s.inputs), _tensors(s.outputs)) for s in stages
+        ),
+        input_noise_l2=recipe.input_noise_l2,
+        precision=recipe.precision,
+        runtime=recipe.runtime,
+        report={"parity": report},
+        source={"recipe": recipe.name, "python": platform.python_version(), "packages": packages},
+    )
+
+
+def _tensors(named: tuple[Named, ...]) -> tuple[manifest.Tensor, ...]:
+    return tuple(manifest.Tensor(name, "float32", shape) for name, shape in named)

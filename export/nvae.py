@@ -1,0 +1,292 @@
+"""The traced form of NVAE: the same numbers as `mlvgm.nvae` with less work.
+
+- Weight norms and batch norms are folded into the convolutions.
+- A posterior needs ``conv3x3(feature + conv1x1(x))``: its first half moves to ``encode``, where it runs once per image,
+  and leaves z channels per latent instead of the tower's width; its second half becomes one 3x3 convolution.
+- Nearest upsampling commutes with the 1x1 convolution and SiLU behind it, bilinear upsampling with a 1x1 convolution:
+  both convolutions run at a quarter of the pixels.
+- Log standard deviations of the posterior and of the mixture are never used, so they are never computed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
+from export.preprocess import Preprocess
+from export.stage import Named, Stage
+from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
+from mlvgm.nvae_cells import BRANCH_SCALE, ResidualCell, SqueezeExcite, soft_clamp
+from mlvgm.preprocess import add_noise, blur_images
+
+
+def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
+    """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
+    network = without_weight_norm(purifier.network)
+    assert isinstance(network, NVAE)
+    shapes: list[Named] = [("B", *shape) for shape in purifier.noise_shapes]  # type: ignore[misc]
+    n, side = purifier.n_latents, purifier.image_size
+    images: Named = ("images", ("B", 3, side, side))
+    noisy: tuple[Named, ...] = (("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
+    features = tuple((f"feature_{i}", shape) for i, shape in enumerate(shapes))
+    noise = tuple((f"noise_{i}", shape) for i, shape in enumerate(shapes))
+
+    def published_encode(images: Tensor, input_noise: Tensor | None = None) -> list[Tensor]:
+        images = blur_images(images) if blur else images
+        images = images if input_noise is None else add_noise(images, input_noise, input_noise_l2)
+        return [
+            purifier.network.enc_sampler[f"sampler_{s}:{g}"](feature).chunk(2, dim=1)[0]
+            for (s, g), feature in zip(network.config.latents(), purifier.encode(images), strict=True)
+        ]
+
+    def published_decode(*tensors: Tensor) -> Tensor:
+        return _PublishedDecode(purifier)(*tensors)
+
+    return (
+        Stage("encode", Encode(network, blur, input_noise_l2), published_encode, (images, *noisy), features),
+        Stage(
+            "decode",
+            Decode(network, purifier.temperature),
+            published_decode,
+            (*features, *noise, ("alphas", (n,))),
+            (images,),
+        ),
+    )
+
+
+class Encode(nn.Module):
+    """images (B, 3, H, W) in [0, 1] -> for each latent the encoder's part of its posterior mean, (B, z, h, w)."""
+
+    def __init__(self, network: NVAE, blur: bool, input_noise_l2: float) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(network.config.resolution, blur, input_noise_l2)
+        self.config = network.config
+        self.before = nn.Sequential(*_fold_cells(network.preprocessing_block))
+        self.groups = nn.ModuleDict()
+        for s, count in enumerate(self.config.groups):
+            scale = network.encoder_tower[f"scale_{s}"]
+            for g in range(count):
+                self.groups[f"{s}:{g}"] = nn.Sequential(*_fold_cells(scale[f"group_{g}"]))
+            if s > 0:
+                self.groups[f"{s}:down"] = FoldedEncoderCell(scale["downsampling"])
+        self.last = network.encoder_0
+        self.means = nn.ModuleList(
+            _half(network.enc_sampler[f"sampler_{s}:{g}"], bias=True) for s, g in self.config.latents()
+        )
+
+    def forward(self, images: Tensor, *input_noise: Tensor) -> tuple[Tensor, ...]:
+        x = self.before(2.0 * self.preprocess(images, *input_noise) - 1.0)
+        features: dict[tuple[int, int], Tensor] = {}
+        for s in reversed(range(len(self.config.groups))):
+            for g in range(self.config.groups[s]):
+                x = self.groups[f"{s}:{g}"](x)
+                features[s, g] = x
+            if s > 0:
+                x = self.groups[f"{s}:down"](x)
+        features[0, 0] = self.last(x)
+        return tuple(mean(features[latent]) for mean, latent in zip(self.means, self.config.latents(), strict=True))
+
+
+class Decode(nn.Module):
+    """features (n times), noise (n times), alphas (n,) -> images (B, 3, H, W) in [0, 1]."""
+
+    def __init__(self, network: NVAE, temperature: float) -> None:
+        super().__init__()
+        self.config, self.temperature = network.config, temperature
+        self.cells, self.priors, self.posteriors = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.joins, self.flows = nn.ModuleDict(), nn.ModuleDict()
+        for s, g in self.config.latents():
+            name = f"{s}:{g}"
+            if self.config.flow_cells:
+                self.flows[name] = network.nf_cells[f"nf_{name}"]
+            if (s, g) == (0, 0):
+                self.start = FirstJoin(network)
+                continue
+            cells = [FoldedDecoderCell(c) for c in network.decoder_tower[f"scale_{s}"][f"group_{g}"]]
+            if g == 0:
+                cells.insert(0, FoldedDecoderCell(network.decoder_tower[f"scale_{s - 1}"]["upsampling"]))
+            self.cells[name] = nn.Sequential(*cells)
+            self.priors[name] = network.dec_sampler[f"sampler_{name}"]
+            self.posteriors[name] = Posterior(network, name, self.config.side(s))
+            self.joins[name] = network.decoder_combiners[f"combiner_{name}"]
+        blocks = [FoldedDecoderCell(cell) for block in network.postprocessing_block for cell in block]
+        self.after = nn.Sequential(*blocks)
+        self.mixture = MixtureMean(network)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        n = len(self.config.latents())
+        features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
+        z = (1.0 - alphas[0]) * soft_clamp(features[0]) + alphas[0] * (self.temperature * noise[0])
+        x = self.start(self._flow("0:0", z))
+        for i, (s, g) in list(enumerate(self.config.latents()))[1:]:
+            name = f"{s}:{g}"
+            x = self.cells[name](x)
+            mu, log_sigma = self.priors[name](x).chunk(2, dim=1)
+            code = soft_clamp(mu + features[i] + self.posteriors[name](x))
+            fresh = soft_clamp(mu) + self.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
+            z = (1.0 - alphas[i]) * code + alphas[i] * fresh
+            x = self.joins[name](x, self._flow(name, z))
+        return (self.mixture(self.after(x)) + 1.0) / 2.0
+
+    def _flow(self, name: str, z: Tensor) -> Tensor:
+        return self.flows[name](z) if self.config.flow_cells else z
+
+
+class _PublishedDecode:
+    """The decoder with the published operators, from the features that ``Encode`` gives."""
+
+    def __init__(self, purifier: NVAEPurifier) -> None:
+        self.purifier = purifier
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        network, n = self.purifier.network, self.purifier.n_latents
+        features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
+        x = network.start(len(features[0]))
+        for i, (s, g) in enumerate(network.config.latents()):
+            x = network.to_latent(s, g, x)
+            if i == 0:
+                mu, log_sigma, mean = torch.zeros_like(features[0]), torch.zeros_like(features[0]), features[0]
+            else:
+                mu, log_sigma = network.dec_sampler[f"sampler_{s}:{g}"](x).chunk(2, dim=1)
+                sampler = network.enc_sampler[f"sampler_{s}:{g}"]
+                seen = network.encoder_combiners[f"combiner_{s}:{g}"].conv(x)
+                z = network.config.latent_channels
+                mean = mu + features[i] + F.conv2d(seen, sampler.weight[:z], padding=1)
+            fresh = soft_clamp(mu) + self.purifier.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
+            x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
+        from mlvgm.mixture import mixture_mean
+
+        return (mixture_mean(network.finish(x)) + 1.0) / 2.0
+
+
+class Gate(nn.Module):
+    """Squeeze and excite, with the damping of the branch folded into the gate."""
+
+    def __init__(self, gate: SqueezeExcite) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = gate.linear_1, gate.linear_2
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.linear_2(torch.relu(self.linear_1(x.mean(dim=(2, 3))))))
+        return x * (BRANCH_SCALE * gate)[:, :, None, None]
+
+
+class FoldedEncoderCell(nn.Module):
+    """An encoder cell whose second batch norm is part of the convolution before it."""
+
+    def __init__(self, cell: ResidualCell) -> None:
+        super().__init__()
+        norm_1, silu, conv_1, norm_2, _, conv_2, gate = cell.residual
+        self.skip = cell.skip_connection
+        self.branch = nn.Sequential(norm_1, silu, conv_then_norm(conv_1, norm_2), nn.SiLU(), conv_2, Gate(gate))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.branch(x)
+
+
+class FoldedDecoderCell(nn.Module):
+    """A decoder cell without batch norms; where it upsamples, its pointwise convolutions run before that."""
+
+    def __init__(self, cell: ResidualCell) -> None:
+        super().__init__()
+        layers = list(cell.residual)
+        self.up = len(layers) == 11
+        norm_1, conv_1, norm_2, _, conv_2, norm_3, _, conv_3, norm_4, gate = layers[1:] if self.up else layers
+        self.expand = nn.Sequential(conv_then_norm(norm_then_pointwise(norm_1, conv_1), norm_2), nn.SiLU())
+        self.depthwise = nn.Sequential(conv_then_norm(conv_2, norm_3), nn.SiLU())
+        self.project = nn.Sequential(conv_then_norm(conv_3, norm_4), Gate(gate))
+        self.skip = cell.skip_connection.conv if self.up else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch, skip = self.expand(x), self.skip(x)
+        if self.up:
+            branch = F.interpolate(branch, scale_factor=2.0, mode="nearest")
+            skip = F.interpolate(skip, scale_factor=2.0, mode="bilinear", align_corners=True)
+        return skip + self.project(self.depthwise(branch))
+
+
+class FirstJoin(nn.Module):
+    """The first latent joins a constant, so the constant's half of that convolution is a constant too."""
+
+    constant: Tensor
+
+    def __init__(self, network: NVAE) -> None:
+        super().__init__()
+        conv, width = network.decoder_combiners["combiner_0:0"].conv, network.const_prior.shape[1]
+        with torch.no_grad():
+            self.register_buffer("constant", F.conv2d(network.const_prior, conv.weight[:, :width], conv.bias))
+        self.weight = nn.Parameter(conv.weight[:, width:].detach().clone())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.conv2d(z, self.weight) + self.constant
+
+
+class Posterior(nn.Module):
+    """The decoder's part of a posterior mean: a 1x1 and a 3x3 convolution as one.
+
+    The 1x1 convolution's bias meets the zero padding of the 3x3 one, so it becomes a map that differs at the border.
+    """
+
+    border: Tensor
+
+    def __init__(self, network: NVAE, name: str, side: int) -> None:
+        super().__init__()
+        first = network.encoder_combiners[f"combiner_{name}"].conv
+        second = network.enc_sampler[f"sampler_{name}"].weight[: network.config.latent_channels]
+        with torch.no_grad():
+            self.weight = nn.Parameter(torch.einsum("omyx,mi->oiyx", second, first.weight.flatten(1)))
+            bias = first.bias.view(1, -1, 1, 1).expand(1, -1, side, side)
+            self.register_buffer("border", F.conv2d(bias, second, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1) + self.border
+
+
+class MixtureMean(nn.Module):
+    """Features -> mean of the mixture in [-1, 1], (B, 3, H, W); see `mlvgm.mixture.mixture_mean`."""
+
+    def __init__(self, network: NVAE) -> None:
+        super().__init__()
+        activation, conv = network.to_logits
+        m = network.config.mixtures
+        rows = torch.arange(9 * m).view(m, 3, 3) + m
+        weights, means, coefficients = torch.arange(m), rows[:, 0].T.flatten(), rows[:, 2].T.flatten()
+        used = torch.cat((weights, means, coefficients))
+        self.m, self.activation = m, activation
+        self.conv = nn.Conv2d(conv.in_channels, 7 * m, 3, padding=1)
+        with torch.no_grad():
+            self.conv.weight.copy_(conv.weight[used])
+            self.conv.bias.copy_(conv.bias[used])  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.m
+        weights, means, raw = self.conv(self.activation(x)).split((m, 3 * m, 3 * m), dim=1)
+        share = torch.softmax(weights, dim=1)
+        r, g, b = ((part * share).sum(dim=1, keepdim=True) for part in means.split(m, dim=1))
+        k0, k1, k2 = ((part * share).sum(dim=1, keepdim=True) for part in torch.tanh(raw).split(m, dim=1))
+        r = r.clamp(-1.0, 1.0)
+        g = (g + k0 * r).clamp(-1.0, 1.0)
+        b = (b + k1 * r + k2 * g).clamp(-1.0, 1.0)
+        return torch.cat((r, g, b), dim=1)
+
+
+def _half(sampler: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
+    """The output channels of a sampler that hold the mean."""
+    half = nn.Conv2d(sampler.in_channels, sampler.out_channels // 2, 3, padding=1, bias=bias)
+    with torch.no_grad():
+        half.weight.copy_(sampler.weight[: half.out_channels])
+        if bias:
+            half.bias.copy_(sampler.bias[: half.out_channels])  # type: ignore[union-attr, index]
+    return half
+
+
+def _fold_cells(block: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
+    folded: list[nn.Module] = []
+    for part in block:
+        if isinstance(part, nn.Sequential):
+            folded += _fold_cells(part)
+        else:
+            folded.append(FoldedEncoderCell(part) if isinstance(part, ResidualCell) else part)
+    return folded

@@ -1,0 +1,33 @@
+"""What an export consists of: stages, each with its published twin to be compared with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Named = tuple[str, tuple[int | str, ...]]
+"""A tensor's name and shape; "B" is the batch axis."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph of a pipeline.
+
+    Attributes:
+        name: "encode", "resample", "decode" or "classify"; another name is as good, the order is what counts.
+        module: the form that is traced: rewritten for speed, a function of ``inputs`` in their order.
+        twin: the published operators, a function of the same inputs: what the traced form must agree with.
+        inputs, outputs: names and shapes. Known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
+            ``noise_0``, ``noise_1``, ... and ``alphas``; any other must be the output of a stage before.
+    """
+
+    name: str
+    module: nn.Module
+    twin: Callable[..., Tensor | Sequence[Tensor]]
+    inputs: tuple[Named, ...]
+    outputs: tuple[Named, ...]
+
+
+def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a stage as a tuple, even where there is one."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -1,0 +1,98 @@
+"""A stage as an ONNX file, with a dynamic batch axis."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.stage import Named, Stage
+
+TRACE_BATCH = 7
+"""An odd size that no other axis has, so that nothing is mistaken for the batch. Tracing computes nothing."""
+
+EXTERNAL_BYTES = 1_500_000_000
+"""Above this, weights go to a file of their own: one protocol-buffer file holds at most 2 GB."""
+
+
+class TraceError(RuntimeError):
+    """A stage cannot be traced, or its graph is not what was asked for."""
+
+
+def example(named: Named, batch: int, seed: int = 0) -> Tensor:
+    """A plausible value for an input: images in [0, 1], weights in (0, 1), everything else standard normal."""
+    name, shape = named
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [batch if size == "B" else int(size) for size in shape]
+    if name in ("images", "alphas"):
+        return torch.rand(sizes, generator=generator)
+    return torch.randn(sizes, generator=generator)
+
+
+def trace(stage: Stage, file: Path) -> None:
+    """Write ``stage`` to ``file`` (and ``file``.data where the weights are too large for one file).
+
+    Raises:
+        TraceError: the stage cannot be exported, or its graph has other inputs, outputs or a random operator.
+    """
+    inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
+    batch = torch.export.Dim("B", min=1)
+    axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), _quiet():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _OneArgument(stage.module).eval(),
+                (inputs,),
+                dynamo=True,
+                input_names=[name for name, _ in stage.inputs],
+                output_names=[name for name, _ in stage.outputs],
+                dynamic_shapes=(axes,),
+                verbose=False,
+            )
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise TraceError(f"stage {stage.name} cannot be exported: {reason[0]}") from error
+    assert program is not None
+    weights = sum(p.numel() * p.element_size() for p in [*stage.module.parameters(), *stage.module.buffers()])
+    program.save(str(file), external_data=weights > EXTERNAL_BYTES)
+    _check(stage, file)
+
+
+class _OneArgument(nn.Module):
+    """Takes all tensors as one tuple: the exporter then treats any number of them alike."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        result: Tensor | tuple[Tensor, ...] = self.module(*tensors)
+        return result
+
+
+def _check(stage: Stage, file: Path) -> None:
+    onnx.checker.check_model(str(file))
+    graph = onnx.load(str(file), load_external_data=False).graph
+    for kind, wanted, found in (("input", stage.inputs, graph.input), ("output", stage.outputs, graph.output)):
+        expected = [(name, len(shape)) for name, shape in wanted]
+        actual = [(value.name, len(value.type.tensor_type.shape.dim)) for value in found]
+        if expected != actual:
+            raise TraceError(f"stage {stage.name}: its graph has the {kind}s {actual}, expected {expected}")
+    random = [node.op_type for node in graph.node if node.op_type.startswith("Random") or node.op_type == "Bernoulli"]
+    if random:
+        raise TraceError(f"stage {stage.name}: its graph draws random numbers ({random[0]}); noise must be an input")
+
+
+class _quiet:
+    """The exporter logs its own progress; an export has a progress line of its own."""
+
+    def __enter__(self) -> None:
+        self.level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self.level)

@@ -1,0 +1,31 @@
+"""Fixtures that several folders share: tiny bundles, made once per run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import bundles
+
+
+@pytest.fixture(scope="session")
+def nvae_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the NVAE kind whose encoder overflows on a purely white image."""
+    folder = tmp_path_factory.mktemp("bundles") / "nvae"
+    bundles.write_nvae(folder, nan_on_white=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def style_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the StyleGAN2 kind."""
+    folder = tmp_path_factory.mktemp("bundles") / "style"
+    bundles.write_stylegan(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def noisy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the StyleGAN2 kind that adds noise to its input."""
+    folder = tmp_path_factory.mktemp("bundles") / "noisy"
+    bundles.write_stylegan(folder, input_noise_l2=2.0)
+    return folder

@@ -1,0 +1,280 @@
+import io
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png
+
+Pixels = npt.NDArray[np.uint8]
+SIZE = (16, 16)
+
+# A valid WebP of 46 bytes that unfolds to 16383 x 16383 pixels, 1 GB.
+WEBP_BOMB = bytes.fromhex(
+    "5249464626000000574542505650384c1a0000002ffebfff0f074020698bb7fd0a01044041d382fec74744f43f00"
+)
+
+
+def picture(size: tuple[int, int] = SIZE, mode: str = "RGB") -> Image.Image:
+    """A smooth picture with four different corners."""
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, colour: int, depth: int, rows: bytes) -> bytes:
+    """A PNG by hand, for what Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(data, SIZE)
+    message = str(caught.value)
+    assert message.isascii()
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP"])
+def test_pixels_of_the_right_size_stay_untouched(format: str) -> None:
+    image = picture()
+    options = {"lossless": True} if format == "WEBP" else {}
+    assert np.array_equal(decode(encoded(image, format, **options), SIZE), np.asarray(image))
+
+
+def test_jpeg_is_what_pillow_decodes() -> None:
+    data = encoded(picture(), "JPEG")
+    assert np.array_equal(decode(data, SIZE), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_other_sizes_are_resized_with_antialiasing() -> None:
+    """A pattern of single black and white pixels must become gray, not a moire of some of them."""
+    checkers = Image.fromarray(np.indices((64, 64)).sum(axis=0).astype(np.uint8) % 2 * 255).convert("RGB")
+    assert np.abs(decode(encoded(checkers, "PNG"), SIZE).astype(int) - 128).max() <= 2
+
+
+def test_height_and_width_are_not_confused() -> None:
+    assert decode(encoded(picture((40, 20)), "PNG"), (8, 24)).shape == (8, 24, 3)
+
+
+@pytest.mark.parametrize(("mode", "tolerance"), [("L", 0), ("1", 0), ("P", 0), ("RGBA", 0), ("LA", 0)])
+def test_png_modes(mode: str, tolerance: int) -> None:
+    image = picture(mode=mode)
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(decode(encoded(image, "PNG"), SIZE) - expected).max() <= tolerance
+
+
+def test_cmyk_jpeg() -> None:
+    expected = np.asarray(picture()).astype(int)
+    assert np.abs(decode(encoded(picture(mode="CMYK"), "JPEG", quality=95), SIZE) - expected).mean() < 12
+
+
+def test_gray_jpeg() -> None:
+    expected = np.asarray(picture(mode="L").convert("RGB")).astype(int)
+    assert np.abs(decode(encoded(picture(mode="L"), "JPEG", quality=95), SIZE) - expected).max() < 12
+
+
+def test_sixteen_bits_of_gray_keep_their_brightness() -> None:
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    expected = np.rint(values / 65535 * 255)[:, :, None]
+    assert np.abs(decode(png(16, 16, 0, 16, rows), SIZE) - expected).max() <= 1
+
+
+def test_sixteen_bits_of_colour_keep_their_brightness() -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (16, 48)).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    assert np.abs(decode(png(16, 16, 2, 16, rows), SIZE) - values.reshape(16, 16, 3) / 257).max() <= 1
+
+
+def test_transparency_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    image.paste((0, 0, 200, 255), (0, 0, 8, 16))
+    image.paste((0, 0, 0, 128), (8, 0, 12, 16))
+    pixels = decode(encoded(image, "PNG"), SIZE)
+    assert pixels[0, 0].tolist() == [0, 0, 200]
+    assert np.abs(pixels[0, 9].astype(int) - 127).max() <= 1
+    assert pixels[0, 15].tolist() == [255, 255, 255]
+
+
+def test_transparent_palette_is_laid_on_white() -> None:
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.paste(1, (0, 0, 8, 16))
+    pixels = decode(encoded(image, "PNG", transparency=0), SIZE)
+    assert pixels[0, 0].tolist() == [40, 50, 60]
+    assert pixels[0, 15].tolist() == [255, 255, 255]
+
+
+def test_a_transparent_colour_is_laid_on_white() -> None:
+    image = Image.new("RGB", (16, 16), (1, 2, 3))
+    assert (decode(encoded(image, "PNG", transparency=(1, 2, 3)), SIZE) == 255).all()
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = picture()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    assert np.array_equal(decode(encoded(turned, "PNG", exif=exif), SIZE), np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+)
+def test_a_damaged_exif_block_does_not_matter(exif: bytes) -> None:
+    decode(encoded(picture(), "JPEG", exif=exif), SIZE)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_animations_are_refused(format: str) -> None:
+    frames = [picture(), picture().transpose(Image.Transpose.ROTATE_90)]
+    assert "animated" in reason(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
+
+
+def test_a_photo_with_a_second_picture_is_taken() -> None:
+    data = encoded(picture(), "MPO", save_all=True, append_images=[picture()])
+    assert decode(data, SIZE).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "JPEG"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_truncated_images_are_refused(format: str, share: float) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    data = encoded(image, format)
+    assert "truncated" in reason(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "PPM", "ICO", "TGA", "PDF", "AVIF"])
+def test_other_formats_are_refused(format: str) -> None:
+    assert reason(encoded(picture(), format)) == "not a JPEG, PNG, WebP or BMP image"
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"<svg/>", b"\0" * 1000, b"{}", b"\x89PNG\r\n\x1a\n", b"%PDF", b"\xff\xd8\xff"]
+)
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    reason(data)
+
+
+def test_an_empty_body_is_named() -> None:
+    assert "empty" in reason(b"")
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(encoded(picture((64, 64)), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    assert "damaged" in reason(bytes(data))
+
+
+def test_jpegs_with_endless_scans_are_refused() -> None:
+    data = encoded(picture((256, 256)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:last] + data[last:-2] * 2000 + data[-2:]
+    start = time.monotonic()
+    assert f"at most {MAX_JPEG_SCANS}" in reason(bomb)
+    assert time.monotonic() - start < 1
+    decode(data, SIZE)
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files whose headers promise 50,000 x 50,000 pixels, or as many as the format allows."""
+    jpeg = bytearray(encoded(picture(), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 50_000, 50_000)
+    bmp = bytearray(encoded(picture(), "BMP"))
+    bmp[18:26] = struct.pack("<ii", 50_000, 50_000)
+    return {
+        "png": png(50_000, 50_000, 2, 8, b"\0" * 1000),
+        "black and white png": png(50_000, 50_000, 0, 1, b"\0" * 1000),
+        "png of 26 million pixels": png(5_200, 5_000, 2, 8, b"\0" * 1000),
+        "long png": png(1_000_000, 1, 2, 8, b"\0" * 1000),
+        "jpeg": bytes(jpeg),
+        "bmp": bytes(bmp),
+        "webp": WEBP_BOMB,
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bombs_are_refused_by_their_header(name: str) -> None:
+    start = time.monotonic()
+    assert "too large" in reason(bombs()[name])
+    assert time.monotonic() - start < 1
+
+
+def decoded_within(megabytes: int, images: list[bytes]) -> list[str]:
+    """What becomes of ``images`` in a process that may take so much memory beyond what it starts with."""
+    program = f"""
+import resource, sys
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from handlers.image import ImageError, decode
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {megabytes}_000_000,) * 2)
+for line in sys.stdin:
+    try:
+        print(*decode(bytes.fromhex(line), (16, 16)).shape)
+    except ImageError as error:
+        print(error)
+"""
+    lines = "\n".join(image.hex() for image in images)
+    done = subprocess.run([sys.executable, "-c", program], input=lines, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_bombs_take_no_memory() -> None:
+    outcomes = decoded_within(50, list(bombs().values()))
+    assert len(outcomes) == len(bombs())
+    assert all("too large" in outcome for outcome in outcomes)
+
+
+def test_a_large_photo_is_decoded_at_a_fraction() -> None:
+    """64 million pixels would need 256 MB in full."""
+    photo = encoded(Image.new("RGB", (8000, 8000), "teal"), "JPEG")
+    assert decoded_within(100, [photo]) == ["16 16 3"]
+
+
+def test_a_fraction_looks_like_the_whole() -> None:
+    photo = Image.linear_gradient("L").resize((2400, 2000)).convert("RGB")
+    expected = np.asarray(photo.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(decode(encoded(photo, "JPEG"), (64, 64)) - expected).max() <= 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["JPEG", "PNG", "WEBP", "BMP"]), st.integers(0, 300))
+def test_garbage_never_raises_anything_else(garbage: bytes, format: str, place: int) -> None:
+    data = encoded(picture(), format)
+    data = data[:place] + garbage + data[place + len(garbage) :]
+    try:
+        pixels: Pixels = decode(data, SIZE)
+    except ImageError:
+        return
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_png_of_a_purified_image_can_be_read_back() -> None:
+    image = np.random.default_rng(0).uniform(-0.1, 1.1, (3, 16, 16)).astype(np.float32)
+    pixels = decode(encode_png(image), SIZE)
+    assert np.abs(pixels.transpose(2, 0, 1) / 255 - image.clip(0, 1)).max() <= 0.5 / 255 + 1e-6

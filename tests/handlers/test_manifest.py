@@ -1,0 +1,152 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handlers.manifest import FILE_NAME, BundleError, Manifest
+from handlers.pipeline import Pipeline
+from tests import bundles
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def bundle(nvae_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(nvae_bundle, tmp_path / "bundle"))
+
+
+def change(bundle: Path, edit: Change) -> None:
+    content = json.loads((bundle / FILE_NAME).read_text())
+    edit(content)
+    (bundle / FILE_NAME).write_text(json.dumps(content))
+
+
+def refusal(bundle: Path) -> str:
+    """The one-line reason for which the bundle is refused, by the manifest and so by the pipeline."""
+    with pytest.raises(BundleError) as caught:
+        Pipeline.load(bundle)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    written = bundles.write_nvae(tmp_path, report={"labels_equal": 1.0}, source={"torch": "2.13"})
+    assert Manifest.read(tmp_path) == written
+    assert set(written.files) == {"encode.onnx", "decode.onnx", "classify.onnx", "classify.onnx.data"}
+
+
+def test_fields_on_disk_are_those_of_the_contract(nvae_bundle: Path) -> None:
+    content = json.loads((nvae_bundle / FILE_NAME).read_text())
+    assert content["format"] == 1
+    assert content["noise_shapes"] == [[2, 2, 2], [2, 4, 4]]
+    assert content["batch"] == {"min": 1, "opt": 4, "max": 8}
+    assert content["stages"][0]["inputs"] == [{"name": "images", "dtype": "float32", "shape": ["B", 3, 8, 8]}]
+    assert content["files"]["classify.onnx.data"].keys() == {"sha256", "bytes"}
+
+
+def test_writing_again_after_a_change_seals_the_new_content(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    (bundle / "report.md").write_text("parity")
+    assert "report.md" in manifest.write(bundle).files
+    Manifest.read(bundle)
+
+
+def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    assert "not a bundle" in refusal(tmp_path)
+    assert "not a bundle" in refusal(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 1000])
+def test_a_truncated_manifest_is_refused(bundle: Path, length: int) -> None:
+    text = (bundle / FILE_NAME).read_bytes()[:length]
+    (bundle / FILE_NAME).write_bytes(text)
+    assert "not valid JSON" in refusal(bundle)
+
+
+def test_a_binary_manifest_is_refused(bundle: Path) -> None:
+    (bundle / FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refusal(bundle)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", True, None])
+def test_another_format_is_refused(bundle: Path, version: object) -> None:
+    change(bundle, lambda m: m.update(format=version))
+    assert "format" in refusal(bundle)
+    assert "export again" in refusal(bundle)
+
+
+def test_one_altered_byte_is_refused(bundle: Path) -> None:
+    path = bundle / "classify.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert "classify.onnx.data: its SHA-256 differs" in refusal(bundle)
+
+
+def test_a_truncated_file_is_refused(bundle: Path) -> None:
+    path = bundle / "decode.onnx"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "truncated" in refusal(bundle)
+
+
+def test_a_missing_file_is_refused(bundle: Path) -> None:
+    (bundle / "encode.onnx").unlink()
+    assert "encode.onnx: missing" in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "", "..\\secret", "C:secret"])
+def test_paths_out_of_the_bundle_are_refused(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_text("x")
+    change(bundle, lambda m: m["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    assert "outside the bundle" in refusal(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle: Path) -> None:
+    (bundle / "encode.onnx").rename(bundle.parent / "encode.onnx")
+    (bundle / "encode.onnx").symlink_to(bundle.parent / "encode.onnx")
+    assert "outside the bundle" in refusal(bundle)
+
+
+EDITS: dict[str, tuple[Change, str]] = {
+    "weights missing": (lambda m: m["alphas"].update(linear=[0.5]), "1 weights for 2 latents"),
+    "weight out of range": (lambda m: m["alphas"].update(linear=[0.5, 1.5]), "outside 0 to 1"),
+    "weight NaN": (lambda m: m["alphas"].update(linear=[0.5, float("nan")]), "must be a number"),
+    "no such schedule": (lambda m: m.update(default_alphas="sine"), "'sine' is not among"),
+    "samples": (lambda m: m["samples"].update(default=99), "samples must have"),
+    "batch": (lambda m: m["batch"].update(min=9), "batch must have"),
+    "batch has a text": (lambda m: m["batch"].update(min="1"), "batch.min must be a whole number"),
+    "class twice": (lambda m: m.update(classes=["a", "a", "b"]), "a name twice"),
+    "too few classes": (lambda m: m.update(classes=["a", "b"]), "classify"),
+    "image size": (lambda m: m.update(image_size=[16, 16]), "encode: input images"),
+    "three sizes": (lambda m: m.update(image_size=[16, 16, 3]), "image_size"),
+    "noise shape": (lambda m: m["noise_shapes"].__setitem__(0, [3, 2, 2]), "noise_0"),
+    "name": (lambda m: m.update(name="../x"), "name"),
+    "input noise": (lambda m: m.update(input_noise_l2=1.0), "disagree"),
+    "no stages": (lambda m: m.update(stages=[]), "the last stage must be classify"),
+    "order of stages": (lambda m: m["stages"].insert(0, m["stages"].pop(1)), "nothing provides"),
+    "stage twice": (lambda m: m["stages"].insert(0, m["stages"][0]), "same name"),
+    "stage without file": (lambda m: m["stages"][0].update(file="other.onnx"), "not among the files"),
+    "stage with unknown input": (lambda m: m["stages"][0]["inputs"][0].update(name="pixels"), "'pixels'"),
+    "stage of other type": (lambda m: m["stages"][1]["inputs"][0].update(dtype="float16"), "feature_0 float16"),
+    "unknown type": (lambda m: m["stages"][1]["inputs"][0].update(dtype="float31"), "float31"),
+    "unknown field": (lambda m: m.update(extra=1), "unknown field 'extra'"),
+    "missing field": (lambda m: m.pop("classes"), "field 'classes' is missing"),
+    "no SHA-256": (lambda m: m["files"]["encode.onnx"].update(sha256="beef"), "is no SHA-256"),
+    "list for object": (lambda m: m.update(files=[]), "files must be a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_contradictions_are_refused(bundle: Path, name: str) -> None:
+    edit, reason = EDITS[name]
+    change(bundle, edit)
+    assert reason in refusal(bundle)
+
+
+def test_nothing_inconsistent_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="default_alphas"):
+        bundles.write_nvae(tmp_path, default_alphas="sine")
+    assert not (tmp_path / FILE_NAME).exists()

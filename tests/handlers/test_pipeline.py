@@ -1,0 +1,217 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.manifest import Batch, Manifest
+from handlers.noise import image_noise, latent_noise
+from handlers.pipeline import NonFiniteError, Pipeline
+from handlers.runtimes import EngineError
+from tests import bundles
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", params=["nvae", "style", "noisy"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{request.param}_bundle")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def pipeline(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(bundle, request.param, threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def nvae(nvae_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(nvae_bundle, "onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+def run_engines(folder: Path, tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """The engines one after the other on one row, as a reader of the manifest would call them by hand."""
+    for stage in Manifest.read(folder).stages:
+        session = ort.InferenceSession(folder / stage.file, providers=["CPUExecutionProvider"])
+        feeds = {given.name: tensors[given.name] for given in session.get_inputs()}
+        outputs = session.run(None, feeds)
+        tensors = tensors | {out.name: array for out, array in zip(session.get_outputs(), outputs, strict=True)}
+    return tensors
+
+
+def test_every_copy_is_what_the_engines_give_by_hand(pipeline: Pipeline, bundle: Path) -> None:
+    manifest, images, seeds, copies = pipeline.manifest, bundles.images(3), [5, 6, 7], 4
+    result = pipeline.run(images, copies, seeds)
+    for b, seed in enumerate(seeds):
+        pixels = images[b : b + 1].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        for k in range(copies):
+            noise = [latent_noise([seed], [k], i, shape) for i, shape in enumerate(manifest.noise_shapes)]
+            tensors = {f"noise_{i}": array for i, array in enumerate(noise)}
+            if manifest.family == "e4e":
+                tensors["noise"] = np.stack(noise, axis=1)
+            tensors["alphas"] = np.array(manifest.alphas[manifest.default_alphas], np.float32)
+            tensors["input_noise"] = image_noise([seed], [k], (8, 8))
+            expected = run_engines(bundle, {"images": pixels, **tensors})
+            assert np.allclose(result.purified[b, k], expected["images"][0], atol=1e-5)
+            assert np.allclose(result.sample_logits[b, k], expected["logits"][0], atol=1e-4)
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=9), st.integers(1, 5))
+def test_an_answer_does_not_depend_on_the_batch(pipeline: Pipeline, seeds: list[int], copies: int) -> None:
+    images = bundles.images(len(seeds))
+    together = pipeline.run(images, copies, seeds)
+    for i, seed in enumerate(seeds):
+        alone = pipeline.run(images[i : i + 1], copies, [seed])
+        assert np.allclose(alone.sample_logits[0], together.sample_logits[i], rtol=0, atol=1e-5)
+        assert np.allclose(alone.purified[0], together.purified[i], rtol=0, atol=1e-6)
+        assert np.array_equal(alone.votes[0], together.votes[i])
+        assert alone.labels[0] == together.labels[i]
+
+
+def test_more_samples_begin_with_the_same_copies(pipeline: Pipeline) -> None:
+    few, many = (pipeline.run(bundles.images(2), copies, [1, 2]) for copies in (3, 9))
+    assert np.allclose(few.purified, many.purified[:, :3], atol=1e-6)
+
+
+def test_the_result_has_the_shapes_of_the_contract(pipeline: Pipeline) -> None:
+    result = pipeline.run(bundles.images(3), samples=4)
+    assert result.logits.shape == (3, 3)
+    assert result.votes.shape == (3, 3)
+    assert result.purified.shape == (3, 4, 3, 8, 8)
+    assert result.purified.dtype == np.float32
+    assert result.unpurified_logits.shape == (3, 3)
+    assert (result.votes.sum(axis=1) == 4).all()
+    assert set(result.timing_ms) == {"noise", *(stage.name for stage in pipeline.manifest.stages)}
+
+
+def test_explicit_noise_replays_a_seeded_run(pipeline: Pipeline) -> None:
+    manifest, seeds, copies = pipeline.manifest, [3, 4], 5
+    rows = [(seed, k) for seed in seeds for k in range(copies)]
+    row_seeds, samples = [seed for seed, _ in rows], [k for _, k in rows]
+    noise = [latent_noise(row_seeds, samples, i, shape) for i, shape in enumerate(manifest.noise_shapes)]
+    extra = image_noise(row_seeds, samples, (8, 8)) if manifest.input_noise_l2 else None
+    seeded = pipeline.run(bundles.images(2), copies, seeds)
+    replayed = pipeline.run(bundles.images(2), copies, noise=noise, input_noise=extra)
+    assert np.array_equal(seeded.purified, replayed.purified)
+    assert np.array_equal(seeded.sample_logits, replayed.sample_logits)
+
+
+def test_bytes_and_floats_are_the_same_image(pipeline: Pipeline) -> None:
+    images = bundles.images(2)
+    floats = images.transpose(0, 3, 1, 2) / 255
+    by_bytes, by_floats = (pipeline.run(given, 2, [1, 2]) for given in (images, floats))
+    assert np.allclose(by_bytes.purified, by_floats.purified, atol=1e-6)
+    assert np.allclose(pipeline.classify(images), by_floats.unpurified_logits, atol=1e-5)
+
+
+def test_without_seeds_every_run_draws_anew(nvae: Pipeline) -> None:
+    first, second = (nvae.run(bundles.images(1), 1) for _ in range(2))
+    assert not np.array_equal(first.purified, second.purified)
+
+
+def test_alphas_by_name_and_by_value(nvae: Pipeline) -> None:
+    images = bundles.images(1)
+    assert np.array_equal(nvae.run(images, 2, [1]).logits, nvae.run(images, 2, [1], alphas="linear").logits)
+    assert np.array_equal(nvae.run(images, 2, [1], alphas=[0.5, 1]).logits, nvae.run(images, 2, [1]).logits)
+    kept = nvae.run(images, 3, [1], alphas="none")
+    assert np.array_equal(kept.purified[0, 0], kept.purified[0, 1])
+    assert not np.allclose(kept.purified[0, 0], nvae.run(images, 3, [1]).purified[0, 0], atol=1e-3)
+
+
+def test_input_noise_differs_between_copies(noisy_bundle: Path) -> None:
+    with Pipeline.load(noisy_bundle, "onnxruntime") as noisy:
+        result = noisy.run(bundles.images(1), 2, [1], alphas=[0, 0, 0])
+    assert not np.allclose(result.purified[0, 0], result.purified[0, 1], atol=1e-4)
+
+
+def test_one_encode_serves_all_copies(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    engine = nvae._engines["encode"]
+    original = engine.run
+    monkeypatch.setattr(engine, "run", lambda feeds: rows.append(len(feeds["images"])) or original(feeds))
+    nvae.run(bundles.images(3), samples=16)
+    assert sum(rows) == 3
+
+
+@pytest.mark.parametrize("batch", [Batch(1, 1, 1), Batch(1, 3, 5), Batch(4, 4, 8)])
+def test_engines_only_see_the_sizes_of_their_profile(
+    tmp_path: Path, nvae: Pipeline, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles.write_nvae(tmp_path, batch=batch)
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
+        warm: set[int] = set()
+        seen: set[int] = set()
+        for engine in pipeline._engines.values():
+            original = engine.run
+
+            def spy(feeds: dict[str, Floats], original: object = original) -> object:
+                seen.add(len(next(iter(feeds.values()))))
+                return original(feeds)  # type: ignore[operator]
+
+            monkeypatch.setattr(engine, "run", spy)
+        pipeline.warm_up()
+        warm, seen = seen, set()
+        for count in range(1, 12):
+            result = pipeline.run(bundles.images(count), 3, range(count))
+            expected = nvae.run(bundles.images(count), 3, range(count))
+            assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5)
+    assert seen <= warm, "warm_up must run every size that requests can cause"
+    assert batch.min <= min(warm)
+    assert max(warm) == batch.max
+
+
+def test_an_overflow_names_the_images_concerned(nvae: Pipeline) -> None:
+    images = bundles.images(11)
+    images[[2, 9]] = 255
+    with pytest.raises(NonFiniteError, match="encode") as caught:
+        nvae.run(images, 2)
+    assert caught.value.items == [2]  # the first engine call that fails ends the run
+    with pytest.raises(NonFiniteError) as caught:
+        nvae.run(images[[2, 0, 9]], 2)
+    assert caught.value.items == [0]
+
+
+WRONG_ARGUMENTS = {
+    "no image": ({"images": bundles.images(0)}, "images must be"),
+    "one image without batch": ({"images": bundles.images(1)[0]}, "images must be"),
+    "wrong size": ({"images": np.zeros((1, 9, 8, 3), np.uint8)}, "images must be"),
+    "wrong axes": ({"images": np.zeros((1, 3, 8, 8), np.uint8)}, "images must be"),
+    "integers": ({"images": np.zeros((1, 3, 8, 8), np.int64)}, "images must be"),
+    "out of range": ({"images": np.full((1, 3, 8, 8), 1.1)}, "0 to 1"),
+    "NaN": ({"images": np.full((1, 3, 8, 8), np.nan)}, "0 to 1"),
+    "no samples": ({"samples": 0}, "samples must be 1 to 16"),
+    "too many samples": ({"samples": 17}, "samples must be 1 to 16"),
+    "seeds": ({"seeds": [1, 2]}, "seeds must hold one"),
+    "negative seed": ({"seeds": [-1]}, "seeds must be 0 to"),
+    "large seed": ({"seeds": [2**63]}, "seeds must be 0 to"),
+    "schedule": ({"alphas": "sine"}, "one of linear, none"),
+    "weights": ({"alphas": [0.5]}, "alphas must have shape"),
+    "weight": ({"alphas": [0.5, 2]}, "0 to 1"),
+    "noise count": ({"noise": [np.zeros((5, 2, 2, 2))]}, "2 latents"),
+    "noise rows": ({"noise": [np.zeros((1, 2, 2, 2)), np.zeros((5, 2, 4, 4))]}, r"noise\[0\]"),
+    "input noise": ({"input_noise": np.zeros((5, 3, 8, 8))}, "no input noise"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(nvae: Pipeline, name: str) -> None:
+    arguments, reason = WRONG_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=reason):
+        nvae.run(**{"images": bundles.images(1), **arguments})
+
+
+def test_an_engine_that_breaks_its_declaration_is_an_error(nvae_bundle: Path, tmp_path: Path) -> None:
+    """A sealed bundle can still declare what its files do not do."""
+    shutil.copytree(nvae_bundle, tmp_path, dirs_exist_ok=True)
+    shutil.copy(tmp_path / "encode.onnx", tmp_path / "decode.onnx")
+    Manifest.read(nvae_bundle).write(tmp_path)
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline, pytest.raises(EngineError):
+        pipeline.run(bundles.images(1))

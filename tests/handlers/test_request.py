@@ -1,0 +1,177 @@
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlers.manifest import Manifest
+from handlers.request import OPTIONS, Request, RequestError, parse
+
+IMAGE = b"\x89PNG..."
+BASE64 = base64.b64encode(IMAGE).decode()
+
+
+@pytest.fixture(scope="module")
+def manifest(nvae_bundle: Path) -> Manifest:
+    return Manifest.read(nvae_bundle)
+
+
+def reason(fields: dict[str, Any], headers: dict[str, Any], manifest: Manifest, allow_seed: bool = False) -> str:
+    with pytest.raises(RequestError) as caught:
+        parse(fields, headers, manifest, allow_seed)
+    assert str(caught.value).isascii()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+EXPECTED = Request(IMAGE, samples=3, top_k=2, wants_image=True, alphas="none", seed=7)
+VALUES = {"samples": 3, "top_k": 2, "return": "purified", "alphas": "none", "seed": 7}
+HEADERS = {f"x-MLVGM-{name.replace('_', '-')}": str(value) for name, value in VALUES.items()}
+FORM = {name: bytearray(str(value).encode()) for name, value in VALUES.items()}
+JSON = {"image": BASE64, **VALUES}
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({"body": bytearray(IMAGE)}, HEADERS),
+        ({"data": IMAGE}, HEADERS),
+        ({"image": bytearray(IMAGE), **FORM}, {"Content-Type": "multipart/form-data; boundary=x"}),
+        ({"image": bytearray(IMAGE), **FORM}, {"image": {"content-type": "image/png"}}),
+        ({"body": JSON}, {"content-type": "application/json"}),
+        ({"body": bytearray(json.dumps(JSON).encode())}, {"Content-Type": "application/json; charset=utf-8"}),
+        ({"body": bytearray(json.dumps(JSON).encode())}, {}),
+        ({"body": json.dumps(JSON)}, {"content-type": "text/plain"}),
+        ({"body": {"image": BASE64}}, HEADERS),
+        ({"body": JSON}, {"x-mlvgm-samples": "16"}),
+    ],
+)
+def test_every_way_to_ask_gives_the_same_request(
+    fields: dict[str, Any], headers: dict[str, Any], manifest: Manifest
+) -> None:
+    assert parse(fields, headers, manifest, allow_seed=True) == EXPECTED
+
+
+def test_without_options_the_bundle_decides(manifest: Manifest) -> None:
+    assert parse({"body": IMAGE}, {}, manifest) == Request(IMAGE, 5, 3, False, "linear", None)
+
+
+@pytest.mark.parametrize(
+    ("accept", "wants_image"),
+    [
+        ("image/png", True),
+        ("IMAGE/PNG;q=1", True),
+        ("application/json, image/png", False),
+        ("*/*", False),
+        ("image/jpeg", False),
+    ],
+)
+def test_accept_header(accept: str, wants_image: bool, manifest: Manifest) -> None:
+    assert parse({"body": IMAGE}, {"Accept": accept}, manifest).wants_image == wants_image
+
+
+def test_the_option_beats_the_accept_header(manifest: Manifest) -> None:
+    headers = {"Accept": "image/png", "X-Mlvgm-Return": "json"}
+    assert not parse({"body": IMAGE}, headers, manifest).wants_image
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("samples", 0, "1 to 16"),
+        ("samples", 17, "1 to 16"),
+        ("samples", "many", "1 to 16"),
+        ("samples", 2.0, "1 to 16"),
+        ("samples", True, "1 to 16"),
+        ("samples", None, "1 to 16"),
+        ("samples", [4], "1 to 16"),
+        ("samples", "-1", "1 to 16"),
+        ("samples", "\N{ARABIC-INDIC DIGIT THREE}", "1 to 16"),
+        ("samples", "9" * 5000, "1 to 16"),
+        ("top_k", 4, "1 to 3"),
+        ("return", "tiff", "'json', 'purified'"),
+        ("alphas", "sine", "'linear', 'none'"),
+        ("alphas", ["linear"], "'linear', 'none'"),
+        ("seed", -1, "0 to 9223372036854775807"),
+        ("seed", 2**63, "0 to 9223372036854775807"),
+        ("\N{SNOWMAN}", 1, "samples, top_k, return, alphas, seed"),
+        ("image2", "x", "samples, top_k, return, alphas, seed"),
+    ],
+)
+def test_options_out_of_range_name_the_range(option: str, value: object, said: str, manifest: Manifest) -> None:
+    assert said in reason({"body": {"image": BASE64, option: value}}, {}, manifest, allow_seed=True)
+
+
+def test_unknown_headers_of_ours_are_refused(manifest: Manifest) -> None:
+    assert "'sample'" in reason({"body": IMAGE}, {"X-Mlvgm-Sample": "3"}, manifest)
+
+
+def test_seeds_are_the_operators_choice(manifest: Manifest) -> None:
+    assert "seed" in reason({"body": IMAGE}, {"X-Mlvgm-Seed": "3"}, manifest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "said"),
+    [
+        ({}, {}, "one image"),
+        ({"image": IMAGE, "data": IMAGE}, {}, "one image"),
+        ({"file": IMAGE}, {}, "one image"),
+        ({"\x89PNG": b""}, {"Content-Type": "application/x-www-form-urlencoded"}, "curl -T"),
+        ({"body": {}}, {}, "base64"),
+        ({"body": {"image": 3}}, {}, "base64"),
+        ({"body": {"image": "%%%"}}, {}, "base64"),
+        ({"body": {"image": "\N{SNOWMAN}"}}, {}, "base64"),
+        ({"body": [BASE64]}, {}, "JSON object"),
+        ({"body": bytearray(b'{"image": ')}, {"content-type": "application/json"}, "JSON object"),
+        ({"body": bytearray(b"[" * 100_000)}, {"content-type": "application/json"}, "JSON object"),
+        ({"body": "just text"}, {"content-type": "text/plain"}, "JSON object"),
+        ({"body": 5}, {}, "JSON object"),
+    ],
+)
+def test_requests_without_an_image_are_refused(
+    fields: dict[str, Any], headers: dict[str, Any], said: str, manifest: Manifest
+) -> None:
+    assert said in reason(fields, headers, manifest)
+
+
+def test_base64_may_be_wrapped(manifest: Manifest) -> None:
+    long = bytes(range(256))
+    wrapped = base64.encodebytes(long).decode()
+    assert parse({"body": {"image": wrapped}}, {}, manifest).image == long
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from(["image", "data", "body", *OPTIONS]) | st.text(max_size=10)
+headers = st.dictionaries(
+    st.sampled_from(["Accept", "content-type", *(f"X-Mlvgm-{o.title()}" for o in OPTIONS)]) | st.text(max_size=10),
+    st.text(max_size=20) | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=1),
+    max_size=4,
+)
+
+
+@given(st.dictionaries(names, json_values | st.binary(max_size=20), max_size=4), headers, st.booleans())
+def test_any_request_is_parsed_or_refused(
+    manifest: Manifest, fields: dict[str, Any], headers: dict[str, Any], allow_seed: bool
+) -> None:
+    try:
+        request = parse(fields, headers, manifest, allow_seed)
+    except RequestError as error:
+        refused = str(error)
+    else:
+        refused = None
+    if refused is not None:
+        assert refused.isascii()
+        assert 0 < len(refused) < 200
+        return
+    assert isinstance(request.image, bytes)
+    assert 1 <= request.samples <= 16
+    assert 1 <= request.top_k <= 3
+    assert request.alphas in manifest.alphas
+    assert request.seed is None or (allow_seed and 0 <= request.seed < 2**63)

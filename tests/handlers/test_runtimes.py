@@ -1,0 +1,99 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from handlers import runtimes
+from handlers.pipeline import Pipeline
+from handlers.runtimes import EngineError, Options, RuntimeMissing
+from tests import bundles
+
+NAMES = ["onnxruntime", "openvino"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_come_by_name_and_are_kept(nvae_bundle: Path, name: str) -> None:
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options(threads=1))
+    images = np.random.default_rng(0).random((5, 3, 8, 8), np.float32)
+    first = engine.run({"images": images})
+    kept = first["feature_1"].copy()
+    engine.run({"images": images / 2})
+    assert {"feature_0", "feature_1"} <= set(first)
+    assert first["feature_1"].shape == (5, 2, 4, 4)
+    assert np.array_equal(first["feature_1"], kept), "a later run must not overwrite earlier outputs"
+    engine.close()
+
+
+def test_runtimes_agree_in_fp32(style_bundle: Path) -> None:
+    results = []
+    for name in NAMES:
+        with Pipeline.load(style_bundle, name) as pipeline:
+            results.append(pipeline.run(bundles.images(5), 8, range(5)))
+    assert np.allclose(results[0].purified, results[1].purified, rtol=0, atol=1e-6)
+    assert np.array_equal(results[0].votes, results[1].votes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_and_other_types_of_array_are_taken_as_they_are(nvae_bundle: Path, name: str) -> None:
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options())
+    images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    view = images.transpose(0, 3, 1, 2)[::2]
+    assert np.allclose(
+        engine.run({"images": view})["feature_1"], engine.run({"images": view.copy()})["feature_1"], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_engine_is_one_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"x\.onnx"):
+        runtimes.load(name, tmp_path / "x.onnx", Options())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_inputs_are_an_engine_error(nvae_bundle: Path, name: str) -> None:
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options())
+    with pytest.raises(EngineError):
+        engine.run({"images": np.zeros((1, 3, 9, 8, 2), np.float32)})
+
+
+def test_auto_takes_an_installed_one() -> None:
+    assert runtimes.choose("auto") in runtimes.installed()
+    assert set(NAMES) <= set(runtimes.installed())
+
+
+def test_an_unknown_runtime_lists_the_known_ones(nvae_bundle: Path) -> None:
+    with pytest.raises(RuntimeMissing, match="there are auto, openvino, onnxruntime"):
+        Pipeline.load(nvae_bundle, "tensorflow")
+
+
+def test_a_missing_runtime_says_what_to_install(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "installed", list)
+    with pytest.raises(RuntimeMissing, match="pip install onnxruntime"):
+        Pipeline.load(nvae_bundle, "onnxruntime")
+    with pytest.raises(RuntimeMissing, match="pip install openvino or pip install onnxruntime"):
+        Pipeline.load(nvae_bundle)
+
+
+def test_a_runtime_that_cannot_be_imported_says_so(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "handlers.runtimes.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(RuntimeMissing, match="cannot be imported"):
+        runtimes.load("openvino", nvae_bundle / "encode.onnx", Options())
+
+
+def test_cuda_is_refused_without_a_gpu(nvae_bundle: Path) -> None:
+    onnxruntime_cuda = pytest.importorskip("handlers.runtimes.onnxruntime_cuda")
+    if "CUDAExecutionProvider" in onnxruntime_cuda.ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(RuntimeMissing, match="onnxruntime-gpu"):
+        onnxruntime_cuda.load(nvae_bundle / "encode.onnx", Options())
+
+
+def test_a_bundle_names_its_runtime(tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path, runtime="onnxruntime")
+    with Pipeline.load(tmp_path) as pipeline:
+        assert pipeline.runtime == "onnxruntime"
+    with Pipeline.load(tmp_path, "openvino") as pipeline:
+        assert pipeline.runtime == "openvino"

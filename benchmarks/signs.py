@@ -143,7 +143,7 @@ def _prohibition(pen: _Pen) -> None:
 def _speed_limit(number: str, width: float) -> Callable[[_Pen], None]:
     def draw(pen: _Pen) -> None:
         _prohibition(pen)
-        pen.text(number, width, 0.66, 0.03, BLACK)
+        pen.text(number, width, 0.74, 0.02, BLACK)
 
     return draw
 
@@ -170,14 +170,14 @@ def _warning(pen: _Pen) -> None:
 
 def _danger(pen: _Pen) -> None:
     _warning(pen)
-    pen.polygon([(-0.1, -0.26), (0.1, -0.26), (0.06, 0.26), (-0.06, 0.26)], BLACK)
-    pen.disc(0.09, BLACK, (0.0, 0.41))
+    pen.polygon([(-0.12, -0.28), (0.12, -0.28), (0.07, 0.26), (-0.07, 0.26)], BLACK)
+    pen.disc(0.1, BLACK, (0.0, 0.41))
 
 
 def _priority_at_next_intersection(pen: _Pen) -> None:
     _warning(pen)
-    _arrow(pen, (0.0, 0.54), (0.0, -0.34), 0.18, 0.19, BLACK)
-    pen.bar(-0.27, 0.16, 0.27, 0.26, BLACK)
+    _arrow(pen, (0.0, 0.56), (0.0, -0.4), 0.22, 0.26, BLACK)
+    pen.bar(-0.34, 0.1, 0.34, 0.24, BLACK)
 
 
 def _straight_ahead_only(pen: _Pen) -> None:
@@ -206,10 +206,10 @@ SIGNS: dict[int, tuple[str, Callable[[_Pen], None]]] = {
     13: ("give way", _give_way),
     12: ("priority road", _priority_road),
     17: ("no entry", _no_entry),
-    1: ("speed limit 30", _speed_limit("30", 0.98)),
-    2: ("speed limit 50", _speed_limit("50", 0.98)),
-    5: ("speed limit 80", _speed_limit("80", 0.98)),
-    8: ("speed limit 120", _speed_limit("120", 1.18)),
+    1: ("speed limit 30", _speed_limit("30", 1.02)),
+    2: ("speed limit 50", _speed_limit("50", 1.02)),
+    5: ("speed limit 80", _speed_limit("80", 1.02)),
+    8: ("speed limit 120", _speed_limit("120", 1.22)),
     9: ("no overtaking", _no_overtaking),
     18: ("danger", _danger),
     11: ("priority at next intersection", _priority_at_next_intersection),
@@ -249,7 +249,7 @@ def _background(side: int, random: np.random.Generator) -> Image.Image:
 def _lighting(random: np.random.Generator) -> NDArray[np.float32]:
     """Brightness (32, 32, 3) that falls off in one direction, with a tint: late sun or an overcast day."""
     angle, contrast = random.uniform(0, 2 * math.pi), random.uniform(0.05, 0.2)
-    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]  # type: ignore[misc]
+    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     slope = 1 + contrast * (x * math.cos(angle) + y * math.sin(angle))
     tint = 1 + random.uniform(-0.05, 0.05) * np.array([1, 0, -1])
     light: NDArray[np.float32] = (random.uniform(0.7, 0.9) * slope[:, :, None] * tint).astype(np.float32)

@@ -141,6 +141,7 @@ def test_exif_orientation_is_applied() -> None:
     assert np.array_equal(decode(encoded(turned, "PNG", exif=exif), SIZE), np.asarray(upright))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )

@@ -1,0 +1,45 @@
+# Two commands do it all: `make demo` and `make test`. Both stand on `make install`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch has a CPU build of its own index; on other platforms the plain one.
+TORCH := torch==2.13.0
+DATA ?= ../shared/data/gtsrb
+
+.PHONY: help install demo test test-full lint train clean
+
+help:
+	@echo "make demo       install, export, archive, serve, and show attacked signs being read right again"
+	@echo "make test       install, lint, type-check, run the tests"
+	@echo "make test-full  the tests on full-size models as well (hours, 16 GB)"
+	@echo "make train      train the default model anew from DATA=$(DATA)"
+	@echo "make clean      remove what was built"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mlvgm-serve needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,serve,attack,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m benchmarks.demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: install
+	$(BIN)/python -m pytest -m "full or not full"
+
+train: install
+	$(BIN)/python -m mlvgm.training --data $(DATA) --out model_store/road-signs
+
+clean:
+	rm -rf build model_store/*.mar .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,262 @@
+"""DeepFool and Carlini-Wagner attacks on a classifier, as 8-bit images: what can really be sent to a server.
+
+Both attacks come from foolbox and find the nearest image, in the L2 norm, that the classifier reads wrongly. What they
+find lies so close to the decision boundary that rounding to 8 bits often undoes it, so the perturbation is prolonged
+along its own direction until the rounded image fools the classifier, and given up where that does not happen.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.progress import track
+from export.fold import fold_batch_norms
+
+OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
+"""Lengths to which a perturbation is prolonged, in turn, until it survives rounding."""
+
+MARGIN = 0.01
+"""By how much, in logits, the wrong class must win: more than the numerical difference between two runtimes."""
+
+_CHUNK = 250
+
+
+class AttackError(RuntimeError):
+    """The attack cannot be run."""
+
+
+@dataclass(frozen=True)
+class DeepFool:
+    """Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016.
+
+    Attributes:
+        steps: at most; nearly every image needs fewer than ``first_steps``, so the others are attacked again alone.
+        candidates: classes whose boundaries are considered, the likeliest first.
+        overshoot: share by which the boundary is crossed.
+    """
+
+    steps: int = 50
+    first_steps: int = 6
+    candidates: int = 6
+    overshoot: float = 0.02
+
+    def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The attacked images, (B, 3, H, W) in [0, 1]; where the attack failed, what it had got to."""
+        result = self._run(classifier, images, labels, self.first_steps)
+        stubborn = ~_fooled(classifier, result, labels, 0.0)
+        if stubborn.any():
+            result[stubborn] = self._run(classifier, images[stubborn], labels[stubborn], self.steps)
+        return result
+
+    def _run(self, classifier: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Tensor:
+        foolbox = _foolbox()
+        attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, candidates=self.candidates, overshoot=self.overshoot)
+        return _run_foolbox(attack, classifier, images, labels)
+
+
+@dataclass(frozen=True)
+class CarliniWagner:
+    """Carlini and Wagner, IEEE S&P 2017, in the L2 norm.
+
+    Attributes:
+        searches: values tried for the weight of being misread against being near: tenfold until it succeeds, then
+            halfway between the largest failure and the smallest success.
+        steps: of Adam for each of them.
+        stepsize: of Adam, in the space where tanh maps to the image.
+        initial_const: the first value tried.
+        confidence: by how much, in logits, the wrong class shall win.
+    """
+
+    searches: int = 4
+    steps: int = 50
+    stepsize: float = 0.02
+    initial_const: float = 0.1
+    confidence: float = 0.0
+
+    def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The attacked images, (B, 3, H, W) in [0, 1]; where the attack failed, the image itself."""
+        attack = _foolbox().attacks.L2CarliniWagnerAttack(
+            binary_search_steps=self.searches,
+            steps=self.steps,
+            stepsize=self.stepsize,
+            initial_const=self.initial_const,
+            confidence=self.confidence,
+            abort_early=True,
+        )
+        result = _run_foolbox(attack, classifier, images, labels)
+        failed = (result == 0).flatten(1).all(dim=1)  # foolbox gives a black image then, which may well be misread
+        return torch.where(failed[:, None, None, None], images, result)
+
+
+Method = DeepFool | CarliniWagner
+METHODS: dict[str, Method] = {"deepfool": DeepFool(), "cw": CarliniWagner()}
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """An attacked batch.
+
+    Attributes:
+        images: uint8 (B, H, W, 3); the image as it was, where the attack failed.
+        fooled: (B,), whether the classifier reads ``images`` wrongly.
+        l2: (B,), norm of the change in units of the [0, 1] image; 0 where the image was misread from the start, or
+            where the attack failed.
+    """
+
+    images: NDArray[np.uint8]
+    fooled: NDArray[np.bool_]
+    l2: NDArray[np.float32]
+
+
+def attack(
+    classifier: nn.Module,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    method: str | Method,
+    cache: Path | None = None,
+) -> AttackResult:
+    """Make ``classifier`` misread ``images``, each by as small a change as the method finds.
+
+    Args:
+        classifier: takes (B, 3, H, W) in [0, 1] and gives logits; in eval mode.
+        images: (B, H, W, 3).
+        labels: (B,), the classes that are to be avoided.
+        method: a key of `METHODS`, or a method with settings of its own.
+        cache: folder that keeps what has been computed, in chunks; an interrupted run goes on from there.
+
+    Raises:
+        AttackError: foolbox is not installed, or there is no such method.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise AttackError(f"no attack is called {method!r}: there are {', '.join(METHODS)}")
+        method = METHODS[method]
+    _foolbox()
+    key = _key(classifier, method)
+    fast = fold_batch_norms(classifier).requires_grad_(False)
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts = []
+    for start in track(range(0, len(images), _CHUNK), f"{type(method).__name__} on {_CHUNK} images each:"):
+        chunk, truth = images[start : start + _CHUNK], labels[start : start + _CHUNK]
+
+        def compute(chunk: NDArray[np.uint8] = chunk, truth: NDArray[np.int64] = truth) -> NDArray[np.uint8]:
+            return _attack_chunk(fast, classifier, chunk, truth, method)
+
+        attacked = _cached(cache, key, chunk, truth, compute)
+        parts.append(_judge(classifier, chunk, attacked, truth))
+    return AttackResult(
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.fooled for part in parts]),
+        np.concatenate([part.l2 for part in parts]),
+    )
+
+
+def to_float(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], as the pipeline makes it."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255))
+
+
+def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+    """Float (B, 3, H, W) clipped to [0, 1] and rounded to uint8 (B, H, W, 3)."""
+    rounded = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
+
+
+def _attack_chunk(
+    fast: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
+) -> NDArray[np.uint8]:
+    """Attack on ``fast``, a copy of ``classifier`` that differs by rounding errors only; the original is the judge."""
+    clean, truth = to_float(images), torch.from_numpy(labels)
+    perturbed = method.perturb(fast, clean.contiguous(memory_format=torch.channels_last), truth)
+    return _hold(classifier, clean, perturbed, truth)
+
+
+@torch.no_grad()
+def _hold(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> NDArray[np.uint8]:
+    """``perturbed`` as 8-bit images that still fool ``classifier``; ``clean`` where none does."""
+    result = to_bytes(clean)
+    waiting = torch.arange(len(clean))
+    for length in OVERSHOOTS:
+        candidates = to_bytes(clean[waiting] + length * (perturbed - clean)[waiting])
+        fooled = _fooled(classifier, to_float(candidates), labels[waiting], MARGIN)
+        result[waiting[fooled].numpy()] = candidates[fooled.numpy()]
+        waiting = waiting[~fooled]
+        if not len(waiting):
+            break
+    return result
+
+
+def _judge(
+    classifier: nn.Module, clean: NDArray[np.uint8], attacked: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> AttackResult:
+    fooled = _fooled(classifier, to_float(attacked), torch.from_numpy(labels), 0.0)
+    l2 = (to_float(attacked) - to_float(clean)).flatten(1).norm(dim=1)
+    return AttackResult(attacked, fooled.numpy(), l2.numpy())
+
+
+@torch.no_grad()
+def _fooled(classifier: nn.Module, images: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """(B,): whether another class beats the true one by more than ``margin`` logits."""
+    logits = classifier(images).clone()
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    logits.scatter_(1, labels[:, None], -torch.inf)
+    beaten: Tensor = logits.amax(dim=1) - true > margin
+    return beaten
+
+
+def _run_foolbox(attack: Any, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    foolbox = _foolbox()
+    model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=images.device)
+    result: Tensor = attack.run(model, images, foolbox.criteria.Misclassification(labels))
+    return result.detach()
+
+
+def _foolbox() -> Any:
+    try:
+        return importlib.import_module("foolbox")
+    except ImportError:
+        raise AttackError("foolbox is not installed: pip install 'mlvgm-serve[attack]'") from None
+
+
+def _key(classifier: nn.Module, method: Method) -> str:
+    """What an attack depends on beside the images: weights and settings."""
+    digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cached(
+    folder: Path | None,
+    key: str,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    compute: Callable[[], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    if folder is None:
+        return compute()
+    digest = hashlib.sha256(key.encode() + images.tobytes() + labels.tobytes()).hexdigest()
+    file = folder / f"{digest[:32]}.npy"
+    if file.is_file():
+        stored: NDArray[np.uint8] = np.load(file)
+        return stored
+    result = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft.npy")
+    np.save(draft, result)
+    draft.rename(file)  # an interrupted run must not leave half a file
+    return result
+
+
+def settings(method: Method) -> dict[str, float]:
+    """The method's settings, for a report."""
+    return asdict(method)

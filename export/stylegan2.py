@@ -1,0 +1,219 @@
+"""The traced form of both StyleGAN2 families: the same numbers as `mlvgm.stylegan2` with less work.
+
+- Modulated convolutions have static weights: the style scales their input channels, and the demodulation, one small
+  matrix product, their output channels. Equalised learning rates, activation gains and noise strengths are folded.
+- Colour layers weigh the feature map per sample in one matrix product, without a scaled copy of it.
+- The published image is pooled at the end. Pooling is linear, and so is everything after the last activation: the last
+  feature map is pooled instead, and the skip image goes to its final size in one filter.
+- Style Transformer keeps a band of rows: what no kept pixel depends on is not computed.
+- The mapping network runs once for all latents of all samples.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.preprocess import Preprocess
+from export.stage import Named, Stage
+from export.stylegan2_encoders import E4eEncoder, TransformerEncoder
+from mlvgm.e4e import E4ePurifier
+from mlvgm.preprocess import add_noise, blur_images
+from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier
+from mlvgm.stylegan2 import EPSILON, EqualLinear, Generator, StyledConv, StyleGan2Purifier, ToRGB
+
+GAIN = math.sqrt(2)
+"""Of the activation. Leaky ReLU commutes with positive factors, so the gain moves in front of it, into constants."""
+
+
+def stages(purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
+    """``encode``, ``resample`` and ``decode`` of an e4e or Style Transformer purifier."""
+    side, n, d = purifier.image_size, purifier.n_latents, purifier.decoder.style_dim
+    images: Named = ("images", ("B", 3, side, side))
+    noisy: tuple[Named, ...] = (("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
+    codes, noise, mixed = ((name, ("B", n, d)) for name in ("codes", "noise", "mixed"))
+
+    def published_encode(images: Tensor, input_noise: Tensor | None = None) -> Tensor:
+        images = blur_images(images) if blur else images
+        images = images if input_noise is None else add_noise(images, input_noise, input_noise_l2)
+        return purifier.encode(images)[0]
+
+    return (
+        Stage("encode", Encode(purifier, blur, input_noise_l2), published_encode, (images, *noisy), (codes,)),
+        Stage("resample", Resample(purifier), purifier.resample, (codes, noise, ("alphas", (n,))), (mixed,)),
+        Stage("decode", Decode(purifier), purifier.decode, (mixed,), (images,)),
+    )
+
+
+class Encode(nn.Module):
+    """images (B, 3, H, W) in [0, 1] [, input_noise] -> codes (B, n, d)."""
+
+    def __init__(self, purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(purifier.image_size, blur, input_noise_l2)
+        self.encoder: nn.Module
+        if isinstance(purifier, E4ePurifier):
+            self.encoder = E4eEncoder(purifier)
+        elif isinstance(purifier, StyleTransformerPurifier):
+            self.encoder = TransformerEncoder(purifier)
+        else:
+            raise TypeError(f"{type(purifier).__name__} is not a StyleGAN2 purifier that can be rewritten")
+
+    def forward(self, images: Tensor, *input_noise: Tensor) -> Tensor:
+        codes: Tensor = self.encoder(2.0 * self.preprocess(images, *input_noise) - 1.0)
+        return codes
+
+
+class Resample(nn.Module):
+    """codes (B, n, d), noise (B, n, d), alphas (n,) -> mixed (B, n, d)."""
+
+    def __init__(self, purifier: StyleGan2Purifier) -> None:
+        super().__init__()
+        # Scaling z by c before its normalisation only divides the epsilon by c^2.
+        self.epsilon = EPSILON / purifier.noise_scale**2
+        mapping = [layer for layer in purifier.decoder.style if isinstance(layer, EqualLinear)]
+        self.layers = nn.ModuleList(plain_linear(layer, GAIN) for layer in mapping)
+
+    def forward(self, codes: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+        w = noise * torch.rsqrt(noise.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        for layer in self.layers:
+            w = F.leaky_relu(layer(w), 0.2)
+        weights = alphas[:, None]
+        return (1.0 - weights) * codes + weights * w
+
+
+def plain_linear(layer: EqualLinear, gain: float = 1.0) -> nn.Linear:
+    """The linear part of ``layer``, times ``gain``, without run-time scaling."""
+    plain = nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight * (layer.scale * gain))
+        plain.bias.copy_(layer.bias * (layer.lr_mul * gain))
+    return plain.requires_grad_(False)
+
+
+class StaticConv(nn.Module):
+    """A styled convolution: x (B, in, H, W), style (B, d) -> (B, out, H, W) or, upsampling, (B, out, 2H, 2W)."""
+
+    weight: Tensor
+    squares: Tensor
+    bias: Tensor
+    noise: Tensor
+    blur: Tensor
+
+    def __init__(self, layer: StyledConv, noise: Tensor) -> None:
+        super().__init__()
+        conv = layer.conv
+        self.upsample, self.modulation = conv.upsample, plain_linear(conv.modulation)
+        weight = conv.weight[0] * conv.scale
+        self.register_buffer("squares", weight.square().sum(dim=(2, 3)).T.contiguous())
+        self.register_buffer("bias", GAIN * layer.activate.bias)
+        self.register_buffer("noise", GAIN * layer.noise.weight * noise)
+        if conv.upsample:
+            weight = weight.transpose(0, 1)
+            taps = conv.blur.kernel.flip(0, 1)
+            self.register_buffer("blur", taps.expand(conv.weight.shape[1], 1, -1, -1).contiguous())
+        self.register_buffer("weight", weight.contiguous())
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale = self.modulation(style)
+        norm = GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON)
+        x, norm = x * scale[:, :, None, None], norm[:, :, None, None]
+        if self.upsample:
+            x = F.conv_transpose2d(x, self.weight, stride=2) * norm
+            x = F.conv2d(x, self.blur, self.bias, padding=1, groups=len(self.blur)) + self.noise
+        else:
+            x = F.conv2d(x, self.weight, padding=1) * norm + self.bias[:, None, None] + self.noise
+        return F.leaky_relu(x, 0.2)
+
+
+class Colour(nn.Module):
+    """A colour layer's own part: x (B, in, H, W), style (B, d) -> (B, 3, H, W), times ``gain``, plus ``shift``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: ToRGB, gain: float, shift: float) -> None:
+        super().__init__()
+        self.modulation = plain_linear(layer.conv.modulation)
+        self.register_buffer("weight", layer.conv.weight[0, :, :, 0, 0] * (layer.conv.scale * gain))
+        self.register_buffer("bias", layer.bias * gain + shift)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        weight = self.weight * self.modulation(style)[:, None, :]
+        return (weight @ x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+
+
+class Enlarge(nn.Module):
+    """Doubles the skip image, or goes from there to the pooled size in one filter: (B, 3, H, W) -> side 2H / ``pool``.
+
+    Zero insertion, the 4x4 filter and a mean of ``pool`` x ``pool`` pixels are one filter of ``pool / 2 + 2`` taps.
+    """
+
+    taps: Tensor
+
+    def __init__(self, kernel: Tensor, pool: int) -> None:
+        super().__init__()
+        self.pool = pool
+        if pool > 1:
+            margin = pool - 1
+            kernel = F.pad(kernel[None, None], (margin,) * 4)
+            kernel = F.avg_pool2d(kernel, pool, stride=2)[0, 0].flip(0, 1)
+        self.register_buffer("taps", kernel.expand(3, 1, -1, -1).contiguous())
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.pool > 1:
+            return F.conv2d(image, self.taps, stride=self.pool // 2, padding=1, groups=3)
+        return F.conv_transpose2d(image, self.taps, stride=2, padding=1, groups=3)
+
+
+class Block(nn.Module):
+    """One resolution: features and image (B, ., H, W) and three rows of the code -> both at twice the size.
+
+    With ``pool`` > 1 it is the last one, and the image comes at the pooled size.
+    """
+
+    def __init__(self, up: StaticConv, conv: StaticConv, layer: ToRGB, gain: float, shift: float, pool: int) -> None:
+        super().__init__()
+        self.up, self.conv, self.pool = up, conv, pool
+        self.colour, self.enlarge = Colour(layer, gain, shift), Enlarge(layer.upsample.kernel, pool)
+
+    def forward(self, x: Tensor, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv(self.up(x, codes[:, 0]), codes[:, 1])
+        seen = F.avg_pool2d(x, self.pool) if self.pool > 1 else x
+        return x, self.colour(seen, codes[:, 2]) + self.enlarge(image)
+
+
+class Decode(nn.Module):
+    """mixed (B, n, d) -> images (B, 3, H, W), nominally in [0, 1]."""
+
+    start: Tensor
+
+    def __init__(self, purifier: StyleGan2Purifier) -> None:
+        super().__init__()
+        generator, side = purifier.decoder, purifier.image_size
+        self.band = BAND * side // CANVAS if isinstance(purifier, StyleTransformerPurifier) else 0
+        self.repeat = max(side // generator.size, 1)
+        pool = max(generator.size // side, 1)
+        noise = generator.noises.images()
+        self.register_buffer("start", generator.input.input)
+        self.first = StaticConv(generator.conv1, noise[0])
+        self.first_colour = Colour(generator.to_rgb1, gain=0.5, shift=0.0)
+        self.blocks = nn.ModuleList()
+        last = len(generator.to_rgbs) - 1
+        for i, layer in enumerate(generator.to_rgbs):
+            up, conv = (StaticConv(generator.convs[k], noise[k + 1]) for k in (2 * i, 2 * i + 1))
+            # Images go from [-1, 1] to [0, 1] by halved weights, and a shift in the last bias.
+            self.blocks.append(Block(up, conv, layer, 0.5, 0.5 * (i == last), pool if i == last else 1))
+
+    def forward(self, mixed: Tensor) -> Tensor:
+        x = self.first(self.start, mixed[:, 0])
+        image = self.first_colour(x, mixed[:, 1])
+        for i, block in enumerate(self.blocks):
+            x, image = block(x, image, mixed[:, 2 * i + 1 : 2 * i + 4])
+        if self.repeat > 1:
+            image = F.interpolate(image, scale_factor=float(self.repeat), mode="nearest")
+        if self.band:
+            image = F.pad(image[:, :, self.band : -self.band], (0, 0, self.band, self.band))
+        return image

@@ -1,0 +1,94 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.errors import CliError
+from cli.main import VERBS, main
+
+ROOT = Path(__file__).parents[2]
+PRESENT = [verb for verb in VERBS if (ROOT / "cli" / f"{verb}.py").exists()]
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert {"archive", "serve", "predict", "doctor"} <= set(PRESENT)
+    assert all(f"\n    {verb} " in text for verb in PRESENT)
+
+
+@pytest.mark.parametrize("verb", PRESENT)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"mlvgm {verb}" in capsys.readouterr().out.partition("Example")[2]
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([verb, "--help"] for verb in ("archive", "serve", "predict", "doctor"))]
+)
+def test_help_needs_no_optional_library(words: list[str]) -> None:
+    program = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxruntime", "openvino", "ts", "model_archiver", "psutil"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from cli.main import main
+main({words!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [[], ["frobnicate"], ["predict"], ["serve", "--port", "many"]])
+def test_wrong_words_end_with_usage_and_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: mlvgm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["archive", "/nonexistent/bundle"],
+        ["serve", "--model-store", "/nonexistent"],
+        ["serve", "--port", "70000"],
+        ["serve", "--workers", "0"],
+        ["predict", "x.png", "--port", "9"],
+        ["predict", __file__, "--port", "9", "--model", "m"],
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_2(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLVGM_STATE", str(tmp_path))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mlvgm {words[0]}: ")
+    assert error.count("\n") == 1
+
+
+def run_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("cli.doctor.run", fail)
+    return main(["doctor"])
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_with(ZeroDivisionError(), monkeypatch)
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_with(CliError("two\nlines"), monkeypatch) == 2
+    assert run_with(FileNotFoundError(2, "No such file", "x"), monkeypatch) == 2
+    assert run_with(KeyboardInterrupt(), monkeypatch) == 130

@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from export.archive import ArchiveError, Settings, build_archive
+from handlers.manifest import BundleError
+from handlers.runtimes import RuntimeMissing
+from tests import bundles
+
+pytest.importorskip("model_archiver")
+
+
+def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path: Path) -> None:
+    archive = build_archive(nvae_bundle, tmp_path / "store", Settings(batch_delay_ms=7, allow_seed=True))
+    assert archive == tmp_path / "store" / "tiny.mar"
+    with zipfile.ZipFile(archive) as content:
+        names = set(content.namelist())
+        model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
+        settings = yaml.safe_load(content.read("model.yaml"))
+        assert content.read("bundle/classify.onnx.data") == (nvae_bundle / "classify.onnx.data").read_bytes()
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in content.infolist())
+    assert {f"bundle/{path.name}" for path in nvae_bundle.iterdir()} <= names
+    assert {"torchserve.py", "handlers/pipeline.py", "handlers/runtimes/onnxruntime.py"} <= names
+    assert not any("__pycache__" in name or name.startswith(("mlvgm", "export")) for name in names)
+    assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
+    assert settings["batchSize"] == 8
+    assert settings["maxBatchDelay"] == 7
+    assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True}
+
+
+def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: Path) -> None:
+    """Unpacked elsewhere, with only the libraries installed: and neither torch nor our other packages are imported."""
+    archive = build_archive(style_bundle, tmp_path / "store")
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(tmp_path / "unpacked")
+    program = """
+import json, sys
+blocked = ("torch", "mlvgm", "export", "cli", "benchmarks", "onnx")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torchserve, handlers
+from PIL import Image
+import io
+class Context:
+    system_properties = {"model_dir": ".", "gpu_id": None}
+    model_yaml_config = {"handler": {"runtime": "onnxruntime"}}
+    def get_all_request_header(self, i): return {}
+    def set_response_status(self, code, phrase, i): self.status = code
+    def set_response_content_type(self, i, value): pass
+stream = io.BytesIO()
+Image.new("RGB", (30, 20)).save(stream, "JPEG")
+handler, context = torchserve.PurifierHandler(), Context()
+handler.initialize(context)
+body, = handler.handle([{"body": bytearray(stream.getvalue())}], context)
+print(json.dumps([context.status, json.loads(body)["label"], handlers.__file__]))
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {"PYTHONPATH": str(tmp_path / "unpacked"), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, cwd=tmp_path / "unpacked", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status, label, origin = json.loads(done.stdout)
+    assert status == 200
+    assert label in bundles.CLASSES
+    assert Path(origin) == tmp_path / "unpacked" / "handlers" / "__init__.py"
+
+
+def test_other_formats(nvae_bundle: Path, tmp_path: Path) -> None:
+    packed = build_archive(nvae_bundle, tmp_path, archive_format="tgz")
+    assert packed.name == "tiny.tar.gz"
+    with tarfile.open(packed) as content:
+        assert any(name.endswith("bundle/pipeline.json") for name in content.getnames())
+    folder = build_archive(nvae_bundle, tmp_path, archive_format="no-archive")
+    assert (folder / "bundle" / "pipeline.json").is_file()
+    assert not (folder / "bundle" / "decode.onnx").is_symlink()
+    assert build_archive(nvae_bundle, tmp_path, archive_format="no-archive") == folder
+
+
+def test_an_old_archive_is_replaced_and_nothing_else_is_left(nvae_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.mar").write_bytes(b"old")
+    build_archive(nvae_bundle, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.mar"]
+    assert zipfile.is_zipfile(tmp_path / "tiny.mar")
+
+
+def test_a_folder_of_the_same_name_in_tmp_survives(
+    nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archiver deletes $TMPDIR/<model name>."""
+    precious = tmp_path / "tmp" / "tiny" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("x")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    build_archive(nvae_bundle, tmp_path / "store")
+    assert precious.exists()
+
+
+def test_odd_folder_names_do_no_harm(nvae_bundle: Path, tmp_path: Path) -> None:
+    store = tmp_path / "a, b [c] *"
+    assert zipfile.is_zipfile(build_archive(nvae_bundle, store))
+
+
+def test_a_damaged_bundle_is_not_packed(tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path / "bundle")
+    (tmp_path / "bundle" / "decode.onnx").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"decode\.onnx"):
+        build_archive(tmp_path / "bundle", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"runtime": "cuda9"}, RuntimeMissing), ({"batch_delay_ms": 0}, ArchiveError)],
+)
+def test_wrong_settings_are_refused(
+    nvae_bundle: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        build_archive(nvae_bundle, tmp_path, Settings(**settings))
+
+
+def test_a_failing_archiver_is_one_error(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ArchiveError, match="torch-model-archiver failed"):
+        build_archive(nvae_bundle, tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from handlers.image import decode, encode_png
+from handlers.pipeline import Pipeline
+from handlers.service import Answer, Service
+from tests import bundles
+
+WHITE = encode_png(np.ones((3, 8, 8), np.float32))  # overflows in the encoder of this bundle
+
+
+@pytest.fixture(scope="module")
+def pipeline(nvae_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(nvae_bundle, "onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def service(pipeline: Pipeline) -> Service:
+    return Service(pipeline, allow_seed=True)
+
+
+def png(number: int) -> bytes:
+    return encode_png(bundles.images(1, seed=number)[0].transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+def ask(image: bytes, **options: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {"body": bytearray(image)}, {f"X-Mlvgm-{name.replace('_', '-')}": str(v) for name, v in options.items()}
+
+
+def said(answer: Answer) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(answer.body)
+    return content
+
+
+def test_an_answer_has_all_its_fields(service: Service, pipeline: Pipeline) -> None:
+    (answer,) = service.answer([ask(png(0), samples=7, seed=5, top_k=2)])
+    result = pipeline.run(bundles.images(1), 7, [5])
+    figures = said(answer)
+    label, before = int(result.labels[0]), int(result.unpurified_labels[0])
+    assert (answer.status, answer.content_type) == (200, "application/json")
+    assert figures["label"] == bundles.CLASSES[label]
+    assert figures["index"] == label
+    assert figures["confidence"] == pytest.approx(result.confidences[0, label], abs=1e-6)
+    assert figures["agreement"] == pytest.approx(result.agreement[0], abs=1e-6)
+    assert figures["flagged"] == (label != before)
+    assert figures["samples"] == 7
+    assert figures["unpurified"]["index"] == before
+    assert figures["unpurified"]["label"] == bundles.CLASSES[before]
+    assert figures["unpurified"]["confidence"] == pytest.approx(result.unpurified_confidences[0, before], abs=1e-6)
+    assert len(figures["top_k"]) == 2
+    assert figures["top_k"][0]["index"] == label
+    assert figures["top_k"][0]["votes"] == result.votes[0, label]
+    assert set(figures["timing_ms"]) == {"image", "noise", "encode", "decode", "classify"}
+    assert set(figures) == {
+        *("label", "index", "confidence", "agreement", "flagged", "unpurified", "top_k", "samples", "timing_ms"),
+    }
+
+
+def test_the_purified_image_comes_as_png_with_the_figures_in_a_header(service: Service, pipeline: Pipeline) -> None:
+    (answer,) = service.answer([ask(png(0), seed=5, **{"return": "purified"})])
+    result = pipeline.run(bundles.images(1), seeds=[5])
+    assert answer.content_type == "image/png"
+    pixels = decode(answer.body, (8, 8)).transpose(2, 0, 1)
+    assert np.abs(pixels / 255 - result.representative(0)).max() < 0.6 / 255
+    header = answer.headers["X-Mlvgm-Answer"]
+    assert header.isascii()
+    assert "\n" not in header
+    assert json.loads(header)["label"] == bundles.CLASSES[result.labels[0]]
+
+
+def test_every_kind_of_fault_leaves_the_neighbours_alone(service: Service) -> None:
+    good = [ask(png(i), seed=i) for i in range(5)]
+    bad = {
+        1: (ask(png(1)[:-30]), 400, "truncated"),
+        3: (ask(b"hello"), 400, "not a JPEG"),
+        4: (ask(b""), 400, "empty"),
+        6: (ask(png(1), samples=0), 400, "1 to 16"),
+        7: (ask(WHITE, seed=1), 500, "encode"),
+        9: (({}, {}), 400, "one image"),
+        10: (ask(WHITE, seed=1, samples=3), 500, "encode"),
+    }
+    rest = iter(good)
+    requests = [bad[i][0] if i in bad else next(rest) for i in range(len(good) + len(bad))]
+    answers = service.answer(requests)
+    assert len(answers) == len(requests)
+    alone = [said(service.answer([request])[0]) for request in good]
+    expected = iter(alone)
+    for i, answer in enumerate(answers):
+        if i in bad:
+            _, status, reason = bad[i]
+            assert answer.status == status
+            assert reason in said(answer)["error"]
+        else:
+            assert answer.status == 200
+            without_times = {k: v for k, v in said(answer).items() if k != "timing_ms"}
+            assert without_times == {k: v for k, v in next(expected).items() if k != "timing_ms"}
+
+
+def test_items_of_one_batch_may_differ_in_their_options(service: Service) -> None:
+    requests = [
+        ask(png(0), samples=3, seed=1),
+        ask(png(1), samples=9, seed=2),
+        ask(png(2), samples=3, seed=3, alphas="none"),
+        ask(png(3), samples=3, seed=4),
+    ]
+    answers = [said(answer) for answer in service.answer(requests)]
+    assert [answer["samples"] for answer in answers] == [3, 9, 3, 3]
+    for request, answer in zip(requests, answers, strict=True):
+        alone = said(service.answer([request])[0])
+        assert alone["label"] == answer["label"]
+        assert alone["confidence"] == pytest.approx(answer["confidence"], abs=1e-5)
+
+
+def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("secret path /srv/x")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    answers = Service(pipeline).answer([ask(png(0)), ask(b"hello")])
+    assert [answer.status for answer in answers] == [500, 400]
+    assert b"secret" not in answers[0].body
+
+
+def test_nothing_asked_nothing_answered(service: Service) -> None:
+    assert service.answer([]) == []
+
+
+def test_the_self_test_passes_and_can_fail(
+    service: Service, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.self_test()
+    monkeypatch.setattr("handlers.service.encode_png", lambda _: WHITE)
+    with pytest.raises(RuntimeError, match="encode"):
+        service.self_test()

@@ -1,0 +1,133 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from handlers.image import encode_png
+from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings
+from tests import bundles
+
+
+class Context:
+    """What TorchServe hands to a handler, as strict about text as its wire format is."""
+
+    def __init__(
+        self, model_dir: Path, headers: list[dict[str, Any]], model_yaml: dict[str, Any] | None = None
+    ) -> None:
+        self.system_properties = {"model_dir": str(model_dir), "gpu_id": None}
+        self.model_yaml_config = model_yaml or {"handler": {"runtime": "onnxruntime", "allow_seed": True}}
+        self.headers = headers
+        self.statuses: dict[int, int] = {}
+        self.response_headers: dict[int, dict[str, str]] = {i: {} for i in range(len(headers))}
+
+    def get_all_request_header(self, i: int) -> dict[str, Any]:
+        return self.headers[i]
+
+    def set_response_status(self, code: int, phrase: str, i: int) -> None:
+        assert phrase.isascii()
+        self.statuses[i] = code
+
+    def set_response_content_type(self, i: int, value: str) -> None:
+        self.set_response_header(i, "content-type", value)
+
+    def set_response_header(self, i: int, name: str, value: str) -> None:
+        assert (name + value).isascii()
+        self.response_headers[i][name] = value
+
+
+@pytest.fixture(scope="module")
+def model_dir(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(nvae_bundle, folder / BUNDLE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def handler(model_dir: Path) -> PurifierHandler:
+    handler = PurifierHandler()
+    handler.initialize(Context(model_dir, []))
+    return handler
+
+
+def test_a_mixed_batch(handler: PurifierHandler, model_dir: Path) -> None:
+    image = bytearray(encode_png(np.full((3, 8, 8), 0.25, np.float32)))
+    requests = [
+        ({"body": image}, {"x-mlvgm-samples": "3"}),
+        ({"data": image[:40]}, {}),
+        ({"image": image}, {"Accept": "image/png", "image": {"content-type": "image/png"}}),
+        ({"body": {"image": "\N{SNOWMAN}"}}, {"Content-Type": "application/json"}),
+    ]
+    context = Context(model_dir, [headers for _, headers in requests])
+    bodies = handler.handle([fields for fields, _ in requests], context)
+    assert len(bodies) == len(requests)
+    assert context.statuses == {0: 200, 1: 400, 2: 200, 3: 400}
+    assert [context.response_headers[i]["content-type"] for i in range(4)] == [
+        "application/json",
+        "application/json",
+        "image/png",
+        "application/json",
+    ]
+    assert json.loads(bodies[0])["samples"] == 3
+    assert bodies[2].startswith(b"\x89PNG")
+    assert json.loads(context.response_headers[2]["X-Mlvgm-Answer"])["samples"] == 5
+    assert all(json.loads(bodies[i])["error"] for i in (1, 3))
+
+
+def test_seeds_are_refused_unless_allowed(model_dir: Path) -> None:
+    handler = PurifierHandler()
+    handler.initialize(Context(model_dir, [], {"handler": {"runtime": "onnxruntime"}}))
+    image = encode_png(np.full((3, 8, 8), 0.25, np.float32))
+    context = Context(model_dir, [{"X-Mlvgm-Seed": "1"}])
+    handler.handle([{"body": image}], context)
+    assert context.statuses == {0: 400}
+
+
+def test_a_damaged_bundle_keeps_the_worker_from_starting(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(model_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / BUNDLE / "decode.onnx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"decode\.onnx"):
+        PurifierHandler().initialize(Context(tmp_path, []))
+    assert FAILED in caplog.text
+
+
+def test_threads_of_the_environment_win(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def load(*arguments: object) -> None:
+        seen.append(arguments[2])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("handlers.torchserve.Pipeline.load", load)
+    monkeypatch.setenv("MLVGM_THREADS", "3")
+    with pytest.raises(RuntimeError, match="enough"):
+        PurifierHandler().initialize(Context(model_dir, [], {"handler": {"threads": 2}}))
+    assert seen == [3]
+
+
+def test_settings() -> None:
+    assert read_settings({}) == {"runtime": "auto", "threads": 0, "allow_seed": False}
+    assert read_settings({"handler": None})["runtime"] == "auto"
+    assert read_settings({"handler": {"allow_seed": True}})["allow_seed"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"allow_seeds": True}, "allow_seeds"), ({"allow_seed": "no"}, "False"), ({"threads": True}, "threads")],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_settings({"handler": settings})
+
+
+def test_class_names_beyond_ascii_survive(handler: PurifierHandler, model_dir: Path) -> None:
+    assert any(not name.isascii() for name in bundles.CLASSES)
+    images = bundles.images(8)
+    context = Context(model_dir, [{"Accept": "image/png"}] * 8)
+    handler.handle([{"body": encode_png(i.transpose(2, 0, 1).astype(np.float32) / 255)} for i in images], context)
+    labels = {json.loads(headers["X-Mlvgm-Answer"])["label"] for headers in context.response_headers.values()}
+    assert labels <= set(bundles.CLASSES)

@@ -36,7 +36,7 @@ class Sign:
 
 
 def draw_signs(seed: int = 0) -> list[Sign]:
-    """The signs of `SIGNS`, each before a background and in a light of its own; the same ``seed``, the same pictures."""
+    """The signs of `SIGNS`, each before a background and in a light of its own; the ``seed`` decides it all."""
     signs = []
     for label, (name, draw) in SIGNS.items():
         random = np.random.default_rng((seed, label))

@@ -28,6 +28,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--runtime", choices=runtimes.NAMES, default=defaults.runtime, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=defaults.threads, help="CPU threads per worker; 0 is every core")
     parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        metavar="N",
+        help="requests answered together (default: as many as fill an engine)",
+    )
+    parser.add_argument(
         "--batch-delay",
         type=int,
         default=defaults.batch_delay_ms,
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         runtime=arguments.runtime,
         threads=arguments.threads,
         allow_seed=arguments.allow_seed,
+        batch_size=arguments.batch_size,
         batch_delay_ms=arguments.batch_delay,
         response_timeout_s=arguments.response_timeout,
     )

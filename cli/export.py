@@ -1,6 +1,7 @@
 """``mlvgm export``: from a recipe and its weights to a bundle of engines."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--recipe", required=True, help="name of a built-in recipe, or a YAML file")
     parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
     parser.add_argument("--classifier", type=Path, help="checkpoint or ONNX file of the classifier, likewise")
+    parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
+    parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
     parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
 
 
@@ -29,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - begun:5.1f} s] {line}", flush=True)
 
     recipe = Recipe.read(args.recipe)
+    if args.blur:
+        recipe = dataclasses.replace(recipe, blur=True)
+    if args.input_noise is not None:
+        recipe = dataclasses.replace(recipe, input_noise_l2=args.input_noise)
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)

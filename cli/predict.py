@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     server = Server(arguments.port)
     model = arguments.model or _only_model(server)
     if arguments.save_purified:
+        _check_names(arguments.files)
         arguments.save_purified.mkdir(parents=True, exist_ok=True)
     client = server.client()
     width = max(4, *(len(str(path)) for path in arguments.files))
@@ -78,9 +79,20 @@ def _ask(client: Client, model: str, path: Path, arguments: argparse.Namespace) 
     if not arguments.save_purified:
         return client.predict(image, model, top_k=arguments.top_k, **options)
     purified, answer = client.purify(image, model, **options)
-    target = arguments.save_purified / f"{path.stem}.png"
+    target = arguments.save_purified / _purified_name(path)
     target.write_bytes(purified)
     return {**answer, "purified": str(target)}
+
+
+def _purified_name(path: Path) -> str:
+    """Unlike the name of any image that is asked about: none of them must be overwritten."""
+    return f"{path.stem}.purified.png"
+
+
+def _check_names(paths: list[Path]) -> None:
+    names = [_purified_name(path) for path in paths]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise CliError(f"two of the files would be saved as {twice}: ask about them one after the other")
 
 
 def _row(path: Path, width: int, answer: dict[str, Any]) -> str:

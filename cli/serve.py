@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
         return 0 if stopped else 1
     archives = _archives(arguments.model_store, arguments.models)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     server.start(archives, arguments.workers, arguments.timeout)
@@ -86,8 +87,8 @@ def _stay(server: Server) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient fingers must not leave the server half stopped
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # impatient fingers must not leave the server half stopped
         server.stop()
 
 

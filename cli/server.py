@@ -59,7 +59,7 @@ class Server:
 
     @property
     def models(self) -> list[str]:
-        """Names of the models the running server was started with; empty when there is no server."""
+        """Names of the models the server was started with; empty when none was, or it has been stopped."""
         try:
             return list(json.loads((self.folder / "server.json").read_text())["models"])
         except (OSError, ValueError, KeyError):
@@ -99,6 +99,7 @@ class Server:
         """
         process = self.process()
         if process is None:
+            self._clear()
             return False
         import psutil
 
@@ -215,7 +216,7 @@ class Server:
             except ServerError as error:
                 if error.status == 404:
                     raise CliError(f"TorchServe could not load {model}: {self._last_words()}") from None
-            time.sleep(0.1)
+            time.sleep(0.25)
         raise CliError(f"{model} has not answered in time; its log is {self.log}")
 
     def _failure(self) -> str | None:

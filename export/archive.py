@@ -31,6 +31,7 @@ class Settings:
         runtime: one of `handlers.runtimes.NAMES`.
         threads: CPU threads of each worker; 0 for every core.
         allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
+        batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples.
         batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
             answer of a quiet server; requests that arrive while a batch runs are batched anyway.
         response_timeout_s: a batch that takes longer costs its worker the life.
@@ -40,6 +41,7 @@ class Settings:
     runtime: str = "auto"
     threads: int = 0
     allow_seed: bool = False
+    batch_size: int = 0
     batch_delay_ms: int = 2
     response_timeout_s: int = 120
     startup_timeout_s: int = 600
@@ -81,6 +83,8 @@ def _check(settings: Settings) -> None:
         raise runtimes.RuntimeMissing(
             f"no runtime is called {settings.runtime!r}; there are {', '.join(runtimes.NAMES)}"
         )
+    if settings.batch_size < 0 or settings.threads < 0:
+        raise ArchiveError("neither the batch size nor the threads can be negative")
     if settings.batch_delay_ms < 1:
         raise ArchiveError("the batch delay must be 1 ms or more: TorchServe takes 0 for its default of 100 ms")
     if importlib.util.find_spec("model_archiver") is None:
@@ -102,7 +106,7 @@ def _model_yaml(manifest: Manifest, settings: Settings) -> str:
         {
             "minWorkers": 1,
             "maxWorkers": 1,
-            "batchSize": manifest.batch.max,
+            "batchSize": settings.batch_size or -(-manifest.batch.max // manifest.samples.default),
             "maxBatchDelay": settings.batch_delay_ms,
             "responseTimeout": settings.response_timeout_s,
             "startupTimeout": settings.startup_timeout_s,

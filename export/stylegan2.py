@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from export.preprocess import Preprocess
 from export.stage import Named, Stage
-from export.stylegan2_encoders import E4eEncoder, TransformerEncoder
+from export.stylegan2_encoders import E4eEncoder, TransformerEncoder, plain_linear
 from mlvgm.e4e import E4ePurifier
 from mlvgm.preprocess import add_noise, blur_images
 from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier
-from mlvgm.stylegan2 import EPSILON, EqualLinear, Generator, StyledConv, StyleGan2Purifier, ToRGB
+from mlvgm.stylegan2 import EPSILON, EqualLinear, StyledConv, StyleGan2Purifier, ToRGB
 
 GAIN = math.sqrt(2)
 """Of the activation. Leaky ReLU commutes with positive factors, so the gain moves in front of it, into constants."""
@@ -84,15 +84,6 @@ class Resample(nn.Module):
         return (1.0 - weights) * codes + weights * w
 
 
-def plain_linear(layer: EqualLinear, gain: float = 1.0) -> nn.Linear:
-    """The linear part of ``layer``, times ``gain``, without run-time scaling."""
-    plain = nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
-    with torch.no_grad():
-        plain.weight.copy_(layer.weight * (layer.scale * gain))
-        plain.bias.copy_(layer.bias * (layer.lr_mul * gain))
-    return plain.requires_grad_(False)
-
-
 class StaticConv(nn.Module):
     """A styled convolution: x (B, in, H, W), style (B, d) -> (B, out, H, W) or, upsampling, (B, out, 2H, 2W)."""
 
@@ -142,7 +133,7 @@ class Colour(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         weight = self.weight * self.modulation(style)[:, None, :]
-        return (weight @ x.flatten(2)).unflatten(2, x.shape[2:]) + self.bias
+        return (weight @ x.flatten(2)).view(-1, 3, *x.shape[2:]) + self.bias
 
 
 class Enlarge(nn.Module):
@@ -203,13 +194,13 @@ class Decode(nn.Module):
         self.blocks = nn.ModuleList()
         last = len(generator.to_rgbs) - 1
         for i, layer in enumerate(generator.to_rgbs):
-            up, conv = (StaticConv(generator.convs[k], noise[k + 1]) for k in (2 * i, 2 * i + 1))
+            up, conv = (StaticConv(cast(StyledConv, generator.convs[k]), noise[k + 1]) for k in (2 * i, 2 * i + 1))
             # Images go from [-1, 1] to [0, 1] by halved weights, and a shift in the last bias.
-            self.blocks.append(Block(up, conv, layer, 0.5, 0.5 * (i == last), pool if i == last else 1))
+            self.blocks.append(Block(up, conv, cast(ToRGB, layer), 0.5, 0.5 * (i == last), pool if i == last else 1))
 
     def forward(self, mixed: Tensor) -> Tensor:
         x = self.first(self.start, mixed[:, 0])
-        image = self.first_colour(x, mixed[:, 1])
+        image: Tensor = self.first_colour(x, mixed[:, 1])
         for i, block in enumerate(self.blocks):
             x, image = block(x, image, mixed[:, 2 * i + 1 : 2 * i + 4])
         if self.repeat > 1:

@@ -1,16 +1,66 @@
-"""The traced form of both StyleGAN2 encoders: the same numbers as `mlvgm.e4e` and `mlvgm.style_transformer`."""
+"""The traced form of both StyleGAN2 encoders: the same numbers as `mlvgm.e4e` and `mlvgm.style_transformer`.
+
+- Batch norms behind a convolution are folded into it, the mean code into the last biases.
+- The queries of Style Transformer are the same for every image: mapped and mixed among themselves, they are a constant.
+- Attending to a feature map needs no projected keys and values of its thousands of pixels. A score is
+  ``(W_q x + b_q) . (W_k t + b_k)``: W_k moves to the few queries, and b_k, the same for all pixels, leaves the softmax.
+  W_v and the output projection work on the few sums of pixels, whose weights add up to one.
+"""
 
 import math
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.fold import conv_then_norm
 from mlvgm.e4e import COARSE, MIDDLE, E4ePurifier, Encoder4Editing, StyleHead
-from mlvgm.irse import STAGES, Pyramid, SqueezeExcite, Unit, enlarge_to
+from mlvgm.irse import STAGES, Pyramid, Unit, enlarge_to
 from mlvgm.style_transformer import BAND, CANVAS, HEADS, QueryLayer, StyleTransformerPurifier, resize
 from mlvgm.stylegan2 import EqualLinear
+
+
+class FoldedUnit(nn.Module):
+    """A residual unit whose second and third batch norm are part of a convolution.
+
+    The first one stays: the convolution behind it pads with zeros that the norm must not shift.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        norm, conv_1, slope, conv_2, norm_2, self.gate = unit.res_layer
+        self.branch = nn.Sequential(norm, conv_1, slope, folded(conv_2, norm_2))
+        self.shortcut: nn.Module
+        if isinstance(unit.shortcut_layer, nn.Sequential):
+            self.shortcut = folded(*unit.shortcut_layer)
+        else:
+            subsampling = cast(nn.MaxPool2d, unit.shortcut_layer)
+            self.shortcut = nn.Identity() if subsampling.stride == 1 else subsampling
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gate(self.branch(x)) + self.shortcut(x)
+        return out
+
+
+class FoldedPyramid(nn.Module):
+    """images (B, 3, H, W) in [-1, 1] -> maps (B, d, ., .) at 1/16, 1/8 and 1/4 of their size."""
+
+    def __init__(self, source: Pyramid) -> None:
+        super().__init__()
+        conv, norm, slope = source.input_layer
+        units = [FoldedUnit(cast(Unit, unit)) for unit in source.body]
+        ends = [sum(STAGES[:i]) for i in (2, 3, 4)]
+        self.fine = nn.Sequential(folded(conv, norm), slope, *units[: ends[0]])
+        self.medium = nn.Sequential(*units[ends[0] : ends[1]])
+        self.coarse = nn.Sequential(*units[ends[1] :])
+        self.lateral_medium, self.lateral_fine = source.latlayer1, source.latlayer2
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fine = self.fine(images)
+        medium = self.medium(fine)
+        coarse: Tensor = self.coarse(medium)
+        medium = enlarge_to(coarse, medium) + self.lateral_medium(medium)
+        return coarse, medium, enlarge_to(medium, fine) + self.lateral_fine(fine)
 
 
 class E4eEncoder(nn.Module):
@@ -18,25 +68,117 @@ class E4eEncoder(nn.Module):
 
     def __init__(self, purifier: E4ePurifier) -> None:
         super().__init__()
-        encoder, mean = purifier.encoder, purifier.latent_avg
-        assert isinstance(encoder, Encoder4Editing)
+        encoder, mean = cast(Encoder4Editing, purifier.encoder), purifier.latent_avg
         self.pyramid = FoldedPyramid(encoder)
-        # Row 0 is added to every other row, its share of the mean code included.
+        # Row 0 is added to all others, its share of the mean code included.
+        shifts = [mean[0], *(mean[1:] - mean[0])]
         self.heads = nn.ModuleList(
-            folded_head(head, mean[i] if i == 0 else mean[i] - mean[0]) for i, head in enumerate(encoder.styles)
+            folded_head(cast(StyleHead, head), shift) for head, shift in zip(encoder.styles, shifts, strict=True)
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.pyramid(images)
-        rows = [head(maps[0 if i < COARSE else 1 if i < MIDDLE else 2]) for i, head in enumerate(self.heads)]
-        offsets = torch.stack([torch.zeros_like(rows[0]), *rows[1:]], dim=1)
-        return rows[0][:, None] + offsets
+        coarse, medium, fine = self.pyramid(images)
+        rows = [head(coarse) for head in self.heads[:COARSE]]
+        rows += [head(medium) for head in self.heads[COARSE:MIDDLE]]
+        rows += [head(fine) for head in self.heads[MIDDLE:]]
+        base = rows[0][:, None]
+        return torch.cat([base, base + torch.stack(rows[1:], dim=1)], dim=1)
 
 
-def folded_head(head: nn.Module, shift: Tensor) -> nn.Sequential:
-    """``head`` with the constant ``shift`` in its last bias."""
-    assert isinstance(head, StyleHead)
-    linear = plain_linear(head.linear)
-    with torch.no_grad():
-        linear.bias.add_(shift)
-    return nn.Sequential(*head.convs, nn.Flatten(1), linear)
+class TransformerEncoder(nn.Module):
+    """images (B, 3, 128, 128) in [-1, 1] -> codes (B, n, d)."""
+
+    queries: Tensor
+    mean: Tensor
+
+    def __init__(self, purifier: StyleTransformerPurifier) -> None:
+        super().__init__()
+        encoder = purifier.encoder
+        self.pyramid = FoldedPyramid(encoder)
+        layers = (encoder.transformerlayer_coarse, encoder.transformerlayer_medium, encoder.transformerlayer_fine)
+        self.readings = nn.ModuleList(Reading(layer) for layer in layers)
+        self.exchanges = nn.ModuleList(Exchange(layer) for layer in layers[1:])
+        with torch.no_grad():
+            self.register_buffer("queries", Exchange(layers[0])(purifier.decoder.map(encoder.z)))
+        self.register_buffer("mean", purifier.latent_avg)
+
+    def forward(self, images: Tensor) -> Tensor:
+        coarse, medium, fine = self.pyramid(resize(images, CANVAS)[:, :, BAND:-BAND])
+        codes: Tensor = self.readings[0](self.queries, coarse)
+        codes = self.readings[1](self.exchanges[0](codes), medium)
+        codes = self.readings[2](self.exchanges[1](codes), fine)
+        return codes + self.mean
+
+
+class Exchange(nn.Module):
+    """Self-attention of the queries, residual and norm: (B, n, d) -> (B, n, d)."""
+
+    def __init__(self, layer: QueryLayer) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.project = linear(attention.in_proj_weight, attention.in_proj_bias)
+        self.out, self.norm = linear(attention.out_proj.weight, attention.out_proj.bias), layer.norm1
+
+    def forward(self, queries: Tensor) -> Tensor:
+        _, n, d = queries.shape
+        q, k, v = self.project(queries).view(-1, n, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=-1)
+        mixed = self.out((weights @ v).transpose(1, 2).flatten(2))
+        out: Tensor = self.norm(queries + mixed)
+        return out
+
+
+class Reading(nn.Module):
+    """Attention of the queries (B, n, d) to a map (B, d, H, W), then the feed-forward part: -> (B, n, d)."""
+
+    def __init__(self, layer: QueryLayer) -> None:
+        super().__init__()
+        attention, d = layer.multihead_attn, layer.linear1.in_features
+        weight, bias = attention.in_proj_weight.double(), attention.in_proj_bias.double()
+        q, k, v = weight.view(3, HEADS, -1, d)
+        q_bias, _, v_bias = bias.chunk(3)
+        out = attention.out_proj.weight.double()
+        temperature = math.sqrt(d / HEADS)
+        self.ask = linear(
+            torch.einsum("hij,hik->hkj", q, k).flatten(0, 1) / temperature,
+            torch.einsum("hi,hik->hk", q_bias.view(HEADS, -1), k).flatten() / temperature,
+        )
+        self.tell = linear(
+            torch.einsum("ohi,hij->ohj", out.view(d, HEADS, -1), v).flatten(1),
+            out @ v_bias + attention.out_proj.bias,
+        )
+        self.norm_1, self.norm_2 = layer.norm2, layer.norm3
+        self.feed = nn.Sequential(layer.linear1, nn.ReLU(), layer.linear2)
+
+    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
+        pixels, (n, d) = features.flatten(2), queries.shape[1:]
+        asked = self.ask(queries).view(-1, n * HEADS, d)
+        weights = torch.softmax(asked @ pixels, dim=-1)
+        seen = (weights @ pixels.transpose(1, 2)).view(-1, n, HEADS * d)
+        queries = self.norm_1(queries + self.tell(seen))
+        out: Tensor = self.norm_2(queries + self.feed(queries))
+        return out
+
+
+def folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
+    """`conv_then_norm` of two layers of a sequence."""
+    return conv_then_norm(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
+
+
+def folded_head(head: StyleHead, shift: Tensor) -> nn.Sequential:
+    """``head`` with the constant ``shift`` added to its code."""
+    last = plain_linear(head.linear)
+    return nn.Sequential(*head.convs, nn.Flatten(1), linear(last.weight, last.bias + shift))
+
+
+def plain_linear(layer: EqualLinear, gain: float = 1.0) -> nn.Linear:
+    """The linear part of ``layer``, times ``gain``, without run-time scaling."""
+    return linear(layer.weight * (layer.scale * gain), layer.bias * (layer.lr_mul * gain))
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with these weights (out, in) and biases (out,), in float32."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    values = {"weight": weight.detach().float(), "bias": bias.detach().float()}
+    layer.load_state_dict(values, assign=True)
+    return layer.requires_grad_(False)

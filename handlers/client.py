@@ -111,7 +111,8 @@ class Client:
         Raises:
             ServerError: there is no readable key file.
         """
-        assert self._key_file is not None
+        if self._key_file is None:
+            raise ServerError("this client was given no key file")
         try:
             return str(json.loads(self._key_file.read_text())[kind]["key"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -46,7 +46,7 @@ def mixture_log_likelihood(logits: Tensor, images: Tensor) -> Tensor:
     density = middle - log_scales - 2.0 * F.softplus(middle) - torch.log(torch.tensor(127.5))
     log_mass = torch.where(mass > 1e-5, torch.log(mass.clamp(min=1e-10)), density)
     log_mass = torch.where(x < -0.999, upper - F.softplus(upper), log_mass)
-    log_mass = torch.where(x > 0.99, -F.softplus(lower), log_mass)
+    log_mass = torch.where(x > 0.999, -F.softplus(lower), log_mass)
     per_mixture = log_mass.sum(dim=1) + torch.log_softmax(weights, dim=1)
     return torch.logsumexp(per_mixture, dim=1).sum(dim=(1, 2))
 

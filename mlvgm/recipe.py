@@ -33,13 +33,16 @@ class ClassifierRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One pipeline. Attributes not commented here are explained in docs/recipes.md.
+    """One pipeline.
 
     Attributes:
+        family: "e4e", "style_transformer" or "nvae".
+        image_size: side of the square images, in pixels.
+        classes: names in the order of the logits; in the file, a number stands for that many neutral names.
+        schedule: the one of ``alphas`` that is served by default.
+        purifier: its weights, relative to the project's root; None where the user names them at export.
         alphas: named schedules, n weights each, before ``attenuation``; "linear" and "cosine" may be left out.
-        schedule: name of the schedule that is served by default.
         temperature: of the NVAE prior.
-        noise_std: standard deviation of the StyleGAN2 latents' noise, before the mapping network.
         input_noise_l2: norm of the noise added to the input, 0 for none.
         batch: rows per engine call: min, opt, max.
         samples: purified copies that vote on one image: default and max.
@@ -96,7 +99,10 @@ class Recipe:
             if key in classifier:
                 classifier[key] = tuple(float(v) for v in classifier[key])
         content["classifier"] = ClassifierRecipe(**classifier)
-        content["classes"] = tuple(str(c) for c in content["classes"])
+        names = content["classes"]
+        if isinstance(names, int):
+            names = [f"class {i}" for i in range(names)]
+        content["classes"] = tuple(str(c) for c in names)
         n = int(content["n_latents"])
         linear = [(i + 1) / n for i in range(n)]
         cosine = [0.5 * (1.0 - math.cos(math.pi * a)) for a in linear]

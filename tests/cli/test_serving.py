@@ -48,7 +48,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def store(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    settings = Settings(runtime="onnxruntime", threads=1, allow_seed=True, batch_delay_ms=100)
+    settings = Settings(runtime="onnxruntime", threads=1, allow_seed=True, batch_size=8, batch_delay_ms=100)
     build_archive(nvae_bundle, folder, settings)
     return folder
 
@@ -227,7 +227,11 @@ def test_predict_prints_json_and_saves_images(
     assert main([*words, "--save-purified", str(saved)]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["samples"] == 3
+    assert answer["purified"] == str(saved / "good.purified.png")
     assert Image.open(answer["purified"]).size == (8, 8)
+    twice = ["predict", "a/x.png", "b/x.jpg", "--port", str(server.port), "--save-purified", str(saved)]
+    assert main(twice) == 2
+    assert "x.purified.png" in capsys.readouterr().err
 
 
 def test_doctor_sees_the_server(server: Server, store: Path, capsys: pytest.CaptureFixture[str]) -> None:

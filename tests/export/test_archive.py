@@ -30,7 +30,7 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
     assert {"torchserve.py", "handlers/pipeline.py", "handlers/runtimes/onnxruntime.py"} <= names
     assert not any("__pycache__" in name or name.startswith(("mlvgm", "export")) for name in names)
     assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
-    assert settings["batchSize"] == 8
+    assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"
     assert settings["maxBatchDelay"] == 7
     assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True}
 
@@ -120,7 +120,7 @@ def test_a_damaged_bundle_is_not_packed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "error"),
-    [({"runtime": "cuda9"}, RuntimeMissing), ({"batch_delay_ms": 0}, ArchiveError)],
+    [({"runtime": "cuda9"}, RuntimeMissing), ({"batch_delay_ms": 0}, ArchiveError), ({"batch_size": -1}, ArchiveError)],
 )
 def test_wrong_settings_are_refused(
     nvae_bundle: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception]

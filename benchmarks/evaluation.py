@@ -1,0 +1,142 @@
+"""How defences read images: the purifier as it is served, the bare classifier, and two simple defences to beat."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.attacks import to_float
+from benchmarks.progress import track
+from handlers.pipeline import Pipeline
+from mlvgm.preprocess import add_noise, blur_images
+from mlvgm.training.data import Signs, load_signs, split_by_track
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+NOISE_L2 = 1.0
+"""Norm of the noise defence, in units of the [0, 1] image: half of what the paper's ablation adds at 64x64."""
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a defence reads N images.
+
+    Attributes:
+        labels: (N,), its answers.
+        copies: (N, K), what each of K purified or noisy copies would have answered alone.
+        flagged: (N,), whether it differs from the bare classifier.
+    """
+
+    labels: Labels
+    copies: Labels
+    flagged: NDArray[np.bool_]
+
+    @property
+    def agreement(self) -> NDArray[np.float64]:
+        """(N,): share of the copies that vote for the answer."""
+        share: NDArray[np.float64] = (self.copies == self.labels[:, None]).mean(axis=1)
+        return share
+
+
+Defence = Callable[[Images], Reading]
+
+
+def photographs(folder: str | Path, part: str, limit: int | None = None) -> Signs:
+    """Photographs of signs of the "test" or the "validation" part: the first ``limit`` in a fixed random order.
+
+    Raises:
+        FileNotFoundError: there are none in ``folder``.
+    """
+    signs = load_signs(folder, "test") if part == "test" else split_by_track(load_signs(folder, "train"))[1]
+    order = np.random.default_rng(0).permutation(len(signs))[:limit]
+    return Signs(signs.images[order], signs.labels[order])
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share of ``count`` among ``n`` (Wilson, JASA 1927); (0, 1) where n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, count / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """The share of True with its interval, for a report."""
+    count, n = int(mask.sum()), int(mask.size)
+    low, high = wilson(count, n)
+    return {"share": count / n if n else None, "low": low, "high": high, "count": count, "n": n}
+
+
+def bare(pipeline: Pipeline) -> Defence:
+    """No defence: the classifier of the bundle."""
+
+    def read(images: Images) -> Reading:
+        labels = _classify(pipeline, images.__getitem__, len(images))
+        return Reading(labels, labels[:, None], np.zeros(len(images), np.bool_))
+
+    return read
+
+
+def blur(pipeline: Pipeline) -> Defence:
+    """The classifier behind a Gaussian blur with sigma 1."""
+
+    def read(images: Images) -> Reading:
+        labels = _classify(pipeline, lambda part: _array(blur_images(to_float(images[part]))), len(images))
+        return Reading(labels, labels[:, None], labels != bare(pipeline)(images).labels)
+
+    return read
+
+
+def noise(pipeline: Pipeline, samples: int, seed: int = 0, l2: float = NOISE_L2) -> Defence:
+    """A vote of the classifier on ``samples`` copies, each with Gaussian noise of norm ``l2``."""
+
+    def read(images: Images) -> Reading:
+        generator = torch.Generator().manual_seed(seed)
+
+        def copy(part: slice) -> NDArray[np.float32]:
+            clean = to_float(images[part])
+            return _array(add_noise(clean, torch.randn(clean.shape, generator=generator), l2))
+
+        copies = np.stack([_classify(pipeline, copy, len(images)) for _ in range(samples)], axis=1)
+        labels = np.array([np.bincount(row).argmax() for row in copies])
+        return Reading(labels, copies, labels != bare(pipeline)(images).labels)
+
+    return read
+
+
+def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list[float] | None = None) -> Defence:
+    """The whole pipeline as it is served, with seeds ``seed``, ``seed`` + 1 and so on for image after image."""
+
+    def read(images: Images) -> Reading:
+        labels, copies, flagged = [], [], []
+        for start in track(range(0, len(images), _CHUNK), f"purifying {_CHUNK} images, {samples} copies each:"):
+            part = images[start : start + _CHUNK]
+            seeds = range(seed + start, seed + start + len(part))
+            result = pipeline.run(part, samples=samples, seeds=seeds, alphas=alphas)
+            labels.append(result.labels)
+            copies.append(result.sample_labels)
+            flagged.append(result.flagged)
+        return Reading(np.concatenate(labels), np.concatenate(copies), np.concatenate(flagged))
+
+    return read
+
+
+def _classify(pipeline: Pipeline, images: Callable[[slice], NDArray[Any]], count: int) -> Labels:
+    parts = [pipeline.classify(images(slice(i, i + _CHUNK))).argmax(axis=1) for i in range(0, count, _CHUNK)]
+    labels: Labels = np.concatenate(parts)
+    return labels
+
+
+def _array(images: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = images.clamp(0, 1).numpy()
+    return array

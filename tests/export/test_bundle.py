@@ -1,0 +1,110 @@
+"""An exported bundle computes, through the server's own pipeline, what the eager twin computes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from export.bundle import ExportError, export_bundle
+from export.parity import Comparison, ParityError, check
+from export.trace import TraceError
+from handlers.pipeline import Pipeline
+from tests.export import models
+from tests.reference import relative_error
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "tiny"
+    export_bundle(models.recipe(), models.purifier(), models.classifier(), out)
+    return out
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_pipeline_agrees_with_the_eager_twin(bundle: Path, runtime: str, batch: int) -> None:
+    pytest.importorskip(runtime)
+    purifier, classifier = models.purifier(), models.classifier()
+    torch.manual_seed(batch)
+    images, copies = torch.rand(batch, 3, 32, 32), 2
+    noise = [torch.randn(batch * copies, *shape) for shape in purifier.noise_shapes]
+    twin = purifier.purify(images.repeat_interleave(copies, dim=0), noise, models.recipe().effective_alphas("linear"))
+    logits = classifier(twin.images).unflatten(0, (batch, copies)).mean(dim=1)
+    with Pipeline.load(bundle, runtime=runtime) as pipeline:
+        result = pipeline.run(images.numpy(), samples=copies, noise=[tensor.numpy() for tensor in noise])
+    assert relative_error(result.purified.reshape(-1, 3, 32, 32), twin.images) < 1e-4
+    assert relative_error(result.logits, logits) < 1e-4
+    assert relative_error(result.unpurified_logits, classifier(images)) < 1e-4
+
+
+def test_input_noise_is_an_input(tmp_path: Path) -> None:
+    recipe = models.recipe(blur=True, input_noise_l2=1.0)
+    export_bundle(recipe, models.purifier(), models.classifier(), tmp_path / "noisy")
+    purifier = models.purifier()
+    torch.manual_seed(0)
+    images, input_noise = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    noise = [torch.randn(2, *shape) for shape in purifier.noise_shapes]
+    twin = purifier.purify(images, noise, recipe.effective_alphas(), True, input_noise, 1.0)
+    with Pipeline.load(tmp_path / "noisy", runtime="onnxruntime") as pipeline:
+        result = pipeline.run(
+            images.numpy(), samples=1, noise=[t.numpy() for t in noise], input_noise=input_noise.numpy()
+        )
+    assert relative_error(result.purified[:, 0], twin.images) < 1e-4
+
+
+def test_manifest_carries_the_parity_report(bundle: Path) -> None:
+    manifest = json.loads((bundle / "pipeline.json").read_text())
+    report = manifest["report"]["parity"]
+    assert report["batches"] == [1, 2, 3, 4]
+    assert {entry["stage"] for entry in report["worst"]} == {"encode", "decode", "classify"}
+    assert all(0 <= entry["relative_error"] < 1e-4 for entry in report["worst"])
+    assert manifest["alphas"]["linear"] == pytest.approx([0.175, 0.35, 0.7])
+
+
+def test_graphs_draw_no_random_numbers_and_have_no_batch_norm_left_to_fold(bundle: Path) -> None:
+    for name in ("decode", "classify"):
+        operators = {node.op_type for node in onnx.load(bundle / f"{name}.onnx").graph.node}
+        assert not operators & {"RandomNormal", "RandomNormalLike", "RandomUniform", "BatchNormalization"}
+
+
+def test_over_the_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.bundle.LIMIT", 1e-12)
+    with pytest.raises(ParityError, match=r"is .* off its eager twin at batch"):
+        export_bundle(models.recipe(), models.purifier(), models.classifier(), tmp_path / "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_is_not_finite_is_over_every_limit() -> None:
+    with pytest.raises(ParityError, match="stage decode: images is inf off"):
+        check([Comparison("decode", "images", 1, float("inf"), float("nan"))], 1e-4)
+
+
+def test_models_that_do_not_fit_the_recipe(tmp_path: Path) -> None:
+    for change, words in (({"image_size": 64}, "images are 64 px"), ({"n_latents": 4}, "has 4 latents")):
+        recipe = dataclasses.replace(models.recipe(), **change)
+        with pytest.raises(ExportError, match=words):
+            export_bundle(recipe, models.purifier(), models.classifier(), tmp_path / "tiny")
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="is there already and is no bundle"):
+        export_bundle(models.recipe(), models.purifier(), models.classifier(), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_classifier_that_cannot_be_traced(tmp_path: Path) -> None:
+    class Awkward(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            means = images.mean(dim=(2, 3))
+            return means if float(means.sum()) > 0 else -means
+
+    with pytest.raises(TraceError, match="stage classify cannot be exported"):
+        export_bundle(models.recipe(), models.purifier(), Awkward(), tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()

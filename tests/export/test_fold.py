@@ -1,0 +1,84 @@
+"""Folding changes no number and removes the work it says it removes."""
+
+import torch
+from torch import nn
+
+from export.fold import fold_batch_norms, norm_then_pointwise, without_weight_norm
+from export.nvae import Decode, Encode, stages
+from export.stage import as_tuple
+from export.trace import example
+from tests.export import models
+from tests.reference import relative_error
+
+
+def test_batch_norms_behind_convolutions_and_linears_vanish() -> None:
+    classifier = models.classifier()
+    folded = fold_batch_norms(classifier)
+    images = torch.rand(3, 3, 32, 32)
+    assert relative_error(folded(images), classifier(images)) < 1e-5
+    assert any(isinstance(m, nn.BatchNorm2d) for m in classifier.modules())
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in folded.modules())
+
+
+def test_a_norm_that_two_layers_read_is_left_alone() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            result: torch.Tensor = self.norm(y) + y
+            return result
+
+    model = models.unsettle(Branching())
+    images = torch.rand(2, 3, 4, 4)
+    assert relative_error(fold_batch_norms(model)(images), model(images)) < 1e-6
+
+
+def test_a_model_that_cannot_be_traced_comes_back_whole() -> None:
+    class Awkward(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.mean() > 0 else -x
+
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(fold_batch_norms(Awkward())(images), images)
+
+
+def test_norm_in_front_of_a_pointwise_convolution() -> None:
+    torch.manual_seed(0)
+    norm, conv = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, bias=False)
+    models.unsettle(norm)
+    x = torch.randn(2, 4, 5, 5)
+    assert relative_error(norm_then_pointwise(norm, conv)(x).detach(), conv(norm(x)).detach()) < 1e-6
+
+
+def test_removing_weight_norm_leaves_the_original_usable() -> None:
+    purifier = models.purifier()
+    images = torch.rand(1, 3, 32, 32)
+    before = purifier.encode(images)
+    without_weight_norm(purifier.network)
+    assert all(torch.equal(a, b) for a, b in zip(before, purifier.encode(images), strict=True))
+
+
+def test_every_nvae_stage_computes_what_its_twin_computes() -> None:
+    for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):
+        for stage in stages(models.purifier(), blur, input_noise_l2):
+            inputs = [example(named, 3, seed=i) for i, named in enumerate(stage.inputs)]
+            with torch.no_grad():
+                pairs = zip(as_tuple(stage.module.eval()(*inputs)), as_tuple(stage.twin(*inputs)), strict=True)
+            assert all(relative_error(found, twin) < 1e-5 for found, twin in pairs)
+            assert isinstance(stage.module, Encode | Decode)
+
+
+def test_chained_nvae_stages_purify() -> None:
+    torch.manual_seed(3)
+    purifier = models.purifier()
+    encode, decode = stages(purifier, True, 1.0)
+    images, input_noise = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    noise = [torch.randn(2, *shape) for shape in purifier.noise_shapes]
+    alphas = torch.tensor([0.2, 0.5, 1.0])
+    with torch.no_grad():
+        found = decode.module(*encode.module(images, input_noise), *noise, alphas)
+    twin = purifier.purify(images, noise, alphas, blur=True, input_noise=input_noise, input_noise_l2=1.0)
+    assert relative_error(found, twin.images) < 1e-5

@@ -24,7 +24,7 @@ _CHUNK = 25
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Settings:
     """Settings of the attack.
 
     Attributes:
@@ -70,7 +70,7 @@ def defended(default: Default, copies: int, seed: int) -> Logits:
 
 
 def attack_within(
-    logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: Adaptive, what: str = "PGD"
+    logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: Settings, what: str = "PGD"
 ) -> NDArray[np.uint8]:
     """8-bit images (B, H, W, 3) within the ball around ``images`` that ``logits`` is least likely to read as ``labels``.
 
@@ -84,7 +84,7 @@ def attack_within(
     return np.concatenate(parts)
 
 
-def _descend(logits: Logits, clean: Tensor, labels: Tensor, settings: Adaptive, generator: torch.Generator) -> Tensor:
+def _descend(logits: Logits, clean: Tensor, labels: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
     step = 2.5 * settings.l2 / settings.steps
     images = _project(clean + step * _unit(torch.randn(clean.shape, generator=generator)), clean, settings.l2)
     best, lowest = images, torch.full((len(clean),), torch.inf)

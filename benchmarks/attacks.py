@@ -56,6 +56,10 @@ class DeepFool:
             result[stubborn] = self._run(classifier, images[stubborn], labels[stubborn], self.steps)
         return result
 
+    def settings(self) -> dict[str, float]:
+        """For a report."""
+        return asdict(self)
+
     def _run(self, classifier: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Tensor:
         foolbox = _foolbox()
         attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, candidates=self.candidates, overshoot=self.overshoot)
@@ -94,6 +98,10 @@ class CarliniWagner:
         result = _run_foolbox(attack, classifier, images, labels)
         failed = (result == 0).flatten(1).all(dim=1)  # foolbox gives a black image then, which may well be misread
         return torch.where(failed[:, None, None, None], images, result)
+
+    def settings(self) -> dict[str, float]:
+        """For a report."""
+        return asdict(self)
 
 
 Method = DeepFool | CarliniWagner
@@ -157,6 +165,14 @@ def attack(
         np.concatenate([part.fooled for part in parts]),
         np.concatenate([part.l2 for part in parts]),
     )
+
+
+@torch.no_grad()
+def predict(classifier: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The classes (B,) that ``classifier`` reads in uint8 (B, H, W, 3)."""
+    parts = [classifier(to_float(images[i : i + _CHUNK])).argmax(dim=1) for i in range(0, len(images), _CHUNK)]
+    labels: NDArray[np.int64] = torch.cat(parts).numpy()
+    return labels
 
 
 def to_float(images: NDArray[np.uint8]) -> Tensor:
@@ -255,8 +271,3 @@ def _cached(
     np.save(draft, result)
     draft.rename(file)  # an interrupted run must not leave half a file
     return result
-
-
-def settings(method: Method) -> dict[str, float]:
-    """The method's settings, for a report."""
-    return asdict(method)

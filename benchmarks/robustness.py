@@ -3,22 +3,22 @@
     python -m benchmarks.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
 
 Two kinds of attackers. The first knows the classifier alone (DeepFool and Carlini-Wagner, as in the paper); beside the
-purifier stand the bare classifier and two simple defences that any serious one has to beat. The second knows the whole
-defence but its noise. Attacked images are kept in build/attacks, so measuring other weights is quick.
+purifier stand the bare classifier and two simple defences that a serious one has to beat. The second attacker knows the
+whole defence but its noise. Attacked images are kept in build/attacks, so measuring other weights is quick.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from benchmarks import evaluation, machine, report
-from benchmarks.adaptive import Adaptive, attack_within, defended, undefended
-from benchmarks.attacks import METHODS, AttackResult, attack, settings, to_float
+from benchmarks import adaptive, evaluation, machine, report
+from benchmarks.attacks import METHODS, AttackResult, attack, predict
 from benchmarks.evaluation import Defence, Images, Labels, Reading, share
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
@@ -28,40 +28,39 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write JSON, a Markdown table and a plot. Returns 0."""
+    """Measure, print a summary, and write JSON, a Markdown table and a plot. Returns 0."""
     args = _parser().parse_args(arguments)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     signs = evaluation.photographs(args.data, args.part, args.limit)
     with Pipeline.load(args.bundle, threads=args.threads) as pipeline:
-        default = load_default(args.recipe or str(pipeline.manifest.source.get("recipe", "road-signs")))
-        samples = args.samples or pipeline.manifest.samples.default
-        schedule = args.alphas or pipeline.manifest.default_alphas
+        manifest = pipeline.manifest
+        default = load_default(args.recipe or str(manifest.source.get("recipe", "road-signs")))
+        samples = args.samples or manifest.samples.default
+        schedule = args.alphas or manifest.default_alphas
         content: dict[str, Any] = {
             "benchmark": "robustness",
-            "model": pipeline.manifest.name,
+            "model": manifest.name,
             "part": args.part,
             "n": len(signs),
             "samples": samples,
             "schedule": schedule,
-            "alphas": list(pipeline.manifest.alphas[schedule]),
+            "alphas": list(manifest.alphas[schedule]),
             "seed": args.seed,
+            "noise_l2": evaluation.NOISE_L2,
             "runtime": pipeline.runtime,
-            "precision": pipeline.manifest.precision,
-            "files": {name: seal.sha256 for name, seal in pipeline.manifest.files.items()},
+            "precision": manifest.precision,
+            "files": {name: seal.sha256 for name, seal in manifest.files.items()},
             "machine": machine.describe(),
         }
-        defences = {
-            "none": evaluation.bare(pipeline),
-            "blur": evaluation.blur(pipeline),
-            "noise": evaluation.noise(pipeline, samples, args.seed),
-            "purifier": evaluation.purifier(pipeline, samples, args.seed, schedule),
-        }
-        content |= measure(default, defences, signs.images, signs.labels, args.methods)
+        bare = evaluation.bare(pipeline)
+        simple = {"blur": evaluation.blur(pipeline), "noise": evaluation.noise(pipeline, samples, args.seed)}
+        purifier = evaluation.purifier(pipeline, samples, args.seed, schedule)
+        content |= measure(default.classifier, bare, simple, purifier, signs.images, signs.labels, args.attacks, CACHE)
         if args.adaptive:
             few = slice(0, args.adaptive)
+            served = Default(default.purifier, default.classifier, content["alphas"], default.recipe)
             content["adaptive"] = measure_adaptive(
-                default, pipeline.manifest.alphas[schedule], defences, signs.images[few], signs.labels[few], args
+                served, bare, purifier, signs.images[few], signs.labels[few], args.adaptive_l2, args.steps, args.copies
             )
     content["doubts"] = doubts(content)
     content["seconds"] = round(time.monotonic() - begun, 1)
@@ -71,43 +70,144 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    default: Default, defences: dict[str, Defence], images: Images, labels: Labels, methods: Sequence[str]
+    classifier: nn.Module,
+    bare: Defence,
+    simple: Mapping[str, Defence],
+    purifier: Defence,
+    images: Images,
+    labels: Labels,
+    methods: Sequence[str],
+    cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Attack the classifier with each of ``methods`` and have every defence read what comes out.
+    """Attack ``classifier`` with each of ``methods`` and have every defence read what comes out.
 
     Returns:
-        "attacks", "accuracy" (defence -> set of images -> share), "copies" and "detection" (of the purifier).
+        "attacks"; "accuracy", defence -> set of images -> share; of the purifier "copies", "recovered", "detection".
     """
-    sets: dict[str, Images] = {"clean": images}
-    attacks: dict[str, Any] = {}
-    right = evaluate_eager(default, images) == labels
+    sets, attacks = {"clean": images}, {}
+    right = predict(classifier, images) == labels
     for method in methods:
         begun = time.monotonic()
-        result = attack(default.classifier, images, labels, method, CACHE)
+        result = attack(classifier, images, labels, method, cache)
         sets[method] = result.images
-        attacks[method] = _describe(method, result, right) | {"seconds": round(time.monotonic() - begun, 1)}
-    accuracy: dict[str, dict[str, Any]] = {}
-    readings: dict[str, Reading] = {}
-    for name, defence in defences.items():
-        readings = {key: defence(attacked) for key, attacked in sets.items()}
-        accuracy[name] = {key: share(reading.labels == labels) for key, reading in readings.items()}
-        if name == "none":
-            for method in methods:
-                agree = readings[method].labels == evaluate_eager(default, sets[method])
-                attacks[method]["engine_agrees"] = share(agree)
-    purified = readings  # of the last defence, which is the purifier
+        attacks[method] = {"seconds": round(time.monotonic() - begun, 1), **_describe(method, result, right)}
+    unpurified = {name: bare(attacked) for name, attacked in sets.items()}
+    purified = {name: purifier(attacked) for name, attacked in sets.items()}
+    rows = {"none": unpurified}
+    rows |= {name: {key: defence(attacked) for key, attacked in sets.items()} for name, defence in simple.items()}
+    rows["purifier"] = purified
+    for method in methods:
+        agreeing = unpurified[method].labels == predict(classifier, sets[method])
+        attacks[method]["engine_agrees"] = share(agreeing)["share"]
     return {
         "attacks": attacks,
-        "accuracy": accuracy,
-        "copies": {
-            key: {
-                "one": share(reading.copies == labels[:, None])["share"],
-                "all": share((reading.copies == labels[:, None]).all(axis=1)),
-            }
+        "accuracy": {
+            name: {key: share(reading.labels == labels) for key, reading in row.items()} for name, row in rows.items()
+        },
+        "copies": {key: _copies(reading, labels) for key, reading in purified.items()},
+        "recovered": {
+            key: share((reading.labels == labels)[right & (unpurified[key].labels != labels)])
             for key, reading in purified.items()
+            if key != "clean"
         },
         "detection": {
             key: {"flagged": share(reading.flagged), "agreement": round(float(reading.agreement.mean()), 4)}
             for key, reading in purified.items()
         },
     }
+
+
+def measure_adaptive(
+    default: Default,
+    bare: Defence,
+    purifier: Defence,
+    images: Images,
+    labels: Labels,
+    bounds: Sequence[float],
+    steps: int,
+    copies: int,
+) -> dict[str, Any]:
+    """Accuracy under an attack within each of ``bounds`` (L2): of the classifier, of the purifier when the same images
+    are sent to it, and of the purifier when the attack takes gradients through it (``copies`` draws for each of them).
+    """
+    rows = []
+    for l2 in bounds:
+        settings = adaptive.Settings(l2, steps)
+        easy = adaptive.attack_within(adaptive.bare(default.classifier), images, labels, settings, f"PGD {l2:g}")
+        whole = adaptive.defended(default, copies, settings.seed)
+        hard = adaptive.attack_within(whole, images, labels, settings, f"adaptive PGD {l2:g}")
+        rows.append(
+            {
+                "l2": l2,
+                "none": share(bare(easy).labels == labels),
+                "transfer": share(purifier(easy).labels == labels),
+                "adaptive": share(purifier(hard).labels == labels),
+            }
+        )
+    return {"n": len(images), "steps": steps, "copies": copies, "bounds": rows}
+
+
+def doubts(content: Mapping[str, Any]) -> list[str]:
+    """What in a report speaks against its own attacks or engines, one sentence each."""
+    found = []
+    attacks = content["attacks"]
+    for name, entry in attacks.items():
+        if entry["fooled"]["share"] < 0.99:
+            found.append(f"{name} fools only {entry['fooled']['share']:.1%}: it is not at its full strength.")
+        if entry["engine_agrees"] < 0.995:
+            found.append(
+                f"Engine and eager classifier agree on only {entry['engine_agrees']:.1%} of the {name} images: "
+                "is the bundle made from other weights?"
+            )
+    if {"deepfool", "cw"} <= attacks.keys() and attacks["cw"]["l2"]["0.5"] > attacks["deepfool"]["l2"]["0.5"]:
+        found.append("Carlini-Wagner needs larger changes than DeepFool: it has too few steps.")
+    for row in content.get("adaptive", {}).get("bounds", []):
+        if row["adaptive"]["share"] > row["transfer"]["share"]:
+            found.append(f"At L2 {row['l2']:g} the adaptive attack is weaker than one that knows the classifier alone.")
+    return found
+
+
+def _describe(method: str, result: AttackResult, right: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, Any]:
+    changed = result.l2[right & result.fooled]
+    quantiles = np.quantile(changed, QUANTILES) if len(changed) else np.full(len(QUANTILES), np.nan)
+    return {
+        "settings": METHODS[method].settings(),
+        "fooled": share(result.fooled[right]),
+        "l2": {str(q): round(float(value), 4) for q, value in zip(QUANTILES, quantiles, strict=True)},
+    }
+
+
+def _copies(reading: Reading, labels: Labels) -> dict[str, Any]:
+    """What became of an attacker who needs one copy to go wrong, at the first try or within all of them."""
+    right = reading.copies == labels[:, None]
+    return {"one": round(float(right.mean()), 4), "all": share(right.all(axis=1))}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.robustness",
+        description="Measure accuracy under attack, as served, beside simple defences.",
+        epilog="Example: python -m benchmarks.robustness --bundle build/road-signs --data ../gtsrb --limit 500",
+    )
+    parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
+    parser.add_argument("--recipe", help="whose eager models are attacked (default: the one the bundle was made from)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with test.npz or the official GTSRB folders")
+    parser.add_argument("--part", choices=("test", "validation"), default="test", help="(%(default)s)")
+    parser.add_argument("--limit", type=int, help="images to use, the first of a fixed random order (default: all)")
+    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the bundle's)")
+    parser.add_argument("--alphas", help="schedule of the bundle (default: the bundle's)")
+    parser.add_argument("--attacks", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
+    parser.add_argument(
+        "--adaptive", type=int, default=200, metavar="N", help="images for it, 0 for none (%(default)s)"
+    )
+    parser.add_argument("--adaptive-l2", type=float, nargs="+", default=[0.5, 1.0], help="(default: 0.5 1.0)")
+    parser.add_argument("--steps", type=int, default=20, help="of the adaptive attack (%(default)s)")
+    parser.add_argument("--copies", type=int, default=4, help="that its gradients are averaged over (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image's noise (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/robustness.json"), help="(%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     client = server.client()
     width = max(4, *(len(str(path)) for path in arguments.files))
     if not arguments.json:
-        print(f"{'file':{width}}  {'label':24}  {'confidence':>10}  {'agreement':>9}  {'unpurified':24}  flagged")
+        print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
     refused = 0
     for path in arguments.files:
         try:
@@ -97,8 +97,8 @@ def _check_names(paths: list[Path]) -> None:
 
 def _row(path: Path, width: int, answer: dict[str, Any]) -> str:
     before = f"{answer['unpurified']['label']} {answer['unpurified']['confidence']:.0%}"
-    row = f"{path!s:{width}}  {answer['label']:24}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
-    row += f"{before:24}  {'yes' if answer['flagged'] else 'no'}"
+    row = f"{path!s:{width}}  {answer['label']:30}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
+    row += f"{before:34}  {'yes' if answer['flagged'] else 'no'}"
     for entry in answer.get("top_k", [])[1:]:
-        row += f"\n{'':{width}}  {entry['label']:24}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
+        row += f"\n{'':{width}}  {entry['label']:30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
     return row

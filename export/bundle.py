@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from export import classifier as classify
-from export import families, parity
+from export import families, onnx_classifier, parity
 from export.stage import Named, Stage
 from export.trace import trace
 from handlers import manifest
@@ -30,13 +30,14 @@ class ExportError(RuntimeError):
 def export_bundle(
     recipe: Recipe,
     purifier: Purifier,
-    classifier: nn.Module,
+    classifier: nn.Module | Path,
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> manifest.Manifest:
     """Write the bundle of ``recipe`` to the folder ``out``, which is replaced where it is a bundle already.
 
     Args:
+        classifier: a module that takes images in [0, 1], or an ONNX file that takes normalised ones.
         progress: is told in one line what comes next.
 
     Raises:
@@ -48,7 +49,7 @@ def export_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     stages = (
         *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
-        classify.stage(classifier, recipe.image_size, len(recipe.classes)),
+        _classify(recipe, classifier),
     )
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
         draft = Path(draft_name) / out.name
@@ -68,6 +69,12 @@ def export_bundle(
             shutil.rmtree(out)
         draft.rename(out)
     return written
+
+
+def _classify(recipe: Recipe, classifier: nn.Module | Path) -> Stage:
+    if isinstance(classifier, nn.Module):
+        return classify.stage(classifier, recipe.image_size, len(recipe.classes))
+    return onnx_classifier.stage(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
 
 
 def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:

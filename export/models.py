@@ -10,8 +10,10 @@ from mlvgm.purifier import Purifier
 from mlvgm.recipe import ROOT, Recipe
 
 
-def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module]:
+def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module | Path]:
     """Purifier and classifier of ``recipe``; the arguments, where given, replace the files it names.
+
+    A classifier that is an ONNX file is returned as its path.
 
     Raises:
         ExportError: neither the recipe nor the arguments name a file.
@@ -26,16 +28,18 @@ def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) 
     )
 
 
-def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module:
+def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module | Path:
     architecture = recipe.classifier.architecture
     if ":" in architecture:
         return load_callable(architecture)
     file = file or _own(recipe.classifier.file)
     if file is None:
         raise ExportError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
+    if architecture == "onnx":
+        return file
     if architecture not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
-        raise ExportError(f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, module:function")
+        raise ExportError(f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, onnx, module:function")
     return load_classifier(architecture, file, len(recipe.classes))
 
 

@@ -162,18 +162,26 @@ class Enlarge(nn.Module):
 class Block(nn.Module):
     """One resolution: features and image (B, ., H, W) and three rows of the code -> both at twice the size.
 
-    With ``pool`` > 1 it is the last one, and the image comes at the pooled size.
+    With ``pool`` > 1 it is the last one, and the image comes at the pooled size. The outermost ``cut`` rows of the inputs
+    are left out.
     """
 
-    def __init__(self, up: StaticConv, conv: StaticConv, layer: ToRGB, gain: float, shift: float, pool: int) -> None:
+    def __init__(
+        self, up: StaticConv, conv: StaticConv, layer: ToRGB, colour: Colour, pool: int = 1, cut: int = 0
+    ) -> None:
         super().__init__()
-        self.up, self.conv, self.pool = up, conv, pool
-        self.colour, self.enlarge = Colour(layer, gain, shift), Enlarge(layer.upsample.kernel, pool)
+        self.up, self.conv, self.pool, self.cut = up, conv, pool, cut
+        self.colour, self.enlarge = colour, Enlarge(layer.upsample.kernel, pool)
 
     def forward(self, x: Tensor, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.conv(self.up(x, codes[:, 0]), codes[:, 1])
+        x = self.conv(self.up(trim(x, self.cut), codes[:, 0]), codes[:, 1])
         seen = F.avg_pool2d(x, self.pool) if self.pool > 1 else x
-        return x, self.colour(seen, codes[:, 2]) + self.enlarge(image)
+        return x, self.colour(seen, codes[:, 2]) + self.enlarge(trim(image, self.cut))
+
+
+def trim(images: Tensor, rows: int) -> Tensor:
+    """Without the first and the last ``rows`` rows."""
+    return images[:, :, rows:-rows] if rows else images
 
 
 class Decode(nn.Module):
@@ -184,19 +192,24 @@ class Decode(nn.Module):
     def __init__(self, purifier: StyleGan2Purifier) -> None:
         super().__init__()
         generator, side = purifier.decoder, purifier.image_size
+        pool, self.repeat = max(generator.size // side, 1), max(side // generator.size, 1)
         self.band = BAND * side // CANVAS if isinstance(purifier, StyleTransformerPurifier) else 0
-        self.repeat = max(side // generator.size, 1)
-        pool = max(generator.size // side, 1)
         noise = generator.noises.images()
         self.register_buffer("start", generator.input.input)
         self.first = StaticConv(generator.conv1, noise[0])
         self.first_colour = Colour(generator.to_rgb1, gain=0.5, shift=0.0)
-        self.blocks = nn.ModuleList()
-        last = len(generator.to_rgbs) - 1
-        for i, layer in enumerate(generator.to_rgbs):
-            up, conv = (StaticConv(cast(StyledConv, generator.convs[k]), noise[k + 1]) for k in (2 * i, 2 * i + 1))
+
+        self.blocks, last, row = nn.ModuleList(), len(generator.to_rgbs) - 1, 0
+        for i, start in enumerate(first_rows(generator.size, self.band * pool // self.repeat, pool)):
+            cut, row = start - row, 2 * start
+            up, conv = (
+                StaticConv(cast(StyledConv, generator.convs[k]), trim(noise[k + 1], row)) for k in (2 * i, 2 * i + 1)
+            )
+            layer = cast(ToRGB, generator.to_rgbs[i])
             # Images go from [-1, 1] to [0, 1] by halved weights, and a shift in the last bias.
-            self.blocks.append(Block(up, conv, cast(ToRGB, layer), 0.5, 0.5 * (i == last), pool if i == last else 1))
+            colour = Colour(layer, gain=0.5, shift=0.5 if i == last else 0.0)
+            self.blocks.append(Block(up, conv, layer, colour, pool if i == last else 1, cut))
+        self.cut = self.band - row // pool * self.repeat
 
     def forward(self, mixed: Tensor) -> Tensor:
         x = self.first(self.start, mixed[:, 0])
@@ -205,6 +218,18 @@ class Decode(nn.Module):
             x, image = block(x, image, mixed[:, 2 * i + 1 : 2 * i + 4])
         if self.repeat > 1:
             image = F.interpolate(image, scale_factor=float(self.repeat), mode="nearest")
-        if self.band:
-            image = F.pad(image[:, :, self.band : -self.band], (0, 0, self.band, self.band))
-        return image
+        return F.pad(trim(image, self.cut), (0, 0, self.band, self.band)) if self.band else image
+
+
+def first_rows(size: int, band: int, pool: int) -> list[int]:
+    """For each block the first row of its inputs that an image needs of which the outer ``band`` rows are not wanted.
+
+    A row depends on those from two above its half: one for the 3x3 convolution, the rest for the filter in front of it.
+    """
+    rows, row = [], band
+    for i in range(size.bit_length() - 4, -1, -1):
+        row = max(row // 2 - 2, 0)
+        if i == size.bit_length() - 4:
+            row -= row % max(pool // 2, 1)  # whole windows of the pooling
+        rows.insert(0, row)
+    return rows

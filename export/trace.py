@@ -37,6 +37,10 @@ def trace(stage: Stage, file: Path) -> None:
     Raises:
         TraceError: the stage cannot be exported, or its graph has other inputs, outputs or a random operator.
     """
+    if isinstance(stage.module, onnx.ModelProto):
+        onnx.save(stage.module, str(file), save_as_external_data=stage.module.ByteSize() > EXTERNAL_BYTES)
+        _check(stage, file)
+        return
     inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
     batch = torch.export.Dim("B", min=1)
     axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)

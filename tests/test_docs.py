@@ -1,0 +1,46 @@
+"""What the documents claim: their code runs, their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.parity import relative_error
+from export.stage import as_tuple
+from export.trace import example, trace
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_store/*/*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_to_files_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_verb_in_the_documents_exists() -> None:
+    verbs = {path.stem for path in (ROOT / "cli").glob("*.py")}
+    for document in DOCUMENTS:
+        for verb in re.findall(r"^\s*(?:\$ )?mlvgm ([a-z]+)", document.read_text(encoding="utf-8"), re.MULTILINE):
+            assert verb in verbs, f"{document.name} shows mlvgm {verb}"
+
+
+def test_the_worked_family_exports_and_agrees_with_its_twin(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-family.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {"__name__": "worked_family"}
+    exec(compile(code, "new-family.md", "exec"), names)
+    family = names["MeanColour"]()  # type: ignore[operator]
+    for stage in names["stages"](family, False, 0.0):  # type: ignore[operator]
+        file = tmp_path / f"{stage.name}.onnx"
+        trace(stage, file)
+        inputs = [example(named, 3) for named in stage.inputs]
+        feeds = {name: tensor.numpy() for (name, _), tensor in zip(stage.inputs, inputs, strict=True)}
+        with torch.no_grad():
+            expected = as_tuple(stage.twin(*inputs))
+        for found, twin in zip(ort.InferenceSession(str(file)).run(None, feeds), expected, strict=True):
+            assert relative_error(found, twin.numpy()) < 1e-5

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from benchmarks.attacks import to_float
 from benchmarks.progress import track
 from handlers.pipeline import Pipeline
 from mlvgm.preprocess import add_noise, blur_images
-from mlvgm.training.data import Signs, load_signs, split_by_track
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -47,17 +45,6 @@ class Reading:
 
 
 Defence = Callable[[Images], Reading]
-
-
-def photographs(folder: str | Path, part: str, limit: int | None = None) -> Signs:
-    """Photographs of signs of the "test" or the "validation" part: the first ``limit`` in a fixed random order.
-
-    Raises:
-        FileNotFoundError: there are none in ``folder``.
-    """
-    signs = load_signs(folder, "test") if part == "test" else split_by_track(load_signs(folder, "train"))[1]
-    order = np.random.default_rng(0).permutation(len(signs))[:limit]
-    return Signs(signs.images[order], signs.labels[order])
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:

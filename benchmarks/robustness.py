@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks import adaptive, evaluation, machine, report
 from benchmarks.attacks import METHODS, AttackResult, attack, predict
 from benchmarks.evaluation import Defence, Images, Labels, Reading, share
+from benchmarks.photographs import read_photographs
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
 
@@ -31,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a summary, and write JSON, a Markdown table and a plot. Returns 0."""
     args = _parser().parse_args(arguments)
     begun = time.monotonic()
-    signs = evaluation.photographs(args.data, args.part, args.limit)
     with Pipeline.load(args.bundle, threads=args.threads) as pipeline:
         manifest = pipeline.manifest
+        signs = read_photographs(args.data, args.part, manifest.classes, manifest.image_size, args.limit)
         default = load_default(args.recipe or str(manifest.source.get("recipe", "road-signs")))
         samples = args.samples or manifest.samples.default
         schedule = args.alphas or manifest.default_alphas
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
     parser.add_argument("--recipe", help="whose eager models are attacked (default: the one the bundle was made from)")
-    parser.add_argument("--data", type=Path, required=True, help="folder with test.npz or the official GTSRB folders")
+    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or PART/CLASS/IMAGE")
     parser.add_argument("--part", choices=("test", "validation"), default="test", help="(%(default)s)")
     parser.add_argument("--limit", type=int, help="images to use, the first of a fixed random order (default: all)")
     parser.add_argument("--samples", type=int, help="purified copies that vote (default: the bundle's)")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE = 32
 _OVERSAMPLING = 16
-_REACH = 0.84  # of the half side: signs leave a border, as in the crops that the classifier was trained on
+_REACH = 0.8  # of the half side: signs leave a border, as in the crops that the classifier was trained on
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -81,6 +81,11 @@ class _Pen:
         letters = letters.resize((round(right - left), round(bottom - top)), Image.Resampling.LANCZOS)
         self.layer.paste(colour, (round(left), round(top)), letters)
 
+    def stroke(self, points: Sequence[Point], width: float, colour: Colour) -> None:
+        """A line of constant ``width`` along ``points``."""
+        pixels = [self._pixel(point) for point in points]
+        self._draw.line(pixels, fill=colour, width=round(width * self._half * _REACH), joint="curve")
+
     def _pixel(self, point: Point) -> tuple[float, float]:
         return (1 + point[0] * _REACH) * self._half, (1 + point[1] * _REACH) * self._half
 
@@ -137,13 +142,36 @@ def _no_entry(pen: _Pen) -> None:
 
 def _prohibition(pen: _Pen) -> None:
     pen.disc(1.0, RED)
-    pen.disc(0.74, WHITE)
+    pen.disc(0.78, WHITE)
 
 
-def _speed_limit(number: str, width: float) -> Callable[[_Pen], None]:
+def _bow(x: float, y: float, radius: float, start: float, end: float, height: float = 1.0) -> list[Point]:
+    """Part of an ellipse; angles in degrees, clockwise from three o'clock."""
+    angles = [math.radians(start + (end - start) * i / 24) for i in range(25)]
+    return [(x + radius * math.cos(a), y + height * radius * math.sin(a)) for a in angles]
+
+
+# Middle lines of the strokes, in a box 0.5 wide and 1 high: narrow figures of one thickness, as on German signs.
+DIGITS: dict[str, list[list[Point]]] = {
+    "0": [[*_bow(0.25, 0.25, 0.25, 180, 360), *_bow(0.25, 0.75, 0.25, 0, 180), (0.0, 0.25), (0.0, 0.2)]],
+    "1": [[(0.02, 0.2), (0.28, 0.0), (0.28, 1.06)]],
+    "2": [[*_bow(0.25, 0.26, 0.25, 190, 395), (0.02, 1.0), (0.54, 1.0)]],
+    "3": [_bow(0.24, 0.24, 0.24, 195, 450), _bow(0.24, 0.73, 0.26, 270, 525)],
+    "5": [[(0.49, 0.0), (0.05, 0.0), (0.03, 0.48), *_bow(0.23, 0.69, 0.26, 225, 515, height=1.15)]],
+    "8": [_bow(0.25, 0.23, 0.22, 0, 375), _bow(0.25, 0.74, 0.26, 0, 375)],
+}
+
+
+def _speed_limit(number: str, width: float, stroke: float) -> Callable[[_Pen], None]:
+    """``width`` is that of one figure, from the middle of its left stroke to the middle of its right one."""
+
     def draw(pen: _Pen) -> None:
         _prohibition(pen)
-        pen.text(number, width, 0.74, 0.02, BLACK)
+        height, pitch = 0.72, width + stroke + 0.1
+        for place, digit in enumerate(number):
+            left = (place - (len(number) - 1) / 2) * pitch - width / 2
+            for line in DIGITS[digit]:
+                pen.stroke([(left + 2 * width * x, height * (y - 0.5)) for x, y in line], stroke, BLACK)
 
     return draw
 
@@ -176,8 +204,8 @@ def _danger(pen: _Pen) -> None:
 
 def _priority_at_next_intersection(pen: _Pen) -> None:
     _warning(pen)
-    _arrow(pen, (0.0, 0.56), (0.0, -0.4), 0.22, 0.26, BLACK)
-    pen.bar(-0.34, 0.1, 0.34, 0.24, BLACK)
+    _arrow(pen, (0.0, 0.58), (0.0, -0.36), 0.26, 0.3, BLACK)
+    pen.bar(-0.32, 0.12, 0.32, 0.32, BLACK)
 
 
 def _straight_ahead_only(pen: _Pen) -> None:
@@ -206,10 +234,10 @@ SIGNS: dict[int, tuple[str, Callable[[_Pen], None]]] = {
     13: ("give way", _give_way),
     12: ("priority road", _priority_road),
     17: ("no entry", _no_entry),
-    1: ("speed limit 30", _speed_limit("30", 1.02)),
-    2: ("speed limit 50", _speed_limit("50", 1.02)),
-    5: ("speed limit 80", _speed_limit("80", 1.02)),
-    8: ("speed limit 120", _speed_limit("120", 1.22)),
+    1: ("speed limit 30", _speed_limit("30", 0.38, 0.11)),
+    2: ("speed limit 50", _speed_limit("50", 0.38, 0.11)),
+    5: ("speed limit 80", _speed_limit("80", 0.38, 0.11)),
+    8: ("speed limit 120", _speed_limit("120", 0.24, 0.1)),
     9: ("no overtaking", _no_overtaking),
     18: ("danger", _danger),
     11: ("priority at next intersection", _priority_at_next_intersection),

@@ -203,7 +203,7 @@ class Server:
 
     def _await_answer(self, model: str, deadline: float) -> None:
         """TorchServe's own health check says yes long before a worker is up: only an answer counts."""
-        image = _grey_png()
+        image, said = _grey_png(), "nothing"
         while time.monotonic() < deadline:
             if self.process() is None:
                 raise CliError(f"TorchServe ended while starting: {self._last_words()}")
@@ -216,8 +216,9 @@ class Server:
             except ServerError as error:
                 if error.status == 404:
                     raise CliError(f"TorchServe could not load {model}: {self._last_words()}") from None
+                said = str(error)
             time.sleep(0.25)
-        raise CliError(f"{model} has not answered in time; its log is {self.log}")
+        raise CliError(f"{model} has not answered in time (last: {said}); its log is {self.log}")
 
     def _failure(self) -> str | None:
         """What a worker said when it could not serve its bundle."""

@@ -7,6 +7,9 @@
   feature map is pooled instead, and the skip image goes to its final size in one filter.
 - Style Transformer keeps a band of rows: what no kept pixel depends on is not computed.
 - The mapping network runs once for all latents of all samples.
+
+An upsampling convolution stays a transposed 3x3 one with a depthwise filter behind it. As one 6x6 convolution,
+transposed or split by phases, it has four times the products: 2.3 to 4 times slower in both CPU runtimes.
 """
 
 import math
@@ -133,7 +136,8 @@ class Colour(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         weight = self.weight * self.modulation(style)[:, None, :]
-        return (weight @ x.flatten(2)).view(-1, 3, *x.shape[2:]) + self.bias
+        image: Tensor = (weight @ x.flatten(2)).view(-1, 3, *x.shape[2:]) + self.bias
+        return image
 
 
 class Enlarge(nn.Module):
@@ -162,8 +166,8 @@ class Enlarge(nn.Module):
 class Block(nn.Module):
     """One resolution: features and image (B, ., H, W) and three rows of the code -> both at twice the size.
 
-    With ``pool`` > 1 it is the last one, and the image comes at the pooled size. The outermost ``cut`` rows of the inputs
-    are left out.
+    With ``pool`` > 1 it is the last one, and the image comes at the pooled size. The first and the last ``cut`` rows of
+    the inputs are left out.
     """
 
     def __init__(
@@ -226,10 +230,11 @@ def first_rows(size: int, band: int, pool: int) -> list[int]:
 
     A row depends on those from two above its half: one for the 3x3 convolution, the rest for the filter in front of it.
     """
-    rows, row = [], band
-    for i in range(size.bit_length() - 4, -1, -1):
+    rows: list[int] = []
+    row = band
+    for _ in range(size.bit_length() - 3):
         row = max(row // 2 - 2, 0)
-        if i == size.bit_length() - 4:
+        if not rows:
             row -= row % max(pool // 2, 1)  # whole windows of the pooling
-        rows.insert(0, row)
-    return rows
+        rows.append(row)
+    return rows[::-1]

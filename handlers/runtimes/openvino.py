@@ -18,6 +18,8 @@ def load(file: Path, options: Options) -> "OpenVinoEngine":
     """
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
+        # A thread pinned to a core waits for whatever else runs there: with one busy neighbour, five times longer.
+        "ENABLE_CPU_PINNING": False,
         # Left alone, OpenVINO computes in bf16 wherever the CPU can, and the answers drift away from the reference.
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
     }

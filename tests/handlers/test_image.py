@@ -251,9 +251,9 @@ def test_bombs_take_no_memory() -> None:
 
 
 def test_a_large_photo_is_decoded_at_a_fraction() -> None:
-    """64 million pixels would need 256 MB in full."""
-    photo = encoded(Image.new("RGB", (8000, 8000), "teal"), "JPEG")
-    assert decoded_within(100, [photo]) == ["16 16 3"]
+    """36 million pixels would need 144 MB in full."""
+    photo = encoded(Image.new("RGB", (6000, 6000), "teal"), "JPEG")
+    assert decoded_within(80, [photo]) == ["16 16 3"]
 
 
 def test_a_fraction_looks_like_the_whole() -> None:
@@ -262,7 +262,7 @@ def test_a_fraction_looks_like_the_whole() -> None:
     assert np.abs(decode(encoded(photo, "JPEG"), (64, 64)) - expected).max() <= 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.sampled_from(["JPEG", "PNG", "WEBP", "BMP"]), st.integers(0, 300))
 def test_garbage_never_raises_anything_else(garbage: bytes, format: str, place: int) -> None:
     data = encoded(picture(), format)

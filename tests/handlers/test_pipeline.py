@@ -63,7 +63,7 @@ def test_every_copy_is_what_the_engines_give_by_hand(pipeline: Pipeline, bundle:
             assert np.allclose(result.sample_logits[b, k], expected["logits"][0], atol=1e-4)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=9), st.integers(1, 5))
 def test_an_answer_does_not_depend_on_the_batch(pipeline: Pipeline, seeds: list[int], copies: int) -> None:
     images = bundles.images(len(seeds))

@@ -51,7 +51,7 @@ def test_the_bound_improves_and_a_run_resumes(signs: Signs, tmp_path: Path) -> N
 
 def test_a_classifier_learns_colours(signs: Signs, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = train_classifier(signs, signs, VGG11(3, width=0.125, pool=1), epochs=3, checkpoint=tmp_path / "c.pt")
+    model = train_classifier(signs, signs, VGG11(3, width=0.125, pool=1), epochs=8, checkpoint=tmp_path / "c.pt")
     images, labels = signs.tensors()
     assert float((model(images).argmax(dim=1) == labels).float().mean()) > 0.9
 

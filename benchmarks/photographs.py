@@ -1,0 +1,56 @@
+"""Labelled photographs to measure with: the GTSRB benchmark, or a folder of one's own."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.image import decode
+from mlvgm.training.data import Signs, load_signs, split_by_track
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def read_photographs(
+    folder: Path, part: str, classes: Sequence[str], size: tuple[int, int], limit: int | None = None
+) -> Signs:
+    """The first ``limit`` photographs in a fixed random order.
+
+    Args:
+        folder: GTSRB as `mlvgm.training.data.load_signs` takes it, or images as PART/CLASS/IMAGE, where CLASS is a name
+            of ``classes`` or its number.
+        part: "test" or "validation"; for GTSRB the latter are the tracks that its training never saw.
+        size: (H, W) of the images.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds neither.
+        ImageError: a file is no image.
+    """
+    own = folder / part
+    if own.is_dir():
+        signs = _read_folders(own, classes, size)
+    elif part == "test":
+        signs = load_signs(folder, "test")
+    else:
+        signs = split_by_track(load_signs(folder, "train"))[1]
+    order = np.random.default_rng(0).permutation(len(signs))[:limit]
+    return Signs(signs.images[order], signs.labels[order])
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """The image files below ``folder``, by name."""
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        for class_folder in (folder / name, folder / str(label)):
+            for path in image_files(class_folder):
+                images.append(decode(path.read_bytes(), size))
+                labels.append(label)
+    if not images:
+        raise FileNotFoundError(f"{folder}: no images in folders named like the classes, or by their numbers")
+    return Signs(np.stack(images), np.array(labels, np.int64))

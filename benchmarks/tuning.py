@@ -1,0 +1,131 @@
+"""A search for the interpolation weights: how much of each latent to draw afresh.
+
+Little resampling leaves attacks in place, much of it loses the sign, so the score is the mean of the accuracies on
+clean and on attacked images. First a few schedules are scaled, then the best one is varied weight by weight.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.evaluation import Images, Labels
+from handlers.pipeline import Pipeline
+
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+STEPS = (0.3, 0.15, 0.07)
+_CHUNK = 64
+
+Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights and how they did: the share of images read rightly after purification, clean and attacked."""
+
+    weights: Weights
+    origin: str
+    clean: float
+    attacked: float
+
+    @property
+    def score(self) -> float:
+        return (self.clean + self.attacked) / 2
+
+
+Objective = Callable[[Weights, str], Trial]
+
+
+def objective(
+    pipeline: Pipeline, clean: Images, attacked: Mapping[str, Images], labels: Labels, samples: int, seed: int = 0
+) -> Objective:
+    """Scores weights by purifying ``clean`` and each set of ``attacked`` images, (N, H, W, 3), with a vote of
+    ``samples`` copies. The noise is the same for all weights, so that they are compared and not their luck.
+    """
+
+    def accuracy(images: Images, weights: Weights) -> float:
+        right = 0
+        for start in range(0, len(images), _CHUNK):
+            part = images[start : start + _CHUNK]
+            seeds = range(seed + start, seed + start + len(part))
+            result = pipeline.run(part, samples=samples, seeds=seeds, alphas=list(weights))
+            right += int((result.labels == labels[start : start + _CHUNK]).sum())
+        return right / len(images)
+
+    def score(weights: Weights, origin: str) -> Trial:
+        shares = [accuracy(images, weights) for images in attacked.values()]
+        return Trial(weights, origin, accuracy(clean, weights), float(np.mean(shares)))
+
+    return score
+
+
+def search(score: Objective, n: int, trials: int, say: Callable[[str], None] = lambda _: None) -> list[Trial]:
+    """All trials, the best first. Stops early when no single weight can be improved any more.
+
+    Args:
+        n: how many weights.
+        trials: at most so many; the scaled schedules come first.
+        say: is told about each trial in one line.
+    """
+    begun = time.monotonic()
+    done: dict[Weights, Trial] = {}
+
+    def attempt(weights: Weights, origin: str) -> Trial:
+        if weights not in done:
+            done[weights] = trial = score(weights, origin)
+            left = (time.monotonic() - begun) / len(done) * (trials - len(done)) / 60
+            say(f"{len(done)}/{trials}, {left:.0f} min left at most: {describe(trial)}")
+        return done[weights]
+
+    def full() -> bool:
+        return len(done) >= trials
+
+    for origin, weights in schedules(n):
+        if not full():
+            attempt(weights, origin)
+    best = ranked(done.values())[0]
+    for step in STEPS:
+        before = None
+        while before != best and not full():
+            before = best
+            for i in range(n):
+                for origin, weights in _moves(best.weights, i, step):
+                    trial = best if full() else attempt(weights, origin)
+                    if trial.score > best.score:
+                        best = trial
+                        break
+    return ranked(done.values())
+
+
+def schedules(n: int) -> Iterator[tuple[str, Weights]]:
+    """The linear, cosine and constant schedules of ``n`` weights, at each of `SCALES`."""
+    linear = [(i + 1) / n for i in range(n)]
+    shapes = {"linear": linear, "cosine": [0.5 * (1 - math.cos(math.pi * a)) for a in linear], "constant": [1.0] * n}
+    for scale in SCALES:
+        for name, shape in shapes.items():
+            yield f"{name} x {scale:g}", _rounded(scale * a for a in shape)
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The best first; of equals the one found first."""
+    return sorted(trials, key=lambda trial: -trial.score)
+
+
+def describe(trial: Trial) -> str:
+    """One line about a trial."""
+    weights = " ".join(f"{a:g}" for a in trial.weights)
+    return f"score {trial.score:.4f} = ({trial.clean:.4f} clean + {trial.attacked:.4f} attacked) / 2: {weights}"
+
+
+def _moves(weights: Weights, i: int, step: float) -> Iterator[tuple[str, Weights]]:
+    """Weight ``i`` a step up, and a step down, within [0, 1]."""
+    for change in (step, -step):
+        moved = min(1.0, max(0.0, weights[i] + change))
+        if moved != weights[i]:
+            yield f"weight {i} {change:+g}", _rounded([*weights[:i], moved, *weights[i + 1 :]])
+
+
+def _rounded(weights: Iterable[float]) -> Weights:
+    return tuple(round(a, 3) for a in weights)

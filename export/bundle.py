@@ -90,7 +90,9 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
         raise ExportError(f"{out}: is there already and is no bundle; give another --out")
 
 
-def _manifest(recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any]) -> manifest.Manifest:
+def _manifest(
+    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any]
+) -> manifest.Manifest:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     return manifest.Manifest(
         name=recipe.name,
@@ -103,9 +105,7 @@ def _manifest(recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], rep
         samples=manifest.Samples(*recipe.samples),
         classes=recipe.classes,
         batch=manifest.Batch(*recipe.batch),
-        stages=tuple(
-            manifest.Stage(s.name, f"{s.name}.onnx", _tensors(s.inputs), _tensors(s.outputs)) for s in stages
-        ),
+        stages=tuple(manifest.Stage(s.name, f"{s.name}.onnx", _tensors(s.inputs), _tensors(s.outputs)) for s in stages),
         input_noise_l2=recipe.input_noise_l2,
         precision=recipe.precision,
         runtime=recipe.runtime,

@@ -1,11 +1,9 @@
 """The purifier families that can be exported. A new one is a module with a ``stages`` function, and a line here."""
 
-
 from export import nvae
 from export.stage import Stage
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier
-
 
 
 def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
@@ -17,5 +15,3 @@ def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage
     if isinstance(purifier, NVAEPurifier):
         return nvae.stages(purifier, blur, input_noise_l2)
     raise ValueError(f"no export for a {type(purifier).__name__}")
-
-

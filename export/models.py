@@ -39,7 +39,9 @@ def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module | Path:
         return file
     if architecture not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
-        raise ExportError(f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, onnx, module:function")
+        raise ExportError(
+            f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, onnx, module:function"
+        )
     return load_classifier(architecture, file, len(recipe.classes))
 
 

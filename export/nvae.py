@@ -8,7 +8,8 @@
 - Log standard deviations of the posterior and of the mixture are never used, so they are never computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
 from export.preprocess import Preprocess
 from export.stage import Named, Stage
-from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
+from mlvgm.mixture import mixture_mean
+from mlvgm.nvae import NVAEConfig, NVAEPurifier
 from mlvgm.nvae_cells import BRANCH_SCALE, ResidualCell, SqueezeExcite, soft_clamp
 from mlvgm.preprocess import add_noise, blur_images
+
+Parts = Any
+"""A network or cell whose parts are reached by name, which torch's types do not follow."""
 
 
 def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
     """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
-    network = without_weight_norm(purifier.network)
-    assert isinstance(network, NVAE)
-    shapes: list[Named] = [("B", *shape) for shape in purifier.noise_shapes]  # type: ignore[misc]
+    network: Parts = without_weight_norm(purifier.network)
+    shapes: list[tuple[int | str, ...]] = [("B", *shape) for shape in purifier.noise_shapes]
     n, side = purifier.n_latents, purifier.image_size
     images: Named = ("images", ("B", 3, side, side))
     noisy: tuple[Named, ...] = (("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
@@ -59,7 +63,7 @@ def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[S
 class Encode(nn.Module):
     """images (B, 3, H, W) in [0, 1] -> for each latent the encoder's part of its posterior mean, (B, z, h, w)."""
 
-    def __init__(self, network: NVAE, blur: bool, input_noise_l2: float) -> None:
+    def __init__(self, network: Parts, blur: bool, input_noise_l2: float) -> None:
         super().__init__()
         self.preprocess = Preprocess(network.config.resolution, blur, input_noise_l2)
         self.config = network.config
@@ -92,9 +96,10 @@ class Encode(nn.Module):
 class Decode(nn.Module):
     """features (n times), noise (n times), alphas (n,) -> images (B, 3, H, W) in [0, 1]."""
 
-    def __init__(self, network: NVAE, temperature: float) -> None:
+    def __init__(self, network: Parts, temperature: float) -> None:
         super().__init__()
-        self.config, self.temperature = network.config, temperature
+        self.config: NVAEConfig = network.config
+        self.temperature = temperature
         self.cells, self.priors, self.posteriors = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.joins, self.flows = nn.ModuleDict(), nn.ModuleDict()
         for s, g in self.config.latents():
@@ -141,7 +146,8 @@ class _PublishedDecode:
         self.purifier = purifier
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        network, n = self.purifier.network, self.purifier.n_latents
+        network: Parts = self.purifier.network
+        n = self.purifier.n_latents
         features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
         x = network.start(len(features[0]))
         for i, (s, g) in enumerate(network.config.latents()):
@@ -156,8 +162,6 @@ class _PublishedDecode:
                 mean = mu + features[i] + F.conv2d(seen, sampler.weight[:z], padding=1)
             fresh = soft_clamp(mu) + self.purifier.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
             x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
-        from mlvgm.mixture import mixture_mean
-
         return (mixture_mean(network.finish(x)) + 1.0) / 2.0
 
 
@@ -176,7 +180,7 @@ class Gate(nn.Module):
 class FoldedEncoderCell(nn.Module):
     """An encoder cell whose second batch norm is part of the convolution before it."""
 
-    def __init__(self, cell: ResidualCell) -> None:
+    def __init__(self, cell: Parts) -> None:
         super().__init__()
         norm_1, silu, conv_1, norm_2, _, conv_2, gate = cell.residual
         self.skip = cell.skip_connection
@@ -189,7 +193,7 @@ class FoldedEncoderCell(nn.Module):
 class FoldedDecoderCell(nn.Module):
     """A decoder cell without batch norms; where it upsamples, its pointwise convolutions run before that."""
 
-    def __init__(self, cell: ResidualCell) -> None:
+    def __init__(self, cell: Parts) -> None:
         super().__init__()
         layers = list(cell.residual)
         self.up = len(layers) == 11
@@ -212,7 +216,7 @@ class FirstJoin(nn.Module):
 
     constant: Tensor
 
-    def __init__(self, network: NVAE) -> None:
+    def __init__(self, network: Parts) -> None:
         super().__init__()
         conv, width = network.decoder_combiners["combiner_0:0"].conv, network.const_prior.shape[1]
         with torch.no_grad():
@@ -231,7 +235,7 @@ class Posterior(nn.Module):
 
     border: Tensor
 
-    def __init__(self, network: NVAE, name: str, side: int) -> None:
+    def __init__(self, network: Parts, name: str, side: int) -> None:
         super().__init__()
         first = network.encoder_combiners[f"combiner_{name}"].conv
         second = network.enc_sampler[f"sampler_{name}"].weight[: network.config.latent_channels]
@@ -247,7 +251,7 @@ class Posterior(nn.Module):
 class MixtureMean(nn.Module):
     """Features -> mean of the mixture in [-1, 1], (B, 3, H, W); see `mlvgm.mixture.mixture_mean`."""
 
-    def __init__(self, network: NVAE) -> None:
+    def __init__(self, network: Parts) -> None:
         super().__init__()
         activation, conv = network.to_logits
         m = network.config.mixtures
@@ -272,7 +276,7 @@ class MixtureMean(nn.Module):
         return torch.cat((r, g, b), dim=1)
 
 
-def _half(sampler: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
+def _half(sampler: Parts, *, bias: bool) -> nn.Conv2d:
     """The output channels of a sampler that hold the mean."""
     half = nn.Conv2d(sampler.in_channels, sampler.out_channels // 2, 3, padding=1, bias=bias)
     with torch.no_grad():
@@ -282,7 +286,7 @@ def _half(sampler: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
     return half
 
 
-def _fold_cells(block: Sequence[nn.Module] | nn.Sequential) -> list[nn.Module]:
+def _fold_cells(block: Iterable[nn.Module]) -> list[nn.Module]:
     folded: list[nn.Module] = []
     for part in block:
         if isinstance(part, nn.Sequential):

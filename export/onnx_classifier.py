@@ -82,7 +82,8 @@ def _check_signature(model: Any, file: Path, image_size: int, n_classes: int) ->
             raise ClassifierError(f"{file}: its {kind} {value.name!r} has shape {shape}, expected {list(wanted)}")
         if shape[0] is not None:
             raise ClassifierError(
-                f"{file}: its {kind} {value.name!r} has a fixed batch of {shape[0]}: export it with a dynamic batch axis"
+                f"{file}: its {kind} {value.name!r} has a fixed batch of {shape[0]}: "
+                "export it with a dynamic batch axis"
             )
 
 

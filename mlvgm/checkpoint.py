@@ -83,7 +83,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            return {**metadata, "state_dict": {key: file.get_tensor(key) for key in file.keys()}}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {**metadata, "state_dict": tensors}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
 

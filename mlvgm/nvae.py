@@ -178,7 +178,7 @@ class NVAE(nn.Module):
         x = self.preprocessing_block(2.0 * images - 1.0)
         features: dict[tuple[int, int], Tensor] = {}
         for s in reversed(range(len(self.config.groups))):
-            scale = self.encoder_tower[f"scale_{s}"]
+            scale: Any = self.encoder_tower[f"scale_{s}"]
             for g in range(self.config.groups[s]):
                 x = scale[f"group_{g}"](x)
                 features[s, g] = x
@@ -205,10 +205,11 @@ class NVAE(nn.Module):
 
     def to_latent(self, scale: int, index: int, x: Tensor) -> Tensor:
         """Decoder features in front of latent (scale, index): its cells, applied to what came before."""
+        tower: Any = self.decoder_tower
         if index == 0 and scale > 0:
-            x = self.decoder_tower[f"scale_{scale - 1}"]["upsampling"](x)
+            x = tower[f"scale_{scale - 1}"]["upsampling"](x)
         if (scale, index) != (0, 0):
-            x = self.decoder_tower[f"scale_{scale}"][f"group_{index}"](x)
+            x = tower[f"scale_{scale}"][f"group_{index}"](x)
         return x
 
     def from_latent(self, scale: int, index: int, x: Tensor, z: Tensor) -> Tensor:

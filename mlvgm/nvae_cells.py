@@ -98,7 +98,9 @@ def decoder_cell(inputs: int, expansion: int, kernel: int, outputs: int | None =
     ]
     if outputs is None:
         return ResidualCell(nn.Sequential(*layers), None)
-    return ResidualCell(nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), *layers), ConvSkip(inputs, width, up=True))
+    return ResidualCell(
+        nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), *layers), ConvSkip(inputs, width, up=True)
+    )
 
 
 class EncoderCombiner(nn.Module):

@@ -37,7 +37,7 @@ class VGG11(nn.Module):
             layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
             channels = outputs
         d = channels * pool * pool
-        self.model = nn.Module()
+        self.model: Any = nn.Module()  # holds a place in the published tensor names
         self.model.features = nn.Sequential(*layers)
         self.model.classifier = nn.Sequential(
             nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, n_classes)

@@ -51,12 +51,14 @@ def main() -> None:
     train, validation = split_by_track(load_signs(args.data, "train"))
     print(f"{len(train)} training and {len(validation)} validation images, split by track")
     if args.only != "nvae":
-        classifier = VGG11(n_classes=43, width=0.5, pool=1).to(memory_format=torch.channels_last)
+        classifier = VGG11(n_classes=43, width=0.5, pool=1)
+        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         classifier = train_classifier(train, validation, classifier, args.epochs, args.work / "classifier.pt")
         save_file(_plain(classifier), args.out / "classifier.safetensors")
         print(f"classifier: validation accuracy {accuracy(classifier, validation):.4f}")
     if args.only != "classifier":
-        network = NVAE(NVAE_CONFIG).to(memory_format=torch.channels_last)
+        network = NVAE(NVAE_CONFIG)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = train_nvae(train, validation, network, args.steps, args.work / "nvae.pt", beta=args.beta)
         configuration = {"configuration": json.dumps(NVAE_CONFIG.to_checkpoint())}
         save_file(_plain(network), args.out / "nvae.safetensors", metadata=configuration)

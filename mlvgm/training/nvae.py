@@ -17,7 +17,7 @@ from mlvgm.training.loop import Progress, batches, cosine_rate
 
 @dataclass(frozen=True)
 class Bound:
-    """The two halves of the evidence lower bound of a batch, in nats: (B,) and one (B,) per latent; and the mean image."""
+    """The evidence lower bound of a batch in nats, (B,) and one (B,) per latent, and the mean image."""
 
     log_likelihood: Tensor
     divergence: list[Tensor]

@@ -25,6 +25,7 @@ from mlvgm.style_transformer import QueryLayer, StyleTransformerPurifier, read_s
 from mlvgm.stylegan2 import StyledConv, StyleGan2Purifier, upfirdn
 from tests import reference
 from tests.mlvgm import small
+from tests.mlvgm.conftest import one_thread  # noqa: F401  (small models here, too)
 from tests.reference import relative_error
 
 CLOSE = 3e-6

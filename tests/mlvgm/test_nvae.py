@@ -106,9 +106,7 @@ def test_alpha_one_forgets_the_image_and_alpha_zero_the_noise() -> None:
     assert torch.equal(
         purifier.purify(images, noise, replace).images, purifier.purify(1 - images, noise, replace).images
     )
-    assert not torch.equal(
-        purifier.purify(images, noise, keep).images, purifier.purify(images, noise, replace).images
-    )
+    assert not torch.equal(purifier.purify(images, noise, keep).images, purifier.purify(images, noise, replace).images)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +117,7 @@ def test_alpha_one_forgets_the_image_and_alpha_zero_the_noise() -> None:
         ((1, 3, 16, 16), (1, 2, 4, 4), 2, "3 latents"),
     ],
 )
-def test_wrong_arguments_are_named(
-    images: tuple[int, ...], noise: tuple[int, ...], alphas: int, words: str
-) -> None:
+def test_wrong_arguments_are_named(images: tuple[int, ...], noise: tuple[int, ...], alphas: int, words: str) -> None:
     config = NVAEConfig(
         resolution=16, groups=(1, 2), cells_per_group=1, latent_channels=2, flow_cells=0, channels=4,
         blocks=1, cells_per_block=1, mixtures=2, expansion=2, kernel=3,

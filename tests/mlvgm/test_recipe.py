@@ -58,5 +58,5 @@ def test_a_wrong_recipe_is_refused(change: dict[str, object], words: str, tmp_pa
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="'road-sign': give a YAML file or one of .*road-signs"):
+    with pytest.raises(RecipeError, match=r"'road-sign': give a YAML file or one of .*road-signs"):
         Recipe.read("road-sign")

@@ -46,7 +46,7 @@ class Reading:
     l2: float
 
     def figures(self) -> dict[str, Any]:
-        """Class indices; ``clean`` and ``attacked`` are the bare classifier's, ``purified`` is of the attacked picture."""
+        """Class indices; ``clean`` and ``attacked`` are the bare classifier's, ``purified`` that of the attacked."""
         return {
             "name": self.name,
             "true": self.true,

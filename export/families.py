@@ -1,9 +1,10 @@
 """The purifier families that can be exported. A new one is a module with a ``stages`` function, and a line here."""
 
-from export import nvae
+from export import nvae, stylegan2
 from export.stage import Stage
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier
+from mlvgm.stylegan2 import StyleGan2Purifier
 
 
 def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
@@ -14,4 +15,6 @@ def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage
     """
     if isinstance(purifier, NVAEPurifier):
         return nvae.stages(purifier, blur, input_noise_l2)
+    if isinstance(purifier, StyleGan2Purifier):
+        return stylegan2.stages(purifier, blur, input_noise_l2)
     raise ValueError(f"no export for a {type(purifier).__name__}")

@@ -63,6 +63,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], path: str | Path
         given = tensors[key]
         if not isinstance(given, Tensor):
             raise CheckpointError(f"{path}: {key!r} is a {type(given).__name__}, not a tensor")
+        if given.layout is not torch.strided or given.is_meta:
+            raise CheckpointError(f"{path}: {key!r} is no ordinary tensor with values")
         if given.shape != value.shape:
             raise CheckpointError(f"{path}: {key!r} has shape {tuple(given.shape)}, expected {tuple(value.shape)}")
         if given.is_floating_point() != value.is_floating_point():

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mlvgm.e4e import Encoder4Editing
 from mlvgm.irse import Widths
+from mlvgm.nvae import NVAE, NVAEConfig
 from mlvgm.purifier import Purified
 from mlvgm.resnet import ResNetClassifier
 from mlvgm.style_transformer import StyleTransformerEncoder
 from mlvgm.stylegan2 import Generator, StyleGan2Purifier
+from mlvgm.vgg import VGG11
 
 STYLE_DIM = 16
 WIDTHS = Widths(8, 8, 16, 16, 16)
@@ -114,3 +116,24 @@ def summary(purified: Purified) -> dict[str, Tensor]:
         "reduced": nn.functional.avg_pool2d(purified.images, 8),
         "crop": purified.images[:, :, 60:68, 60:68],
     }
+
+
+def vgg() -> Checkpoint:
+    """VGG-11 with an eighth of the channels and 3 classes."""
+    return {"epoch": 1, "global_step": 1, "state_dict": weights(VGG11(3, width=0.125, pool=2))}
+
+
+def nvae() -> Checkpoint:
+    """NVAE at 16 px with three latents."""
+    config = NVAEConfig(
+        resolution=16,
+        groups=(1, 2),
+        cells_per_group=1,
+        latent_channels=2,
+        flow_cells=0,
+        channels=4,
+        blocks=1,
+        cells_per_block=1,
+        mixtures=2,
+    )
+    return {"configuration": config.to_checkpoint(), "state_dict_temp=0.6": NVAE(config).state_dict()}

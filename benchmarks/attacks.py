@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.progress import track
 from export.fold import fold_batch_norms
+from mlvgm.load import load_callable, load_classifier
+from mlvgm.recipe import ROOT, Recipe
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Lengths to which a perturbation is prolonged, in turn, until it survives rounding."""
@@ -38,25 +40,28 @@ class DeepFool:
     """Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016.
 
     Attributes:
-        steps: at most; nearly every image needs fewer than ``first_steps``, so the others are attacked again alone.
+        rounds: steps at most. Most images need one or two, so each number is tried on those alone that resist the one
+            before; the outcome is that of the last number for all of them.
         candidates: classes whose boundaries are considered, the likeliest first.
         overshoot: share by which the boundary is crossed.
     """
 
-    steps: int = 50
-    first_steps: int = 6
+    rounds: tuple[int, ...] = (2, 6, 50)
     candidates: int = 6
     overshoot: float = 0.02
 
     def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The attacked images, (B, 3, H, W) in [0, 1]; where the attack failed, what it had got to."""
-        result = self._run(classifier, images, labels, self.first_steps)
-        stubborn = ~_fooled(classifier, result, labels, 0.0)
-        if stubborn.any():
-            result[stubborn] = self._run(classifier, images[stubborn], labels[stubborn], self.steps)
+        result = images.clone()
+        waiting = torch.arange(len(images))
+        for steps in self.rounds:
+            result[waiting] = self._run(classifier, images[waiting], labels[waiting], steps)
+            waiting = waiting[~_fooled(classifier, result[waiting], labels[waiting], 0.0)]
+            if not len(waiting):
+                break
         return result
 
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """For a report."""
         return asdict(self)
 
@@ -79,10 +84,10 @@ class CarliniWagner:
         confidence: by how much, in logits, the wrong class shall win.
     """
 
-    searches: int = 4
-    steps: int = 50
-    stepsize: float = 0.02
-    initial_const: float = 0.1
+    searches: int = 3
+    steps: int = 28
+    stepsize: float = 0.04
+    initial_const: float = 0.3
     confidence: float = 0.0
 
     def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class CarliniWagner:
         failed = (result == 0).flatten(1).all(dim=1)  # foolbox gives a black image then, which may well be misread
         return torch.where(failed[:, None, None, None], images, result)
 
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """For a report."""
         return asdict(self)
 
@@ -165,6 +170,23 @@ def attack(
         np.concatenate([part.fooled for part in parts]),
         np.concatenate([part.l2 for part in parts]),
     )
+
+
+def load_target(recipe: Recipe, file: Path | None = None) -> nn.Module:
+    """The classifier of ``recipe`` in PyTorch, from its own weights or those in ``file``.
+
+    Raises:
+        AttackError: the recipe names no weights, or an ONNX file, through which no gradient can be taken.
+        CheckpointError, ValueError: the weights, or the callable that the recipe names, cannot be used.
+    """
+    kind = recipe.classifier
+    if ":" in kind.architecture:
+        return load_callable(kind.architecture)
+    if kind.architecture == "onnx":
+        raise AttackError(f"recipe {recipe.name}: its classifier is an ONNX file: attacks need one in PyTorch")
+    if file is None and kind.file is None:
+        raise AttackError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
+    return load_classifier(kind.architecture, file or ROOT / str(kind.file), len(recipe.classes))
 
 
 @torch.no_grad()

@@ -1,59 +1,71 @@
-"""A contact sheet: for each sign the clean picture, the attacked one, the change, and the purified one."""
+"""A picture of what an attack does and what purification makes of it, one row per image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, CAPTION, HEAD = 128, 12, 22, 44
-AMPLIFICATION = 8
-GREEN, RED, INK, PAPER = (20, 120, 50), (180, 20, 30), (30, 30, 34), (252, 252, 250)
-HEADS = ("clean", "attacked", f"the change, x{AMPLIFICATION}", "purified")
+AMPLIFICATION = 5
+
+_GREEN, _RED, _INK, _PAPER = (20, 120, 50), (190, 30, 30), (30, 30, 30), (255, 255, 255)
+_SIDE, _GAP, _CAPTION, _TOP = 160, 12, 40, 60
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sign: uint8 (H, W, 3) pictures, clean, attacked and purified, and how each is read: (name, rightly?)."""
+    """One image: clean, attacked and purified, uint8 (H, W, 3), and what it was read as each time."""
 
-    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]
-    answers: Sequence[tuple[str, bool]]
+    true: str
+    clean: NDArray[np.uint8]
+    attacked: NDArray[np.uint8]
+    purified: NDArray[np.uint8]
+    read_clean: str
+    read_attacked: str
+    read_purified: str
 
 
-def draw_sheet(rows: Sequence[Row], columns: int = 2) -> Image.Image:
-    """All rows, ``columns`` signs side by side; answers are green where right and red where wrong."""
-    strip, tall = 4 * (SIDE + GAP) + 2 * GAP, SIDE + CAPTION + GAP
+def save(rows: Sequence[Row], title: str, path: Path, columns: int = 2) -> None:
+    """Write the sheet as PNG, with ``columns`` rows side by side; right answers are green and wrong ones red."""
     lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * strip, HEAD + lines * tall + GAP), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    head, small = ImageFont.load_default(size=17), ImageFont.load_default(size=13)
-    for column in range(columns):
-        for i, text in enumerate(HEADS):
-            pen.text((column * strip + GAP + i * (SIDE + GAP), 14), text, INK, head)
-    for place, row in enumerate(rows):
-        left, top = place % columns * strip + GAP, HEAD + place // columns * tall
-        clean, attacked, purified = row.pictures
-        answers = [row.answers[0], row.answers[1], None, row.answers[2]]
-        for i, (picture, answer) in enumerate(
-            zip((clean, attacked, _change(clean, attacked), purified), answers, strict=True)
-        ):
-            x = left + i * (SIDE + GAP)
-            sheet.paste(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, top))
-            if answer is not None:
-                pen.text((x, top + SIDE + 3), _fitting(answer[0], small, pen), GREEN if answer[1] else RED, small)
-    return sheet
+    width = columns * 4 * (_SIDE + _GAP) + (columns + 1) * 2 * _GAP
+    sheet = Image.new("RGB", (width, _TOP + lines * (_SIDE + _CAPTION + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2 * _GAP, 10), title, fill=_INK, font=ImageFont.load_default(size=18))
+    heads = ("clean", "attacked", f"the change, x{AMPLIFICATION}", "purified")
+    for column in range(min(columns, len(rows))):
+        for i, head in enumerate(heads):
+            draw.text((_left(column, i), 38), head, fill=_INK, font=ImageFont.load_default(size=15))
+    for number, row in enumerate(rows):
+        column, line = number % columns, number // columns
+        _paste(sheet, row, column, _TOP + line * (_SIDE + _CAPTION + _GAP))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
-def _change(clean: NDArray[np.uint8], attacked: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    difference = attacked.astype(np.int16) - clean.astype(np.int16)
-    return np.clip(128 + AMPLIFICATION * difference, 0, 255).astype(np.uint8)
+def _paste(sheet: Image.Image, row: Row, column: int, top: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    change = row.attacked.astype(np.float32) - row.clean
+    pictures = (row.clean, row.attacked, (128 + AMPLIFICATION * change).clip(0, 255).astype(np.uint8), row.purified)
+    captions = (row.read_clean, row.read_attacked, "", row.read_purified)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = _left(column, i)
+        sheet.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
+        colour = _GREEN if caption == row.true else _RED
+        draw.multiline_text(
+            (left, top + _SIDE + 2), _wrapped(caption), colour, ImageFont.load_default(size=14), spacing=1
+        )
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, pen: ImageDraw.ImageDraw) -> str:
-    """``text``, shortened until it is no wider than a picture and its gap."""
-    if pen.textlength(text, font) <= SIDE + GAP - 4:
-        return text
-    while text and pen.textlength(text + "...", font) > SIDE + GAP - 4:
-        text = text[:-1]
-    return text.rstrip() + "..."
+def _left(column: int, place: int) -> int:
+    return 2 * _GAP + column * (4 * (_SIDE + _GAP) + 2 * _GAP) + place * (_SIDE + _GAP)
+
+
+def _wrapped(caption: str, width: int = 22) -> str:
+    """At most two lines, broken at a space."""
+    if len(caption) <= width:
+        return caption
+    cut = caption.rfind(" ", 0, width + 1)
+    return f"{caption[:cut]}\n{caption[cut + 1 :]}" if cut > 0 else caption

@@ -1,19 +1,18 @@
-"""The main job, start to end: export the default model, archive it, serve it, and read attacked signs right again.
+"""The whole way in three minutes: export the shipped model, serve it, attack drawn road signs, purify them over HTTP.
 
-    python -m benchmarks.demo        (or: make demo)
+    python -m benchmarks.demo
 
-A dozen signs are drawn, each is attacked through the classifier, and both pictures of it go over HTTP to the server.
-Writes build/demo.json and the contact sheet build/demo.png.
+Prints what each sign is read as before and after, and writes build/demo.json and build/demo.png.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks import machine
-from benchmarks.attacks import attack
-from benchmarks.contact_sheet import Row, draw_sheet
-from benchmarks.signs import draw_signs
+from benchmarks import contact_sheet, machine
+from benchmarks.attacks import CarliniWagner, Method, attack, predict
+from benchmarks.signs import Sign, draw_signs
+from cli.errors import CliError
 from cli.main import main as mlvgm
 from cli.server import Server
-from mlvgm.load import load_default
-from mlvgm.recipe import ROOT
+from handlers.client import Client, ServerError
+from mlvgm.load import Default, load_default
 
 RECIPE = "road-signs"
+ATTACK: Method = CarliniWagner(searches=4, steps=50, stepsize=0.02, initial_const=0.3)
+"""A few images only, so the attack may take more steps than on thousands."""
+
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the server said of one sign."""
-
-    name: str
-    true: int
-    clean: dict[str, Any]
-    attacked: dict[str, Any]
-    pictures: tuple[Pixels, Pixels, Pixels]
-    l2: float
-
-    def figures(self) -> dict[str, Any]:
-        """Class indices; ``clean`` and ``attacked`` are the bare classifier's, ``purified`` that of the attacked."""
-        return {
-            "name": self.name,
-            "true": self.true,
-            "clean": self.clean["unpurified"]["index"],
-            "clean_purified": self.clean["index"],
-            "attacked": self.attacked["unpurified"]["index"],
-            "purified": self.attacked["index"],
-            "agreement": self.attacked["agreement"],
-            "flagged": self.attacked["flagged"],
-            "l2": round(self.l2, 4),
-        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,124 +41,185 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     begun = time.monotonic()
 
-    def step(line: str) -> None:
-        print(f"\n[{time.monotonic() - begun:5.1f} s] {line}", flush=True)
+    def say(step: str) -> None:
+        print(f"[{time.monotonic() - begun:5.1f} s] {step}", flush=True)
 
-    bundle, store = args.build / RECIPE, args.build / "demo"
-    step(f"exporting {RECIPE} to {bundle}")
+    bundle = args.build / RECIPE
+    say(f"Exporting the recipe {RECIPE} to {bundle}")
     if code := mlvgm(["export", "--recipe", RECIPE, "--out", str(bundle)]):
         return code
-    step(f"packing {bundle} into {store}")
-    store.mkdir(parents=True, exist_ok=True)
-    if code := mlvgm(["archive", str(bundle), "--out", str(store)]):
+    say("Packing the archive for TorchServe")
+    if code := mlvgm(["archive", str(bundle), "--out", str(args.build / "store")]):
         return code
-    step("drawing a dozen signs, and attacking the classifier with each (DeepFool, L2)")
-    signs, default = draw_signs(), load_default(RECIPE)
-    images = np.stack([sign.image for sign in signs])
-    labels = np.array([sign.label for sign in signs])
-    result = attack(default.classifier, images, labels, "deepfool")
-    server = Server(args.port or _free_ports(), args.build / "serve")
-    step(f"starting TorchServe on {server.url}, keys required")
+    say("Drawing road signs, and attacking them through the classifier")
+    default, signs = load_default(RECIPE), draw_signs()
+    attacked = attack_signs(default, signs)
+    server = Server(args.port or _free_port())
     try:
-        server.start([store / f"{RECIPE}.mar"])
-        step("asking it about every sign, clean and attacked")
-        client = server.client()
-        readings = []
-        for sign, attacked, l2 in zip(signs, result.images, result.l2, strict=True):
-            answers = [client.predict(_png(picture), RECIPE) for picture in (sign.image, attacked)]
-            purified, _ = client.purify(_png(attacked), RECIPE)
-            pictures = (sign.image, attacked, np.asarray(Image.open(io.BytesIO(purified)).convert("RGB")))
-            readings.append(Reading(sign.name, sign.label, answers[0], answers[1], pictures, float(l2)))
+        say(f"Starting TorchServe on port {server.port}")
+        server.start([args.build / "store" / f"{RECIPE}.mar"])
+        say(f"Asking it about {len(signs)} clean and {len(signs)} attacked signs")
+        answers = [ask(server.client(), sign, pixels) for sign, pixels in zip(signs, attacked, strict=True)]
     finally:
+        say("Stopping TorchServe")
         server.stop()
-    step("stopped the server")
-    classes = default.recipe.classes
-    print(table(readings, classes))
-    write(readings, classes, args.build, time.monotonic() - begun)
-    print(summary(readings))
-    print(f"\nPictures: {args.build / 'demo.png'}   figures: {args.build / 'demo.json'}")
+    content = summary(default, signs, attacked, answers) | {"seconds": round(time.monotonic() - begun, 1)}
+    (args.build / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_sheet(default, signs, attacked, answers, args.build / "demo.png")
+    print("", *table(default, content["images"]), "", *conclusion(default, content), sep="\n")
+    say(f"Done: {args.build / 'demo.json'}, {args.build / 'demo.png'}")
     return 0
 
 
-def table(readings: Sequence[Reading], classes: Sequence[str]) -> str:
-    """One line per sign: what the bare classifier and the purifier make of its two pictures."""
-    width = max(len(name) for name in (*(r.name for r in readings), "attacked, purified")) + 2
-    heads = ("sign", "clean", "attacked", "attacked, purified")
-    lines = ["".join(f"{head:{width}}" for head in heads) + "agreement  flagged"]
-    for reading in readings:
-        figures = reading.figures()
-        cells = [reading.name]
-        for key in ("clean", "attacked", "purified"):
-            mark = " " if figures[key] == reading.true else "!"
-            cells.append(f"{mark}{classes[figures[key]]}")
-        row = "".join(f"{cell[: width - 1]:{width}}" for cell in cells)
-        lines.append(f"{row}{figures['agreement']:>9.0%}  {'yes' if figures['flagged'] else 'no'}")
-    return "\n".join([*lines, "(! marks a wrong answer)"])
+def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
+    """Each sign, changed as little as makes the classifier misread it, uint8 (H, W, 3)."""
+    images, labels = np.stack([sign.image for sign in signs]), np.array([sign.label for sign in signs], np.int64)
+    return list(attack(default.classifier, images, labels, ATTACK).images)
 
 
-def summary(readings: Sequence[Reading]) -> str:
-    """How many were read rightly, and what became of the stop sign, said as it is."""
-    figures = [reading.figures() for reading in readings]
-    counts = {key: sum(f[key] == f["true"] for f in figures) for key in ("clean", "attacked", "purified")}
-    lines = [
-        f"{len(figures)} signs: {counts['clean']} read rightly when clean, {counts['attacked']} when attacked, "
-        f"{counts['purified']} when attacked and purified."
-    ]
-    stop = next((f for f in figures if f["name"] == "stop"), None)
-    if stop and stop["attacked"] != stop["true"]:
-        again = "is read as a stop sign again" if stop["purified"] == stop["true"] else "is still misread"
-        lines.append(f"The attacked stop sign {again}.")
-    return "\n".join(lines)
+def ask(client: Client, sign: Sign, attacked: Pixels) -> dict[str, Any]:
+    """The server's answers about a sign: "clean", "attacked", and of the latter the purified image, "image"."""
+    image, figures = client.purify(_png(attacked), RECIPE)
+    with Image.open(io.BytesIO(image)) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    return {"clean": client.predict(_png(sign.image), RECIPE), "attacked": figures, "image": pixels}
 
 
-def write(readings: Sequence[Reading], classes: Sequence[str], folder: Path, seconds: float) -> None:
-    """The figures as demo.json and the pictures as demo.png."""
-    content = {
-        "recipe": RECIPE,
-        "attack": "deepfool",
-        "seconds": round(seconds, 1),
-        "machine": machine.describe(),
-        "images": [reading.figures() for reading in readings],
-    }
-    (folder / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    rows = [
-        Row(
-            pictures=reading.pictures,
-            answers=[
-                (classes[reading.figures()[key]], reading.figures()[key] == reading.true)
-                for key in ("clean", "attacked", "purified")
-            ],
+def summary(
+    default: Default, signs: Sequence[Sign], attacked: Sequence[Pixels], answers: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What goes into demo.json; classes are numbers."""
+    images = []
+    for sign, pixels, answer in zip(signs, attacked, answers, strict=True):
+        change = (pixels.astype(np.float32) - sign.image) / 255
+        images.append(
+            {
+                "name": sign.name,
+                "true": sign.label,
+                "clean": answer["clean"]["unpurified"]["index"],
+                "clean_purified": answer["clean"]["index"],
+                "clean_flagged": answer["clean"]["flagged"],
+                "attacked": answer["attacked"]["unpurified"]["index"],
+                "purified": answer["attacked"]["index"],
+                "agreement": answer["attacked"]["agreement"],
+                "flagged": answer["attacked"]["flagged"],
+                "l2": round(float(np.linalg.norm(change)), 4),
+            }
         )
-        for reading in readings
+    eager = predict(default.classifier, np.stack(attacked))
+    return {
+        "model": RECIPE,
+        "attack": {"name": type(ATTACK).__name__, "settings": dataclasses.asdict(ATTACK)},
+        "samples": answers[0]["attacked"]["samples"],
+        "images": images,
+        "counts": {
+            "images": len(images),
+            "clean": sum(row["clean"] == row["true"] for row in images),
+            "clean_purified": sum(row["clean_purified"] == row["true"] for row in images),
+            "fooled": sum(row["attacked"] != row["true"] for row in images),
+            "purified": sum(row["purified"] == row["true"] for row in images),
+            "flagged": sum(row["flagged"] for row in images),
+            "clean_flagged": sum(row["clean_flagged"] for row in images),
+            "server_agrees_with_eager": sum(
+                int(row["attacked"] == label) for row, label in zip(images, eager, strict=True)
+            ),
+        },
+        "timing_ms": answers[0]["clean"]["timing_ms"],
+        "machine": machine.describe(),
+    }
+
+
+def table(default: Default, images: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per sign, with the names of the classes."""
+    names = default.recipe.classes
+    width = max(len(row["name"]) for row in images)
+    lines = [f"{'sign':{width}}  {'attacked, unpurified':{width}}  {'attacked, purified':{width}}  agree  flagged  L2"]
+    for row in images:
+        mark = "" if row["purified"] == row["true"] else "  <- not recovered"
+        if row["attacked"] == row["true"]:
+            mark = "  <- the attack failed"
+        lines.append(
+            f"{row['name']:{width}}  {names[row['attacked']]:{width}}  {names[row['purified']]:{width}}  "
+            f"{row['agreement']:5.0%}  {'yes' if row['flagged'] else 'no':7}  {row['l2']:.2f}{mark}"
+        )
+    return lines
+
+
+def conclusion(default: Default, content: dict[str, Any]) -> list[str]:
+    """What came out of it, the stop sign first, whichever way it went."""
+    names, counts = default.recipe.classes, content["counts"]
+    stop = next(row for row in content["images"] if names[row["true"]] == "stop")
+    if stop["attacked"] == stop["true"]:
+        headline = "The attack on the stop sign failed: it is read as a stop sign even without purification."
+    elif stop["purified"] == stop["true"]:
+        headline = f'The attacked stop sign is read as "{names[stop["attacked"]]}"; purified, it is a stop sign again.'
+    else:
+        headline = (
+            f'The attacked stop sign is read as "{names[stop["attacked"]]}", and purification did not help this time: '
+            f'it is read as "{names[stop["purified"]]}". The noise is drawn afresh each time.'
+        )
+    return [
+        headline,
+        f"Of {counts['images']} signs the classifier reads {counts['clean']} rightly when they are clean and "
+        f"{counts['images'] - counts['fooled']} when they are attacked; purified, {counts['purified']} of the attacked "
+        f"and {counts['clean_purified']} of the clean ones. {counts['flagged']} attacked and {counts['clean_flagged']} "
+        "clean signs were flagged.",
     ]
-    draw_sheet(rows).save(folder / "demo.png")
+
+
+def save_sheet(
+    default: Default,
+    signs: Sequence[Sign],
+    attacked: Sequence[Pixels],
+    answers: Sequence[dict[str, Any]],
+    path: Path,
+) -> None:
+    """The pictures of it all."""
+    rows = [
+        contact_sheet.Row(
+            true=sign.name,
+            clean=sign.image,
+            attacked=pixels,
+            purified=answer["image"],
+            read_clean=answer["clean"]["unpurified"]["label"],
+            read_attacked=answer["attacked"]["unpurified"]["label"],
+            read_purified=answer["attacked"]["label"],
+        )
+        for sign, pixels, answer in zip(signs, attacked, answers, strict=True)
+    ]
+    title = f"{RECIPE}: {type(ATTACK).__name__} attack, vote of {answers[0]['attacked']['samples']} purified copies"
+    contact_sheet.save(rows, title, path)
+
+
+def _free_port(first: int = 8080) -> int:
+    """The first of five free ports in a row."""
+    for port in range(first, first + 500, 5):
+        try:
+            for offset in range(5):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port + offset))
+            return port
+        except OSError:
+            continue
+    return first  # the server will say what is wrong
 
 
 def _png(pixels: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _free_ports(count: int = 5) -> int:
-    """The first of ``count`` free ports in a row: the demo must not collide with a server that is running."""
-    for first in range(18080, 60000, 10):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise OSError("no five free ports in a row on 127.0.0.1")
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="folder for everything it writes")
-    parser.add_argument("--port", type=int, help="of the server (default: a free one)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, default=Path("build"), help="folder for everything (%(default)s)")
+    parser.add_argument("--port", type=int, help="of the server, four more after it (default: the next five free ones)")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (CliError, ServerError) as error:
+        sys.exit(f"demo: {error}")

@@ -193,13 +193,13 @@ def _no_overtaking(pen: _Pen) -> None:
 
 def _warning(pen: _Pen) -> None:
     pen.polygon(_regular(3, 1.2, -90, (0.0, 0.22)), RED)
-    pen.polygon(_regular(3, 0.76, -90, (0.0, 0.22)), WHITE)
+    pen.polygon(_regular(3, 0.82, -90, (0.0, 0.22)), WHITE)
 
 
 def _danger(pen: _Pen) -> None:
     _warning(pen)
-    pen.polygon([(-0.12, -0.28), (0.12, -0.28), (0.07, 0.26), (-0.07, 0.26)], BLACK)
-    pen.disc(0.1, BLACK, (0.0, 0.41))
+    pen.polygon([(-0.11, -0.32), (0.11, -0.32), (0.08, 0.26), (-0.08, 0.26)], BLACK)
+    pen.disc(0.11, BLACK, (0.0, 0.44))
 
 
 def _priority_at_next_intersection(pen: _Pen) -> None:

@@ -1,0 +1,117 @@
+"""``mlvgm tune``: find the interpolation weights of a bundle on labelled photographs."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.errors import CliError
+
+if TYPE_CHECKING:
+    from benchmarks.tuning import Trial
+    from handlers.manifest import Manifest
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="find the interpolation weights",
+        description="Choose how much of each latent is drawn afresh: scaled linear, cosine and constant schedules "
+        "first, then the best of them weight by weight. The score is the mean of the accuracies on clean and on "
+        "attacked validation images after purification. The best few are compared once more on images that the search "
+        "has not seen, and the winner is printed as it goes into a recipe.",
+        epilog="Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json",
+    )
+    parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
+    parser.add_argument("--recipe", help="whose classifier is attacked (default: the one the bundle was made from)")
+    parser.add_argument("--classifier", type=Path, help="its checkpoint, where the recipe ships none")
+    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
+    parser.add_argument("--images", type=int, default=300, help="to search with (%(default)s)")
+    parser.add_argument("--check", type=int, default=600, help="other images, to compare the best with (%(default)s)")
+    parser.add_argument("--finalists", type=int, default=5, help="how many are compared so (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="purified copies that vote (%(default)s)")
+    parser.add_argument("--trials", type=int, default=100, help="at most (%(default)s)")
+    parser.add_argument("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
+    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
+    parser.add_argument("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Attack, search, compare the finalists, and write and print the winner."""
+    from benchmarks import tuning
+    from benchmarks.attacks import attack, load_target
+    from benchmarks.photographs import read_photographs
+    from handlers.pipeline import Pipeline
+    from mlvgm.recipe import Recipe
+
+    if min(arguments.images, arguments.check, arguments.finalists, arguments.trials) < 1:
+        raise CliError("--images, --check, --finalists and --trials must be 1 or more")
+    with Pipeline.load(arguments.bundle, threads=arguments.threads) as pipeline:
+        manifest = pipeline.manifest
+        recipe = Recipe.read(arguments.recipe or str(manifest.source.get("recipe", "road-signs")))
+        classifier = load_target(recipe, arguments.classifier)
+        count = arguments.images + arguments.check
+        signs = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size, count)
+        if len(signs) <= arguments.images:
+            raise CliError(f"{arguments.data}: {len(signs)} validation images, too few for --images {arguments.images}")
+        _say(f"attacking {len(signs)} validation images")
+        cache = Path("build/attacks")
+        attacked = {
+            name: attack(classifier, signs.images, signs.labels, name, cache).images for name in arguments.attacks
+        }
+
+        def objective(part: slice) -> tuning.Objective:
+            sets = {name: images[part] for name, images in attacked.items()}
+            return tuning.objective(pipeline, signs.images[part], sets, signs.labels[part], arguments.samples)
+
+        seen, unseen = slice(0, arguments.images), slice(arguments.images, None)
+        trials = tuning.search(objective(seen), manifest.n_latents, arguments.trials, _say)
+        _say(f"comparing the best on {len(signs) - arguments.images} other images")
+        score = objective(unseen)
+        finalists = tuning.ranked(score(trial.weights, trial.origin) for trial in trials[: arguments.finalists])
+        as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
+    _write(arguments, manifest, trials, finalists, as_it_is)
+    for trial in [*finalists, as_it_is]:
+        print(f"{trial.origin:28} {tuning.describe(trial)}")
+    # A recipe's weights are multiplied by its attenuation before use; these are what is used.
+    scale = recipe.attenuation or 1.0
+    print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in finalists[0].weights)}]")
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    manifest: "Manifest",
+    trials: "list[Trial]",
+    finalists: "list[Trial]",
+    as_it_is: "Trial",
+) -> None:
+    content = {
+        "model": manifest.name,
+        "alphas": finalists[0].weights,
+        "finalists": [_entry(trial) for trial in finalists],
+        "as_it_is": _entry(as_it_is),
+        "trials": [_entry(trial) for trial in trials],
+        "images": arguments.images,
+        "check": arguments.check,
+        "samples": arguments.samples,
+        "attacks": arguments.attacks,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _entry(trial: "Trial") -> dict[str, Any]:
+    return {
+        "alphas": trial.weights,
+        "origin": trial.origin,
+        "score": round(trial.score, 5),
+        "clean": round(trial.clean, 5),
+        "attacked": round(trial.attacked, 5),
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

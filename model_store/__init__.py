@@ -1,0 +1,1 @@
+"""The default model (weights and model card); built archives land here too."""

@@ -28,6 +28,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [f"# Robustness of {content['model']}", "", _preamble(content), ""]
     lines += ["Images read rightly, with 95 % intervals:", "", *_accuracy(content), ""]
+    lines += ["The same when the change may not exceed an L2 norm:", "", *_within(content), ""]
     lines += ["What the attacks did, and how purification tells them:", "", *_attacks(content), ""]
     if "adaptive" in content:
         lines += [*_adaptive(content["adaptive"]), ""]
@@ -57,6 +58,16 @@ def _accuracy(content: Mapping[str, Any]) -> list[str]:
     rows.append(["purifier, a single copy", *(f"{copies[key]['one']:.1%}" for key in sets)])
     rows.append([f"purifier, all {samples} copies right", *(_share(copies[key]["all"]) for key in sets)])
     return _table(["defence", *(NAMES[key] for key in sets)], rows)
+
+
+def _within(content: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [NAMES[method], f"{entry['l2']:g}", *(_share(entry[name]) for name in content["accuracy"])]
+        for method, entries in content["within"].items()
+        for entry in entries
+    ]
+    defences = [NAMES[name].format(samples=content["samples"]) for name in content["accuracy"]]
+    return _table(["attack", "L2 within", *defences], rows)
 
 
 def _attacks(content: Mapping[str, Any]) -> list[str]:
@@ -110,7 +121,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     accuracy, samples = content["accuracy"], content["samples"]
     sets = list(accuracy["none"])
     panels = 2 if "adaptive" in content else 1
-    figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, panels, figsize=(8 * panels, 4.2), squeeze=False, layout="constrained")
     left = axes[0][0]
     for place, (name, row) in enumerate(accuracy.items()):
         entries = [row[key] for key in sets]
@@ -124,7 +135,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     left.set_xticks(range(len(sets)), [NAMES[key] for key in sets])
     left.set_ylabel("read rightly, %")
     left.set_title(f"Attacks on the classifier, {content['n']} images")
-    left.legend(fontsize=8, loc="lower center")
+    left.legend(fontsize=8, loc="upper center", ncols=4)
     if "adaptive" in content:
         right, rows = axes[0][1], content["adaptive"]["bounds"]
         for key, label in (
@@ -135,8 +146,9 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
             right.plot([row["l2"] for row in rows], [100 * row[key]["share"] for row in rows], "o-", label=label)
         right.set_xlabel("L2 norm of the change")
         right.set_title(f"An attacker who knows the defence, {content['adaptive']['n']} images")
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="upper center", ncols=3)
     for axis in axes[0]:
-        axis.set_ylim(0, 100)
+        axis.set_ylim(0, 112)
+        axis.set_yticks(range(0, 101, 20))
     figure.savefig(path, dpi=140)
     plt.close(figure)

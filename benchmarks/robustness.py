@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks import adaptive, evaluation, machine, report
@@ -26,6 +27,7 @@ from mlvgm.load import Default, load_default
 
 CACHE = Path("build/attacks")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+BOUNDS = (0.25, 0.5, 1.0, 2.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,14 +85,15 @@ def measure(
     """Attack ``classifier`` with each of ``methods`` and have every defence read what comes out.
 
     Returns:
-        "attacks"; "accuracy", defence -> set of images -> share; of the purifier "copies", "recovered", "detection".
+        "attacks"; "accuracy", defence -> set of images -> share; "within", the same where changes above a bound count
+        as no attack; of the purifier "copies", "recovered" and "detection".
     """
-    sets, attacks = {"clean": images}, {}
+    sets, attacks, sizes = {"clean": images}, {}, {}
     right = predict(classifier, images) == labels
     for method in methods:
         begun = time.monotonic()
         result = attack(classifier, images, labels, method, cache)
-        sets[method] = result.images
+        sets[method], sizes[method] = result.images, result.l2
         attacks[method] = {"seconds": round(time.monotonic() - begun, 1), **_describe(method, result, right)}
     unpurified = {name: bare(attacked) for name, attacked in sets.items()}
     purified = {name: purifier(attacked) for name, attacked in sets.items()}
@@ -104,6 +107,16 @@ def measure(
         "attacks": attacks,
         "accuracy": {
             name: {key: share(reading.labels == labels) for key, reading in row.items()} for name, row in rows.items()
+        },
+        "within": {
+            method: [
+                {
+                    "l2": bound,
+                    **{name: _within(row, method, sizes[method] <= bound, labels) for name, row in rows.items()},
+                }
+                for bound in BOUNDS
+            ]
+            for method in methods
         },
         "copies": {key: _copies(reading, labels) for key, reading in purified.items()},
         "recovered": {
@@ -168,7 +181,12 @@ def doubts(content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _describe(method: str, result: AttackResult, right: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, Any]:
+def _within(readings: Mapping[str, Reading], method: str, small: NDArray[np.bool_], labels: Labels) -> dict[str, Any]:
+    """Accuracy against an attacker who may make ``small`` changes only, and sends the clean image otherwise."""
+    return share(np.where(small, readings[method].labels, readings["clean"].labels) == labels)
+
+
+def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> dict[str, Any]:
     changed = result.l2[right & result.fooled]
     quantiles = np.quantile(changed, QUANTILES) if len(changed) else np.full(len(QUANTILES), np.nan)
     return {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.attacks import to_float
 from benchmarks.progress import track
 from handlers.pipeline import Pipeline
-from mlvgm.preprocess import add_noise, blur_images
+from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -78,7 +78,8 @@ def blur(pipeline: Pipeline) -> Defence:
     """The classifier behind a Gaussian blur with sigma 1."""
 
     def read(images: Images) -> Reading:
-        labels = _classify(pipeline, lambda part: _array(blur_images(to_float(images[part]))), len(images))
+        taps = gaussian_taps(7)
+        labels = _classify(pipeline, lambda part: _array(blur_images(to_float(images[part]), taps)), len(images))
         return Reading(labels, labels[:, None], labels != bare(pipeline)(images).labels)
 
     return read

@@ -173,7 +173,7 @@ def doubts(content: Mapping[str, Any]) -> list[str]:
                 f"Engine and eager classifier agree on only {entry['engine_agrees']:.1%} of the {name} images: "
                 "is the bundle made from other weights?"
             )
-    if {"deepfool", "cw"} <= attacks.keys() and attacks["cw"]["l2"]["0.5"] > attacks["deepfool"]["l2"]["0.5"]:
+    if {"deepfool", "cw"} <= attacks.keys() and attacks["cw"]["l2"]["0.5"] > 1.1 * attacks["deepfool"]["l2"]["0.5"]:
         found.append("Carlini-Wagner needs larger changes than DeepFool: it has too few steps.")
     for row in content.get("adaptive", {}).get("bounds", []):
         if row["adaptive"]["share"] > row["transfer"]["share"]:

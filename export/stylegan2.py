@@ -9,7 +9,7 @@
 - The mapping network runs once for all latents of all samples.
 
 An upsampling convolution stays a transposed 3x3 one with a depthwise filter behind it. As one 6x6 convolution,
-transposed or split by phases, it has four times the products: 2.3 to 4 times slower in both CPU runtimes.
+transposed or split by phases, it has four times the products: 2 to 4 times slower in both CPU runtimes.
 """
 
 import math

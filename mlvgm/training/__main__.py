@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("model_store/road-signs"), help="where the weights go")
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="where the checkpoints go")
     parser.add_argument("--only", choices=("classifier", "nvae"), help="train one half")
-    parser.add_argument("--epochs", type=int, default=16, help="of the classifier")
+    parser.add_argument("--epochs", type=int, default=12, help="of the classifier")
     parser.add_argument("--steps", type=int, default=4200, help="of the NVAE, 32 images each")
     parser.add_argument("--beta", type=float, default=0.3, help="weight of the NVAE's divergence")
     args = parser.parse_args()

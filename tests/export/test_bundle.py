@@ -62,7 +62,7 @@ def test_manifest_carries_the_parity_report(bundle: Path) -> None:
     manifest = json.loads((bundle / "pipeline.json").read_text())
     report = manifest["report"]["parity"]
     assert report["batches"] == [1, 2, 3, 4]
-    assert {entry["stage"] for entry in report["worst"]} == {"encode", "decode", "classify"}
+    assert {entry["stage"] for entry in report["worst"]} == {"encode", "decode", "classify", "end to end"}
     assert all(0 <= entry["relative_error"] < 1e-4 for entry in report["worst"])
     assert manifest["alphas"]["linear"] == pytest.approx([0.175, 0.35, 0.7])
 

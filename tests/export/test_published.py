@@ -1,0 +1,170 @@
+"""The three published pipelines at full size: from a checkpoint to a served answer, against the official modules."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from cli.server import Server
+from export import families
+from export.trace import trace
+from handlers import runtimes
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
+from mlvgm.load import load_purifier
+from tests import reference
+from tests.cli.machine import free_port
+from tests.reference import relative_error
+
+VARIANTS = {"no_preprocessing": (False, 0.0), "blur": (True, 0.0), "noise": (False, None)}
+MEMORY_GB = 16
+SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Published:
+    """A recipe with the reference set that belongs to it."""
+
+    recipe: str
+    set: str
+    family: str
+    purifier: str
+    classifier: str
+
+
+PUBLISHED = (
+    Published("stanford-cars", "cars", "style_transformer", "style_transformer_cars_512", "resnext50_cars"),
+    Published("celeba-gender", "gender", "e4e", "e4e_ffhq_1024", "resnet50_gender"),
+    Published("celeba-identities", "ids", "nvae", "nvae_celeba64", "vgg11_ids"),
+)
+
+
+@pytest.fixture(scope="module", params=PUBLISHED, ids=lambda item: item.recipe)
+def published(request: pytest.FixtureRequest) -> Iterator[Published]:
+    yield request.param
+    for name in (request.param.purifier, request.param.classifier):
+        reference.release(name)
+
+
+@pytest.fixture(scope="module")
+def bundle(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The bundle that the command line writes, within the promised memory and time."""
+    folder = tmp_path_factory.mktemp(published.recipe)
+    words = ["--recipe", published.recipe, "--out", str(folder / published.recipe)]
+    words += ["--purifier", str(reference.checkpoint(published.purifier))]
+    words += ["--classifier", str(reference.checkpoint(published.classifier))]
+    begun = time.monotonic()
+    peak_gb = _run([sys.executable, "-m", "cli.main", "export", *words])
+    seconds = time.monotonic() - begun
+    print(f"{published.recipe}: exported in {seconds:.0f} s with at most {peak_gb:.1f} GB")
+    assert peak_gb <= MEMORY_GB
+    assert seconds <= SECONDS
+    yield folder / published.recipe
+    shutil.rmtree(folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_exported_stages_agree_with_the_official_modules(
+    published: Published, bundle: Path, variant: str, tmp_path: Path
+) -> None:
+    expected = reference.outputs(f"{published.set}_{variant}_seed1")
+    meta = json.loads(str(expected["meta"]))
+    draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
+    if published.family == "nvae":
+        noise = [draws[key] for key in sorted(draws) if ".purify." in key]
+    else:
+        noise = list(draws[f"{published.set}.purify.noise"])
+    known: dict[str, Any] = {
+        "images": expected["images_u8"].astype(np.float32) / np.float32(255),
+        "input_noise": draws[f"{published.set}.input.noise"],
+        "alphas": np.float32(meta["interpolation_alphas"]) * np.float32(meta["alpha_attenuation"]),
+        "noise": np.stack(noise, axis=1) if published.family != "nvae" else None,
+    }
+    known |= {f"noise_{i}": array for i, array in enumerate(noise)}
+    blur, l2 = VARIANTS[variant]
+    # The variants differ in their first stage alone.
+    purifier = load_purifier(published.family, reference.checkpoint(published.purifier))
+    first = families.stages(purifier, blur, meta["initial_noise_eps"] if l2 is None else l2)[0]
+    trace(first, tmp_path / "encode.onnx")
+    takes = [name for name, _ in first.inputs]
+    del purifier, first
+    found = _execute(tmp_path / "encode.onnx", takes, known)
+    known |= found
+    for stage in Manifest.read(bundle).stages[1:]:
+        found = _execute(bundle / stage.file, [tensor.name for tensor in stage.inputs], known)
+        known |= found
+    errors = {"purified": relative_error(known["images"], expected["purified"])}
+    errors["logits"] = relative_error(known["logits"], expected["logits"])
+    for name in ("codes", "mixed"):
+        if name in known:
+            errors[name] = relative_error(known[name], expected[name])
+    print(published.recipe, variant, errors)
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.full
+def test_pipeline_agrees_with_the_official_modules(published: Published, bundle: Path) -> None:
+    expected = reference.outputs(f"{published.set}_no_preprocessing_seed1")
+    meta = json.loads(str(expected["meta"]))
+    draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
+    names = sorted(key for key in draws if ".purify." in key)
+    noise = [draws[key] for key in names] if len(names) > 1 else list(draws[names[0]])
+    alphas = np.clip(np.array(meta["interpolation_alphas"]) * meta["alpha_attenuation"], 0, 1)
+    with Pipeline.load(bundle) as pipeline:
+        result = pipeline.run(expected["images_u8"].transpose(0, 2, 3, 1), samples=1, noise=noise, alphas=list(alphas))
+    assert relative_error(result.purified[:, 0], expected["purified"]) < 1e-4
+    assert relative_error(result.sample_logits[:, 0], expected["logits"]) < 1e-4
+
+
+@pytest.mark.full
+@pytest.mark.server
+def test_archive_is_served(published: Published, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLVGM_STATE", str(tmp_path / "state"))
+    _run([sys.executable, "-m", "cli.main", "archive", str(bundle), "--out", str(tmp_path)])
+    size = Manifest.read(bundle).image_size
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    server = Server(port=free_port())
+    server.start([tmp_path / f"{published.recipe}.mar"])
+    try:
+        answer = server.client(timeout=300).predict(_png(picture), published.recipe, samples=1)
+        print(published.recipe, answer["timing_ms"])
+        assert answer["samples"] == 1
+        assert sum(entry["votes"] for entry in answer["top_k"]) == 1
+    finally:
+        server.stop()
+
+
+def _execute(file: Path, inputs: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    engine = runtimes.load("onnxruntime", file, runtimes.Options())
+    try:
+        return dict(engine.run({name: np.ascontiguousarray(known[name]) for name in inputs}))
+    finally:
+        engine.close()
+
+
+def _run(command: list[str]) -> float:
+    """Runs ``command`` to its end; its peak of resident memory in GB."""
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1e6
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

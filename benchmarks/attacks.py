@@ -5,6 +5,7 @@ find lies so close to the decision boundary that rounding to 8 bits often undoes
 along its own direction until the rounded image fools the classifier, and given up where that does not happen.
 """
 
+import copy
 import hashlib
 import importlib
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def attack(
         method = METHODS[method]
     _foolbox()
     key = _key(classifier, method)
-    fast = fold_batch_norms(classifier).requires_grad_(False)
+    fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
     for start in track(range(0, len(images), _CHUNK), f"{type(method).__name__} on {_CHUNK} images each:"):

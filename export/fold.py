@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def without_weight_norm(module: nn.Module) -> nn.Module:
@@ -41,6 +41,16 @@ def conv_then_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return fuse_conv_bn_eval(conv.eval(), norm.eval())
 
 
+def linear_then_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
+    """One linear layer that does what ``linear`` and then ``norm`` do in eval mode."""
+    scale, shift = scale_and_shift(norm)
+    folded = nn.Linear(linear.in_features, linear.out_features, device="meta")  # no weights to be thrown away
+    folded.weight = nn.Parameter(linear.weight.detach() * scale[:, None], requires_grad=False)
+    bias = shift if linear.bias is None else shift + linear.bias.detach() * scale
+    folded.bias = nn.Parameter(bias, requires_grad=False)
+    return folded
+
+
 def norm_then_pointwise(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """One 1x1 convolution that does what ``norm`` and then ``conv`` do in eval mode. Exact: there is no padding."""
     if conv.kernel_size != (1, 1):
@@ -55,7 +65,7 @@ def norm_then_pointwise(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     return folded
 
 
-def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """The affine map (C,), (C,) that a batch norm is in eval mode."""
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
@@ -65,11 +75,12 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every batch norm folded that directly follows a convolution or a linear layer.
+    """``model`` with every batch norm folded that directly follows a convolution or a linear layer.
 
-    A model that cannot be traced symbolically comes back as it is: folding only saves time.
+    Folded layers are new ones; all others are shared with ``model``, which is in eval mode and stays as it is: the head
+    of a large classifier is gigabytes. A model that cannot be traced symbolically comes back as it is: folding only
+    saves time.
     """
-    model = copy.deepcopy(model).eval()
     try:
         graph = fx.symbolic_trace(model)
     except Exception:  # tracing runs the user's own code, which may raise anything
@@ -85,7 +96,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             folded: nn.Module = fuse_conv_bn_eval(layer, norm)
         elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-            folded = fuse_linear_bn_eval(layer, norm)
+            folded = linear_then_norm(layer, norm)
         else:
             continue
         graph.set_submodule(before.target, folded)

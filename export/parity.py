@@ -65,7 +65,7 @@ def compare_stages(
         progress(f"comparing {stage.name} with its eager twin at batches {', '.join(map(str, batches))}")
         for i, named in enumerate(stage.inputs):
             known.setdefault(named[0], example(named, largest, seed=1000 * largest + i))
-        expected = _run_twin(stage, known)
+        expected = run_twin(stage, known)
         engine = runtimes.load(runtime, files[stage.name], runtimes.Options(precision="fp32"))
         try:
             for batch in batches:
@@ -82,7 +82,7 @@ def compare_stages(
     return comparisons
 
 
-def _run_twin(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_twin(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the twin gives, a few rows at a time: the published operators keep large maps in memory."""
     batched = {name for name, shape in stage.inputs if "B" in shape}
     count = next(len(known[name]) for name, _ in stage.inputs if name in batched)

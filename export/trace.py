@@ -41,6 +41,7 @@ def trace(stage: Stage, file: Path) -> None:
         onnx.save(stage.module, str(file), save_as_external_data=stage.module.ByteSize() > EXTERNAL_BYTES)
         _check(stage, file)
         return
+    assert stage.module is not None
     inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
     batch = torch.export.Dim("B", min=1)
     axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)

@@ -14,6 +14,9 @@ from mlvgm.nvae_cells import soft_clamp
 from mlvgm.training.data import Signs, augment
 from mlvgm.training.loop import Progress, batches, cosine_rate
 
+NOISE = 0.05
+"""Standard deviation, at most, of the noise that the encoder sees in training."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -24,14 +27,16 @@ class Bound:
     reconstruction: Tensor
 
 
-def evidence_lower_bound(network: NVAE, images: Tensor) -> Bound:
+def evidence_lower_bound(network: NVAE, images: Tensor, seen: Tensor | None = None) -> Bound:
     """One training forward pass: every latent is drawn from its posterior, relative to its prior (section 3.2).
 
     Args:
         network: the model, in training mode.
         images: (B, 3, H, W) in [0, 1].
+        seen: what the encoder is given in place of ``images``; where it is noisy, the model learns to leave the noise
+            out (Im et al., Denoising Criterion for Variational Auto-Encoding Framework, AAAI 2017).
     """
-    features = network.encode(images)
+    features = network.encode(images if seen is None else seen)
     x = network.start(len(images))
     divergence = []
     for i, (s, g) in enumerate(network.config.latents()):
@@ -82,7 +87,10 @@ def train_nvae(
             for group in optimizer.param_groups:
                 group["lr"] = peak * cosine_rate(step, steps, warmup)
             network.train()
-            bound = evidence_lower_bound(network, augment(images[index], strength=0.6))
+            clean = augment(images[index], strength=0.6)
+            sigma = NOISE * torch.rand(len(clean), 1, 1, 1)
+            noisy = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
+            bound = evidence_lower_bound(network, clean, noisy)
             weight = beta * min(1.0, max(step / (0.15 * steps), 0.05))
             loss = (weight * torch.stack(bound.divergence).sum(dim=0) - bound.log_likelihood).mean() / images[0].numel()
             optimizer.zero_grad()

@@ -1,0 +1,237 @@
+"""A bundle against the eager twin with the published operators: stage by stage, and from image to vote."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export import families
+from export.classifier import stage as classifier_stage
+from export.parity import relative_error, run_twin
+from export.stage import Stage
+from handlers import runtimes
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
+from mlvgm.purifier import Purifier
+
+Floats = NDArray[np.floating[Any]]
+
+QUANTILES = (0.5, 0.99)
+
+
+class VerificationError(RuntimeError):
+    """The models are not those that the bundle was made from."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an array is from its twin.
+
+    Attributes:
+        relative_l2: ||found - expected|| / ||expected||.
+        max, mean, median, q99: of the absolute difference.
+        cosine: of the angle between the two.
+        psnr: peak signal-to-noise ratio in dB, the peak being the twin's largest magnitude; infinite where they agree.
+    """
+
+    relative_l2: float
+    max: float
+    mean: float
+    median: float
+    q99: float
+    cosine: float
+    psnr: float
+
+
+def difference(found: Floats, expected: Floats) -> Difference:
+    """Compare two arrays of one shape; NaN or infinity anywhere makes ``relative_l2`` infinite."""
+    found, expected = np.asarray(found, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
+    gap = np.abs(found - expected)
+    norms = np.linalg.norm(found) * np.linalg.norm(expected)
+    peak, mse = float(np.abs(expected).max()), float(np.mean(gap**2))
+    median, q99 = (float(q) for q in np.quantile(gap, QUANTILES))
+    return Difference(
+        relative_l2=relative_error(found, expected),
+        max=float(gap.max()),
+        mean=float(gap.mean()),
+        median=median,
+        q99=q99,
+        cosine=float(found @ expected / norms) if norms > 0 else float(mse == 0),
+        psnr=10 * float(np.log10(peak**2 / mse)) if mse > 0 and peak > 0 else float("inf"),
+    )
+
+
+def verify(
+    bundle: Path,
+    purifier: Purifier,
+    classifier: nn.Module,
+    sets: Mapping[str, NDArray[np.uint8]],
+    names: Sequence[str],
+    samples: int = 2,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """One row per runtime, set of images, stage and output, and one per runtime and set for the whole pipeline.
+
+    Args:
+        sets: uint8 (B, H, W, 3) by name, such as "clean" and "attacked"; all copies of a set are run as they are
+            served, in the bundle's batches.
+        names: runtimes.
+        samples: copies that vote.
+
+    Returns:
+        Rows with ``runtime``, ``images``, ``stage``, ``output`` and the fields of `Difference`; those of the whole have
+        ``stage`` "end to end" and also the shares ``equal_labels`` (of copies) and ``equal_votes`` (of images).
+
+    Raises:
+        VerificationError: the purifier or the classifier does not fit the bundle.
+        BundleError, EngineError: the bundle is damaged, or a runtime refuses it.
+    """
+    manifest = Manifest.read(bundle)
+    _check_fit(manifest, purifier)
+    rows: list[dict[str, Any]] = []
+    twins = (
+        *families.stages(purifier, bool(manifest.source.get("blur")), manifest.input_noise_l2),
+        classifier_stage(classifier, manifest.image_size[0], len(manifest.classes)),
+    )
+    for images_name, images in sets.items():
+        say(f"running the eager twin on {len(images)} {images_name} images, {samples} copies each")
+        drawn = _draw(manifest, len(images) * samples, seed)
+        known = _feeds(manifest, images.repeat(samples, axis=0), drawn)
+        steps = []
+        for stage in twins:
+            expected = run_twin(stage, known)
+            steps.append((stage, {name: known[name] for name, _ in stage.inputs}, expected))
+            known |= expected
+        for runtime in names:
+            say(f"running {runtime} on the {images_name} images")
+            where = {"runtime": runtime, "images": images_name}
+            for stage, feeds, expected in steps:
+                rows += [where | row for row in _stage_rows(manifest, bundle, runtime, stage, feeds, expected)]
+            rows.append(where | _whole(bundle, runtime, images, samples, drawn, known))
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
+    """The rows as a table."""
+    head = "| runtime | images | stage | output | relative L2 | max | cosine | PSNR, dB | equal labels | equal votes |"
+    lines = [f"Relative L2 error may be {limit:.0e} at most.", "", head, "|" + " --- |" * 10]
+    for row in rows:
+        cells = [row["runtime"], row["images"], row["stage"], row["output"], f"{row['relative_l2']:.1e}"]
+        cells += [f"{row['max']:.1e}", f"{row['cosine']:.6f}", f"{row['psnr']:.0f}"]
+        cells += [f"{row[key]:.1%}" if key in row else "" for key in ("equal_labels", "equal_votes")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(
+    rows: Sequence[Mapping[str, Any]], limit: float, passed: bool, machine: Mapping[str, Any], file: Path
+) -> None:
+    """Write ``file`` (JSON), and beside it the same name as ``.md`` and ``.png``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": dict(machine), "limit": limit, "passed": passed, "rows": list(rows)}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(markdown(rows, limit), encoding="utf-8")
+    plot(rows, limit, file.with_suffix(".png"))
+
+
+def plot(rows: Sequence[Mapping[str, Any]], limit: float, file: Path) -> None:
+    """Relative error of every output, one mark per runtime and set of images."""
+    import matplotlib.figure
+
+    outputs = list(dict.fromkeys(f"{row['stage']}: {row['output']}" for row in rows))
+    figure = matplotlib.figure.Figure(figsize=(8, 1.5 + 0.3 * len(outputs)), layout="constrained")
+    axes = figure.subplots()
+    for runtime, images in dict.fromkeys((row["runtime"], row["images"]) for row in rows):
+        chosen = [row for row in rows if (row["runtime"], row["images"]) == (runtime, images)]
+        places = [outputs.index(f"{row['stage']}: {row['output']}") for row in chosen]
+        errors = [max(row["relative_l2"], 1e-12) for row in chosen]
+        axes.plot(errors, places, "o", label=f"{runtime}, {images}", alpha=0.6)
+    axes.axvline(limit, color="black", linestyle=":", label="limit")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(outputs)), outputs)
+    axes.invert_yaxis()
+    axes.set_xlabel("relative L2 error")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _check_fit(manifest: Manifest, purifier: Purifier) -> None:
+    if tuple(purifier.noise_shapes) != tuple(manifest.noise_shapes):
+        raise VerificationError(
+            f"the bundle {manifest.name} has latents {list(manifest.noise_shapes)}, the purifier "
+            f"{list(purifier.noise_shapes)}: they are of different models"
+        )
+
+
+def _draw(manifest: Manifest, rows: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        f"noise_{i}": torch.randn(rows, *shape, generator=generator) for i, shape in enumerate(manifest.noise_shapes)
+    }
+    return drawn | {"input_noise": torch.randn(rows, 3, *manifest.image_size, generator=generator)}
+
+
+def _feeds(manifest: Manifest, images: NDArray[np.uint8], drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    known = dict(drawn)
+    if all(len(shape) == 1 for shape in manifest.noise_shapes):
+        known["noise"] = torch.stack([drawn[f"noise_{i}"] for i in range(manifest.n_latents)], dim=1)
+    known["images"] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255))
+    known["alphas"] = torch.tensor(manifest.alphas[manifest.default_alphas], dtype=torch.float32)
+    return known
+
+
+def _stage_rows(
+    manifest: Manifest,
+    bundle: Path,
+    runtime: str,
+    stage: Stage,
+    feeds: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+) -> list[dict[str, Any]]:
+    """The stage on what the twins before it gave, so that an error shows where it arises."""
+    file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
+    engine = runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))
+    batched = {name for name, shape in stage.inputs if "B" in shape}
+    count = len(next(iter(expected.values())))
+    parts = []
+    try:
+        for start in range(0, count, manifest.batch.opt):
+            rows = slice(start, start + manifest.batch.opt)
+            parts.append(engine.run({k: (v[rows] if k in batched else v).numpy() for k, v in feeds.items()}))
+    finally:
+        engine.close()
+    found = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in expected}
+    return [
+        {"stage": stage.name, "output": name, **asdict(difference(found[name], tensor.numpy()))}
+        for name, tensor in expected.items()
+    ]
+
+
+def _whole(
+    bundle: Path,
+    runtime: str,
+    images: NDArray[np.uint8],
+    samples: int,
+    drawn: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    with Pipeline.load(bundle, runtime=runtime) as pipeline:
+        noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
+        result = pipeline.run(images, samples=samples, noise=noise, input_noise=drawn["input_noise"].numpy())
+    logits = expected["logits"].numpy().reshape(result.sample_logits.shape)
+    gap = difference(result.purified.reshape(-1), expected["images"].numpy().reshape(-1))
+    return {
+        "stage": "end to end",
+        "output": "purified",
+        **asdict(gap),
+        "logits_relative_l2": relative_error(result.sample_logits, logits),
+        "equal_labels": float(np.mean(result.sample_logits.argmax(-1) == logits.argmax(-1))),
+        "equal_votes": float(np.mean(result.logits.argmax(-1) == logits.mean(axis=1).argmax(-1))),
+    }

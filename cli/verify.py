@@ -1,0 +1,95 @@
+"""``mlvgm verify``: a bundle against the PyTorch reference with the published operators."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
+"""Relative L2 error allowed for each precision."""
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = verbs.add_parser(
+        "verify",
+        help="compare a bundle with the PyTorch reference",
+        description="Run a bundle in every installed runtime, on clean and on attacked images, and compare each stage "
+        "and the whole pipeline with the eager reference. Exit code 1 where a difference is over the limit.",
+        epilog="Example: mlvgm verify build/road-signs --json build/verify.json",
+    )
+    parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
+    parser.add_argument("--recipe", help="name or YAML file (default: the one the bundle was made from)")
+    parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
+    parser.add_argument("--classifier", type=Path, help="checkpoint of the classifier, likewise")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
+    parser.add_argument("--count", type=int, default=4, metavar="N", help="images at most (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2, metavar="K", help="purified copies of each (%(default)s)")
+    parser.add_argument("--runtime", action="append", help="repeatable (default: every one that is installed)")
+    parser.add_argument("--no-attack", action="store_true", help="clean images only")
+    parser.add_argument("--limit", type=float, help="relative L2 error allowed (default: by the bundle's precision)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table, and write the report."""
+    from torch import nn
+
+    from benchmarks import machine, verification
+    from benchmarks.attacks import attack, predict
+    from cli.errors import CliError
+    from export.models import load_models
+    from handlers import runtimes
+    from handlers.manifest import Manifest
+    from mlvgm.recipe import Recipe
+
+    if min(args.count, args.samples) < 1:
+        raise CliError("--count and --samples must be 1 or more")
+    manifest = Manifest.read(args.bundle)
+    recipe = Recipe.read(args.recipe or str(manifest.source.get("recipe", "road-signs")))
+    purifier, classifier = load_models(recipe, args.purifier, args.classifier)
+    if not isinstance(classifier, nn.Module):
+        raise CliError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
+    sets = {"clean": _pictures(args.images, args.count, manifest.image_size)}
+    if not args.no_attack:
+        print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
+        sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
+    names = args.runtime or runtimes.installed()
+    limit = args.limit or LIMITS[manifest.precision]
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)
+    passed = all(row["relative_l2"] <= limit for row in rows)
+    print(verification.markdown(rows, limit))
+    print("passed" if passed else "FAILED: see the rows over the limit")
+    if args.json:
+        verification.write(rows, limit, passed, machine.describe(), args.json)
+        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+    return 0 if passed else 1
+
+
+def _pictures(folder: Path | None, count: int, size: tuple[int, int]) -> "NDArray[np.uint8]":
+    """Photographs of ``folder``, or else pictures that are soft at several scales, uint8 (N, H, W, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    from benchmarks.photographs import image_files
+    from cli.errors import CliError
+    from handlers.image import decode
+
+    if folder is not None:
+        files = list(image_files(folder))[:count]
+        if not files:
+            raise CliError(f"{folder}: holds no images")
+        return np.stack([decode(file.read_bytes(), size) for file in files])
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(count):
+        picture = np.zeros((*size, 3), np.float32)
+        for cells in (2, 8, 32):
+            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+            picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
+        pictures.append(picture.astype(np.uint8))
+    return np.stack(pictures)

@@ -224,7 +224,8 @@ def _whole(
 ) -> dict[str, Any]:
     with Pipeline.load(bundle, runtime=runtime) as pipeline:
         noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
-        result = pipeline.run(images, samples=samples, noise=noise, input_noise=drawn["input_noise"].numpy())
+        input_noise = drawn["input_noise"].numpy() if pipeline.manifest.input_noise_l2 else None
+        result = pipeline.run(images, samples=samples, noise=noise, input_noise=input_noise)
     logits = expected["logits"].numpy().reshape(result.sample_logits.shape)
     gap = difference(result.purified.reshape(-1), expected["images"].numpy().reshape(-1))
     return {

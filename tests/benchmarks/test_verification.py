@@ -17,10 +17,10 @@ from mlvgm.recipe import Recipe
 from tests.export import models
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[(False, 0.0), (True, 0.5)], ids=["plain", "blur and noise"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "tiny"
-    export_bundle(models.recipe(blur=True, input_noise_l2=0.5), models.purifier(), models.classifier(), out)
+    export_bundle(models.recipe(*request.param), models.purifier(), models.classifier(), out)
     return out
 
 
@@ -70,7 +70,7 @@ def test_another_model_is_refused(bundle: Path) -> None:
 def test_the_verb_writes_a_report_and_tells_by_its_exit_code(
     bundle: Path, limit: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Recipe, "read", lambda _name: models.recipe(blur=True, input_noise_l2=0.5))
+    monkeypatch.setattr(Recipe, "read", lambda _name: models.recipe())
     monkeypatch.setattr(export.models, "load_models", lambda *_: (models.purifier(), models.classifier()))
     words = ["verify", str(bundle), "--count", "2", "--runtime", "onnxruntime", "--limit", limit, "--no-attack"]
     assert main([*words, "--json", str(tmp_path / "report" / "verify.json")]) == code

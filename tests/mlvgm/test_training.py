@@ -68,7 +68,7 @@ def test_the_bound_improves_and_a_run_resumes(signs: Signs, tmp_path: Path) -> N
 
 def learnt_accuracy(signs: Signs, checkpoint: Path) -> float:
     torch.manual_seed(0)
-    model = train_classifier(signs, signs, VGG11(3, width=0.125, pool=1), epochs=8, checkpoint=checkpoint)
+    model = train_classifier(signs, signs, VGG11(3, width=0.125, pool=1), epochs=60, checkpoint=checkpoint)
     return accuracy(model, signs)
 
 

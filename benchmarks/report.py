@@ -1,7 +1,7 @@
-"""A robustness report as JSON, as a Markdown table and as a plot."""
+"""Reports as JSON, as Markdown and as a plot: how any is kept, and what the one on robustness says."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ NAMES = {
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write ``path`` (JSON) and, beside it, the same name as ``.md`` and ``.png``."""
+    """Keep a report on robustness at ``path``, as `save` does."""
+    save(content, markdown(content), lambda file: plot(content, file), path)
+
+
+def save(content: Mapping[str, Any], text: str, draw: Callable[[Path], None], path: Path) -> None:
+    """Write ``content`` to ``path`` as JSON and, beside it under the same name, ``text`` as ``.md`` and a ``.png``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(content), encoding="utf-8")
-    plot(content, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(path.with_suffix(".png"))
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """A bundle against the eager twin with the published operators: stage by stage, and from image to vote."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,18 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.attacks import to_float
 from export import families
+from export.bundle import LIMIT
 from export.classifier import stage as classifier_stage
-from export.parity import relative_error, run_twin
+from export.parity import END_TO_END, cut, relative_error, run_twin
 from export.stage import Stage
 from handlers import runtimes
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
+from handlers.runtimes import Engine
 from mlvgm.purifier import Purifier
 
 Floats = NDArray[np.floating[Any]]
 
-QUANTILES = (0.5, 0.99)
+LIMITS = {"fp32": LIMIT, "fp16": 2e-2, "bf16": 5e-2}
+"""Relative L2 error allowed for each precision."""
 
 
 class VerificationError(RuntimeError):
@@ -50,12 +53,12 @@ class Difference:
 
 
 def difference(found: Floats, expected: Floats) -> Difference:
-    """Compare two arrays of one shape; NaN or infinity anywhere makes ``relative_l2`` infinite."""
+    """Compare two arrays of as many numbers; NaN or infinity anywhere makes ``relative_l2`` infinite."""
     found, expected = np.asarray(found, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
     gap = np.abs(found - expected)
     norms = np.linalg.norm(found) * np.linalg.norm(expected)
     peak, mse = float(np.abs(expected).max()), float(np.mean(gap**2))
-    median, q99 = (float(q) for q in np.quantile(gap, QUANTILES))
+    median, q99 = (float(q) for q in np.quantile(gap, (0.5, 0.99)))
     return Difference(
         relative_l2=relative_error(found, expected),
         max=float(gap.max()),
@@ -95,27 +98,62 @@ def verify(
     """
     manifest = Manifest.read(bundle)
     _check_fit(manifest, purifier)
-    rows: list[dict[str, Any]] = []
-    twins = (
+    stages = (
         *families.stages(purifier, bool(manifest.source.get("blur")), manifest.input_noise_l2),
         classifier_stage(classifier, manifest.image_size[0], len(manifest.classes)),
     )
+    references = {}
     for images_name, images in sets.items():
         say(f"running the eager twin on {len(images)} {images_name} images, {samples} copies each")
-        drawn = _draw(manifest, len(images) * samples, seed)
-        known = _feeds(manifest, images.repeat(samples, axis=0), drawn)
-        steps = []
-        for stage in twins:
-            expected = run_twin(stage, known)
-            steps.append((stage, {name: known[name] for name, _ in stage.inputs}, expected))
-            known |= expected
-        for runtime in names:
-            say(f"running {runtime} on the {images_name} images")
-            where = {"runtime": runtime, "images": images_name}
-            for stage, feeds, expected in steps:
-                rows += [where | row for row in _stage_rows(manifest, bundle, runtime, stage, feeds, expected)]
-            rows.append(where | _whole(bundle, runtime, images, samples, drawn, known))
+        references[images_name] = _Reference.of(manifest, stages, images, samples, seed)
+    rows: list[dict[str, Any]] = []
+    for runtime in names:
+        say(f"running {runtime}")
+        options = runtimes.Options(precision=manifest.precision)
+        for stage in stages:
+            file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
+            engine = runtimes.load(runtime, file, options)
+            try:
+                for images_name, reference in references.items():
+                    where = {"runtime": runtime, "images": images_name, "stage": stage.name}
+                    rows += [where | row for row in _alone(engine, stage, reference, manifest.batch.opt)]
+            finally:
+                engine.close()
+        with Pipeline.load(bundle, runtime=runtime) as pipeline:
+            for images_name, reference in references.items():
+                where = {"runtime": runtime, "images": images_name, "stage": END_TO_END}
+                rows.append(where | _whole(pipeline, sets[images_name], samples, reference))
     return rows
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the eager twin takes and gives for a set of images, each of them ``samples`` times.
+
+    Attributes:
+        drawn: the noise, by name.
+        inputs, outputs: of each stage, by its name.
+    """
+
+    drawn: dict[str, Tensor]
+    inputs: dict[str, dict[str, Tensor]]
+    outputs: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, stages: Sequence[Stage], images: NDArray[np.uint8], samples: int, seed: int
+    ) -> "_Reference":
+        drawn = _draw(manifest, len(images) * samples, seed)
+        known = drawn | {
+            "images": to_float(images.repeat(samples, axis=0)),
+            "alphas": torch.tensor(manifest.alphas[manifest.default_alphas], dtype=torch.float32),
+        }
+        inputs, outputs = {}, {}
+        for stage in stages:
+            inputs[stage.name] = cut(stage, known, slice(None))
+            outputs[stage.name] = run_twin(stage, known)
+            known |= outputs[stage.name]
+        return cls(drawn, inputs, outputs)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
@@ -128,17 +166,6 @@ def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
         cells += [f"{row[key]:.1%}" if key in row else "" for key in ("equal_labels", "equal_votes")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def write(
-    rows: Sequence[Mapping[str, Any]], limit: float, passed: bool, machine: Mapping[str, Any], file: Path
-) -> None:
-    """Write ``file`` (JSON), and beside it the same name as ``.md`` and ``.png``."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": dict(machine), "limit": limit, "passed": passed, "rows": list(rows)}
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown(rows, limit), encoding="utf-8")
-    plot(rows, limit, file.with_suffix(".png"))
 
 
 def plot(rows: Sequence[Mapping[str, Any]], limit: float, file: Path) -> None:
@@ -172,66 +199,35 @@ def _check_fit(manifest: Manifest, purifier: Purifier) -> None:
 
 def _draw(manifest: Manifest, rows: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    drawn = {
-        f"noise_{i}": torch.randn(rows, *shape, generator=generator) for i, shape in enumerate(manifest.noise_shapes)
-    }
+    noise = [torch.randn(rows, *shape, generator=generator) for shape in manifest.noise_shapes]
+    drawn = {f"noise_{i}": tensor for i, tensor in enumerate(noise)}
+    if len(set(manifest.noise_shapes)) == 1:
+        drawn["noise"] = torch.stack(noise, dim=1)
     return drawn | {"input_noise": torch.randn(rows, 3, *manifest.image_size, generator=generator)}
 
 
-def _feeds(manifest: Manifest, images: NDArray[np.uint8], drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    known = dict(drawn)
-    if all(len(shape) == 1 for shape in manifest.noise_shapes):
-        known["noise"] = torch.stack([drawn[f"noise_{i}"] for i in range(manifest.n_latents)], dim=1)
-    known["images"] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255))
-    known["alphas"] = torch.tensor(manifest.alphas[manifest.default_alphas], dtype=torch.float32)
-    return known
-
-
-def _stage_rows(
-    manifest: Manifest,
-    bundle: Path,
-    runtime: str,
-    stage: Stage,
-    feeds: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-) -> list[dict[str, Any]]:
+def _alone(engine: Engine, stage: Stage, reference: _Reference, batch: int) -> list[dict[str, Any]]:
     """The stage on what the twins before it gave, so that an error shows where it arises."""
-    file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
-    engine = runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))
-    batched = {name for name, shape in stage.inputs if "B" in shape}
-    count = len(next(iter(expected.values())))
+    inputs, expected = reference.inputs[stage.name], reference.outputs[stage.name]
     parts = []
-    try:
-        for start in range(0, count, manifest.batch.opt):
-            rows = slice(start, start + manifest.batch.opt)
-            parts.append(engine.run({k: (v[rows] if k in batched else v).numpy() for k, v in feeds.items()}))
-    finally:
-        engine.close()
+    for start in range(0, len(next(iter(expected.values()))), batch):
+        feeds = cut(stage, inputs, slice(start, start + batch))
+        parts.append(engine.run({name: tensor.numpy() for name, tensor in feeds.items()}))
     found = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in expected}
-    return [
-        {"stage": stage.name, "output": name, **asdict(difference(found[name], tensor.numpy()))}
-        for name, tensor in expected.items()
-    ]
+    return [{"output": name, **asdict(difference(found[name], twin.numpy()))} for name, twin in expected.items()]
 
 
-def _whole(
-    bundle: Path,
-    runtime: str,
-    images: NDArray[np.uint8],
-    samples: int,
-    drawn: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-) -> dict[str, Any]:
-    with Pipeline.load(bundle, runtime=runtime) as pipeline:
-        noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
-        input_noise = drawn["input_noise"].numpy() if pipeline.manifest.input_noise_l2 else None
-        result = pipeline.run(images, samples=samples, noise=noise, input_noise=input_noise)
-    logits = expected["logits"].numpy().reshape(result.sample_logits.shape)
-    gap = difference(result.purified.reshape(-1), expected["images"].numpy().reshape(-1))
+def _whole(pipeline: Pipeline, images: NDArray[np.uint8], samples: int, reference: _Reference) -> dict[str, Any]:
+    """The pipeline from the images on, as it is served."""
+    drawn, stages = reference.drawn, [stage.name for stage in pipeline.manifest.stages]
+    noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
+    input_noise = drawn["input_noise"].numpy() if pipeline.manifest.input_noise_l2 else None
+    result = pipeline.run(images, samples=samples, noise=noise, input_noise=input_noise)
+    purified = reference.inputs[stages[-1]]["images"]
+    logits = reference.outputs[stages[-1]]["logits"].numpy().reshape(result.sample_logits.shape)
     return {
-        "stage": "end to end",
         "output": "purified",
-        **asdict(gap),
+        **asdict(difference(result.purified, purified.numpy())),
         "logits_relative_l2": relative_error(result.sample_logits, logits),
         "equal_labels": float(np.mean(result.sample_logits.argmax(-1) == logits.argmax(-1))),
         "equal_votes": float(np.mean(result.logits.argmax(-1) == logits.mean(axis=1).argmax(-1))),

@@ -1,15 +1,13 @@
 """``mlvgm verify``: a bundle against the PyTorch reference with the published operators."""
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
-"""Relative L2 error allowed for each precision."""
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and write the report."""
     from torch import nn
 
-    from benchmarks import machine, verification
+    from benchmarks import machine, report, verification
     from benchmarks.attacks import attack, predict
     from cli.errors import CliError
     from export.models import load_models
@@ -58,14 +56,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
     names = args.runtime or runtimes.installed()
-    limit = args.limit or LIMITS[manifest.precision]
-    say = lambda line: print(line, flush=True)  # noqa: E731
+    limit = args.limit or verification.LIMITS[manifest.precision]
+    say = functools.partial(print, flush=True)
     rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)
     passed = all(row["relative_l2"] <= limit for row in rows)
-    print(verification.markdown(rows, limit))
+    table = verification.markdown(rows, limit)
+    print(table)
     print("passed" if passed else "FAILED: see the rows over the limit")
     if args.json:
-        verification.write(rows, limit, passed, machine.describe(), args.json)
+        content = {"machine": machine.describe(), "limit": limit, "passed": passed, "rows": rows}
+        report.save(content, table, lambda file: verification.plot(rows, limit, file), args.json)
         print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
     return 0 if passed else 1
 

@@ -1,6 +1,5 @@
 """From a recipe and its models to a bundle: trace every stage, compare it with its twin, and only then write."""
 
-import dataclasses
 import importlib.metadata
 import platform
 import shutil
@@ -48,21 +47,20 @@ def export_bundle(
     """
     _check_fit(recipe, purifier, out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    stages = (
+        *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
+        _classify(recipe, classifier),
+    )
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
         draft = Path(draft_name) / out.name
         draft.mkdir()
-        files: dict[str, Path] = {}
-
-        def write(stage: Stage) -> Stage:
+        files = {}
+        for stage in stages:
             begun = time.monotonic()
             progress(f"tracing {stage.name}")
             files[stage.name] = draft / f"{stage.name}.onnx"
             trace(stage, files[stage.name])
             progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
-            return dataclasses.replace(stage, module=None)  # on file now; its weights may be gigabytes
-
-        stages = tuple(map(write, families.stages(purifier, recipe.blur, recipe.input_noise_l2)))
-        stages += (write(_classify(recipe, classifier)),)
         batches = sorted({b for b in (1, 2, 3, 5, recipe.batch[2]) if b <= recipe.batch[2]})
         comparisons = parity.compare_stages(stages, files, batches, progress=progress)
         parity.check(comparisons, LIMIT)

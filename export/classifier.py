@@ -16,7 +16,7 @@ def stage(classifier: nn.Module, image_size: int, n_classes: int) -> Stage:
 
     return Stage(
         "classify",
-        fold_batch_norms(classifier),
+        lambda: fold_batch_norms(classifier),
         twin,
         (("images", ("B", 3, image_size, image_size)),),
         (("logits", ("B", n_classes)),),

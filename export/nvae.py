@@ -29,7 +29,6 @@ Parts = Any
 
 def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
     """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
-    network: Parts = without_weight_norm(purifier.network)
     shapes: list[tuple[int | str, ...]] = [("B", *shape) for shape in purifier.noise_shapes]
     n, side = purifier.n_latents, purifier.image_size
     images: Named = ("images", ("B", 3, side, side))
@@ -42,17 +41,23 @@ def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[S
         images = images if input_noise is None else add_noise(images, input_noise, input_noise_l2)
         return [
             purifier.network.enc_sampler[f"sampler_{s}:{g}"](feature).chunk(2, dim=1)[0]
-            for (s, g), feature in zip(network.config.latents(), purifier.encode(images), strict=True)
+            for (s, g), feature in zip(purifier.network.config.latents(), purifier.encode(images), strict=True)
         ]
 
     def published_decode(*tensors: Tensor) -> Tensor:
         return _PublishedDecode(purifier)(*tensors)
 
     return (
-        Stage("encode", Encode(network, blur, input_noise_l2), published_encode, (images, *noisy), features),
+        Stage(
+            "encode",
+            lambda: Encode(without_weight_norm(purifier.network), blur, input_noise_l2),
+            published_encode,
+            (images, *noisy),
+            features,
+        ),
         Stage(
             "decode",
-            Decode(network, purifier.temperature),
+            lambda: Decode(without_weight_norm(purifier.network), purifier.temperature),
             published_decode,
             (*features, *noise, ("alphas", (n,))),
             (images,),

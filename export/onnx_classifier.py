@@ -40,7 +40,7 @@ def stage(file: Path, recipe: ClassifierRecipe, image_size: int, n_classes: int)
             raise ClassifierError(f"{file}: gives {shape} for {batch} images, not {(batch, n_classes)}")
     return Stage(
         "classify",
-        _wrap(model, recipe, image_size, n_classes),
+        lambda: _wrap(model, recipe, image_size, n_classes),
         twin,
         (("images", ("B", 3, image_size, image_size)),),
         (("logits", ("B", n_classes)),),

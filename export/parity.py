@@ -68,11 +68,13 @@ def compare_stages(
         expected = run_twin(stage, known)
         engine = runtimes.load(runtime, files[stage.name], runtimes.Options(precision="fp32"))
         try:
-            for batch in batches:
-                found = engine.run({name: _rows(known[name], shape, batch).numpy() for name, shape in stage.inputs})
+            for batch in sorted(batches):
+                found = engine.run({name: tensor.numpy() for name, tensor in cut(stage, known, slice(batch)).items()})
                 for name, _ in stage.outputs:
                     comparisons.append(_compare(stage.name, name, batch, found[name], expected[name][:batch].numpy()))
-            chained |= engine.run({name: chained.get(name, known[name].numpy()) for name, _ in stage.inputs})
+            if any(name in chained for name, _ in stage.inputs):
+                found = engine.run({name: chained.get(name, known[name].numpy()) for name, _ in stage.inputs})
+            chained |= found
         finally:
             engine.close()
         known |= expected
@@ -84,23 +86,19 @@ def compare_stages(
 
 def run_twin(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the twin gives, a few rows at a time: the published operators keep large maps in memory."""
-    batched = {name for name, shape in stage.inputs if "B" in shape}
-    count = next(len(known[name]) for name, _ in stage.inputs if name in batched)
-    parts = []
+    count = next(len(known[name]) for name, shape in stage.inputs if "B" in shape)
     with torch.inference_mode():
-        for start in range(0, count, _TWIN_ROWS):
-            rows = slice(start, start + _TWIN_ROWS)
-            parts.append(
-                as_tuple(
-                    stage.twin(*(known[name][rows] if name in batched else known[name] for name, _ in stage.inputs))
-                )
-            )
+        parts = [
+            as_tuple(stage.twin(*cut(stage, known, slice(start, start + _TWIN_ROWS)).values()))
+            for start in range(0, count, _TWIN_ROWS)
+        ]
     whole = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
     return {name: tensor for (name, _), tensor in zip(stage.outputs, whole, strict=True)}
 
 
-def _rows(tensor: Tensor, shape: Sequence[int | str], batch: int) -> Tensor:
-    return tensor[:batch] if "B" in shape else tensor
+def cut(stage: Stage, known: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """The inputs of ``stage``, in their order, with these rows of those that have a batch axis."""
+    return {name: known[name][rows] if "B" in shape else known[name] for name, shape in stage.inputs}
 
 
 def check(comparisons: Sequence[Comparison], limit: float) -> None:

@@ -16,15 +16,15 @@ class Stage:
 
     Attributes:
         name: "encode", "resample", "decode" or "classify"; another name is as good, the order is what counts.
-        module: the form that is traced: rewritten for speed, a function of ``inputs`` in their order.
-            A stage that is an ONNX graph already is written as it is. None once it has been traced.
+        module: makes the form that is traced: rewritten for speed, a function of ``inputs`` in their order. Made only
+            when it is traced, for it may hold gigabytes. A stage that is an ONNX graph already is written as it is.
         twin: the published operators, a function of the same inputs: what the traced form must agree with.
         inputs, outputs: names and shapes. Known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
             ``noise_0``, ``noise_1``, ... and ``alphas``; any other must be the output of a stage before.
     """
 
     name: str
-    module: nn.Module | onnx.ModelProto | None
+    module: Callable[[], nn.Module | onnx.ModelProto]
     twin: Callable[..., Tensor | Sequence[Tensor]]
     inputs: tuple[Named, ...]
     outputs: tuple[Named, ...]

@@ -44,9 +44,9 @@ def stages(purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> tu
         return purifier.encode(images)[0]
 
     return (
-        Stage("encode", Encode(purifier, blur, input_noise_l2), published_encode, (images, *noisy), (codes,)),
-        Stage("resample", Resample(purifier), purifier.resample, (codes, noise, ("alphas", (n,))), (mixed,)),
-        Stage("decode", Decode(purifier), purifier.decode, (mixed,), (images,)),
+        Stage("encode", lambda: Encode(purifier, blur, input_noise_l2), published_encode, (images, *noisy), (codes,)),
+        Stage("resample", lambda: Resample(purifier), purifier.resample, (codes, noise, ("alphas", (n,))), (mixed,)),
+        Stage("decode", lambda: Decode(purifier), purifier.decode, (mixed,), (images,)),
     )
 
 

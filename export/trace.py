@@ -37,11 +37,11 @@ def trace(stage: Stage, file: Path) -> None:
     Raises:
         TraceError: the stage cannot be exported, or its graph has other inputs, outputs or a random operator.
     """
-    if isinstance(stage.module, onnx.ModelProto):
-        onnx.save(stage.module, str(file), save_as_external_data=stage.module.ByteSize() > EXTERNAL_BYTES)
+    module = stage.module()
+    if isinstance(module, onnx.ModelProto):
+        onnx.save(module, str(file), save_as_external_data=module.ByteSize() > EXTERNAL_BYTES)
         _check(stage, file)
         return
-    assert stage.module is not None
     inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
     batch = torch.export.Dim("B", min=1)
     axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)
@@ -49,7 +49,7 @@ def trace(stage: Stage, file: Path) -> None:
         with warnings.catch_warnings(), torch.no_grad(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _OneArgument(stage.module).eval(),
+                _OneArgument(module).eval(),
                 (inputs,),
                 dynamo=True,
                 input_names=[name for name, _ in stage.inputs],
@@ -62,7 +62,7 @@ def trace(stage: Stage, file: Path) -> None:
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise TraceError(f"stage {stage.name} cannot be exported: {reason[0]}") from error
     assert program is not None
-    weights = sum(p.numel() * p.element_size() for p in [*stage.module.parameters(), *stage.module.buffers()])
+    weights = sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
     program.save(str(file), external_data=weights > EXTERNAL_BYTES)
     _check(stage, file)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from mlvgm.purifier import Purified, Purifier
@@ -72,6 +73,11 @@ def outputs(name: str) -> Any:
     return np.load(ROOT / "outputs" / f"{name}.npz")
 
 
+def draws_of(meta: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Every random draw behind an outputs file, by name, from its ``meta``."""
+    return {name: _module("draws").gaussian(meta["seed"], name, shape) for name, shape in meta["draws"]}
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """||actual - expected|| / ||expected|| in float64; infinite if the shapes differ or a value is not finite."""
     a, b = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
@@ -87,9 +93,7 @@ def compare(purifier: Purifier, classifier: nn.Module, expected: Any) -> tuple[d
         The relative error of each stored array that a StyleGAN2 purifier gives, and the purified batch.
     """
     meta = json.loads(str(expected["meta"]))
-    draws = {
-        name: torch.from_numpy(_module("draws").gaussian(meta["seed"], name, shape)) for name, shape in meta["draws"]
-    }
+    draws = {name: torch.from_numpy(array) for name, array in draws_of(meta).items()}
     images = torch.from_numpy(expected["images_u8"].astype(np.float32) / np.float32(255))
     alphas = torch.tensor(meta["interpolation_alphas"]) * meta["alpha_attenuation"]
     purified = purifier.purify(

@@ -65,10 +65,11 @@ def test_every_nvae_stage_computes_what_its_twin_computes() -> None:
     for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):
         for stage in stages(models.purifier(), blur, input_noise_l2):
             inputs = [example(named, 3, seed=i) for i, named in enumerate(stage.inputs)]
+            module = stage.module()
+            assert isinstance(module, Encode | Decode)
             with torch.no_grad():
-                pairs = zip(as_tuple(stage.module.eval()(*inputs)), as_tuple(stage.twin(*inputs)), strict=True)
+                pairs = zip(as_tuple(module.eval()(*inputs)), as_tuple(stage.twin(*inputs)), strict=True)
             assert all(relative_error(found, twin) < 1e-5 for found, twin in pairs)
-            assert isinstance(stage.module, Encode | Decode)
 
 
 def test_chained_nvae_stages_purify() -> None:
@@ -79,6 +80,6 @@ def test_chained_nvae_stages_purify() -> None:
     noise = [torch.randn(2, *shape) for shape in purifier.noise_shapes]
     alphas = torch.tensor([0.2, 0.5, 1.0])
     with torch.no_grad():
-        found = decode.module(*encode.module(images, input_noise), *noise, alphas)
+        found = decode.module()(*encode.module()(images, input_noise), *noise, alphas)
     twin = purifier.purify(images, noise, alphas, blur=True, input_noise=input_noise, input_noise_l2=1.0)
     assert relative_error(found, twin.images) < 1e-5

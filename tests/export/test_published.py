@@ -1,6 +1,5 @@
 """The three published pipelines at full size: from a checkpoint to a served answer, against the official modules."""
 
-import io
 import json
 import os
 import shutil
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from cli.server import Server
 from export import families
 from export.trace import trace
 from handlers import runtimes
+from handlers.image import encode_png
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.load import load_purifier
@@ -82,11 +81,8 @@ def test_exported_stages_agree_with_the_official_modules(
 ) -> None:
     expected = reference.outputs(f"{published.set}_{variant}_seed1")
     meta = json.loads(str(expected["meta"]))
-    draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
-    if published.family == "nvae":
-        noise = [draws[key] for key in sorted(draws) if ".purify." in key]
-    else:
-        noise = list(draws[f"{published.set}.purify.noise"])
+    draws = reference.draws_of(meta)
+    noise = latent_noise(draws)
     known: dict[str, Any] = {
         "images": expected["images_u8"].astype(np.float32) / np.float32(255),
         "input_noise": draws[f"{published.set}.input.noise"],
@@ -101,11 +97,9 @@ def test_exported_stages_agree_with_the_official_modules(
     trace(first, tmp_path / "encode.onnx")
     takes = [name for name, _ in first.inputs]
     del purifier, first
-    found = _execute(tmp_path / "encode.onnx", takes, known)
-    known |= found
+    known |= _execute(tmp_path / "encode.onnx", takes, known)
     for stage in Manifest.read(bundle).stages[1:]:
-        found = _execute(bundle / stage.file, [tensor.name for tensor in stage.inputs], known)
-        known |= found
+        known |= _execute(bundle / stage.file, [tensor.name for tensor in stage.inputs], known)
     errors = {"purified": relative_error(known["images"], expected["purified"])}
     errors["logits"] = relative_error(known["logits"], expected["logits"])
     for name in ("codes", "mixed"):
@@ -119,9 +113,7 @@ def test_exported_stages_agree_with_the_official_modules(
 def test_pipeline_agrees_with_the_official_modules(published: Published, bundle: Path) -> None:
     expected = reference.outputs(f"{published.set}_no_preprocessing_seed1")
     meta = json.loads(str(expected["meta"]))
-    draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
-    names = sorted(key for key in draws if ".purify." in key)
-    noise = [draws[key] for key in names] if len(names) > 1 else list(draws[names[0]])
+    noise = latent_noise(reference.draws_of(meta))
     alphas = np.clip(np.array(meta["interpolation_alphas"]) * meta["alpha_attenuation"], 0, 1)
     with Pipeline.load(bundle) as pipeline:
         result = pipeline.run(expected["images_u8"].transpose(0, 2, 3, 1), samples=1, noise=noise, alphas=list(alphas))
@@ -135,16 +127,22 @@ def test_archive_is_served(published: Published, bundle: Path, tmp_path: Path, m
     monkeypatch.setenv("MLVGM_STATE", str(tmp_path / "state"))
     _run([sys.executable, "-m", "cli.main", "archive", str(bundle), "--out", str(tmp_path)])
     size = Manifest.read(bundle).image_size
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    picture = np.random.default_rng(0).random((3, *size), np.float32)
     server = Server(port=free_port())
     server.start([tmp_path / f"{published.recipe}.mar"])
     try:
-        answer = server.client(timeout=300).predict(_png(picture), published.recipe, samples=1)
+        answer = server.client(timeout=300).predict(encode_png(picture), published.recipe, samples=1)
         print(published.recipe, answer["timing_ms"])
         assert answer["samples"] == 1
         assert sum(entry["votes"] for entry in answer["top_k"]) == 1
     finally:
         server.stop()
+
+
+def latent_noise(draws: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """One array per latent: NVAE's are drawn apart, those of the StyleGAN2 families in one array."""
+    arrays = [draws[name] for name in sorted(draws) if ".purify." in name]
+    return arrays if len(arrays) > 1 else list(arrays[0])
 
 
 def _execute(file: Path, inputs: list[str], known: dict[str, Any]) -> dict[str, Any]:
@@ -161,10 +159,4 @@ def _run(command: list[str]) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    return usage.ru_maxrss / 1e6
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
+    return usage.ru_maxrss * 1024 / 1e9

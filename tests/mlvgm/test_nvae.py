@@ -56,7 +56,7 @@ def test_small_configuration_with_flows(variant: str) -> None:
 def test_small_configurations_of_the_reference(name: str, variant: str) -> None:
     expected = reference.outputs(f"{name}_{variant}_seed1")
     meta = json.loads(str(expected["meta"]))
-    draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
+    draws = reference.draws_of(meta)
     purified = purify(read_nvae(reference.checkpoint(name)), meta, expected["images_u8"], draws)
     assert max(errors(purified, expected).values()) < TOLERANCE
 
@@ -68,7 +68,7 @@ def test_the_published_configuration() -> None:
     for variant in VARIANTS:
         expected = reference.outputs(f"ids_{variant}_seed1")
         meta = json.loads(str(expected["meta"]))
-        draws = {key: reference.draws.gaussian(meta["seed"], key, shape) for key, shape in meta["draws"]}
+        draws = reference.draws_of(meta)
         purified = purify(purifier, meta, expected["images_u8"], draws)
         found = {"purified": reference.relative_error(purified.images, expected["purified"])}
         for i in range(purifier.n_latents):

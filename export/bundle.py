@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from export import classifier as classify
-from export import families, onnx_classifier, parity
+from export import families, memory, onnx_classifier, parity
 from export.stage import Named, Stage
 from export.trace import trace
 from handlers import manifest
@@ -60,6 +60,7 @@ def export_bundle(
             progress(f"tracing {stage.name}")
             files[stage.name] = draft / f"{stage.name}.onnx"
             trace(stage, files[stage.name])
+            memory.release()
             progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
         batches = sorted({b for b in (1, 2, 3, 5, recipe.batch[2]) if b <= recipe.batch[2]})
         comparisons = parity.compare_stages(stages, files, batches, progress=progress)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export import memory
 from export.stage import Stage, as_tuple
 from export.trace import example
 from handlers import runtimes
@@ -77,6 +78,7 @@ def compare_stages(
             chained |= found
         finally:
             engine.close()
+            memory.release()
         known |= expected
     for name in ("images", "logits"):
         if name in chained:

@@ -74,10 +74,9 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], path: str | Path
     for key in tensors:
         if key not in own:
             raise CheckpointError(f"{path}: unexpected tensor {key!r}")
-    # Copied, not assigned: the tensors may be a memory map of a file that somebody overwrites later.
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(tensors[key])
+    # Cloned: the tensors may be a memory map of a file that somebody overwrites later.
+    cast = {key: tensors[key].to(value.dtype, copy=True) for key, value in own.items()}
+    module.load_state_dict(cast, strict=True, assign=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

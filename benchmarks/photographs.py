@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from handlers.image import decode
 from mlvgm.training.data import Signs, load_signs, split_by_track
@@ -36,6 +37,29 @@ def read_photographs(
         signs = split_by_track(load_signs(folder, "train"))[1]
     order = np.random.default_rng(0).permutation(len(signs))[:limit]
     return Signs(signs.images[order], signs.labels[order])
+
+
+def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """At most ``count`` photographs of ``folder``, or else pictures that are soft at several scales: (N, H, W, 3).
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no image.
+        ImageError: a file is no image.
+    """
+    if folder is not None:
+        files = list(image_files(folder))[:count]
+        if not files:
+            raise FileNotFoundError(f"{folder}: holds no images")
+        return np.stack([decode(file.read_bytes(), size) for file in files])
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(count):
+        picture = np.zeros((*size, 3), np.float32)
+        for cells in (2, 8, 32):
+            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+            picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
+        drawn.append(picture.astype(np.uint8))
+    return np.stack(drawn)
 
 
 def image_files(folder: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Reports as JSON, as Markdown and as a plot: how any is kept, and what the one on robustness says."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,18 @@ def write(content: Mapping[str, Any], path: Path) -> None:
 def save(content: Mapping[str, Any], text: str, draw: Callable[[Path], None], path: Path) -> None:
     """Write ``content`` to ``path`` as JSON and, beside it under the same name, ``text`` as ``.md`` and a ``.png``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(path.with_suffix(".png"))
+
+
+def _strict(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(content: Mapping[str, Any]) -> str:

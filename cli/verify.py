@@ -3,11 +3,6 @@
 import argparse
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     from benchmarks import machine, report, verification
     from benchmarks.attacks import attack, predict
+    from benchmarks.photographs import pictures
     from cli.errors import CliError
     from export.models import load_models
     from handlers import runtimes
@@ -51,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     if not isinstance(classifier, nn.Module):
         raise CliError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
-    sets = {"clean": _pictures(args.images, args.count, manifest.image_size)}
+    sets = {"clean": pictures(args.images, args.count, manifest.image_size)}
     if not args.no_attack:
         print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
@@ -68,28 +64,3 @@ def run(args: argparse.Namespace) -> int:
         report.save(content, table, lambda file: verification.plot(rows, limit, file), args.json)
         print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
     return 0 if passed else 1
-
-
-def _pictures(folder: Path | None, count: int, size: tuple[int, int]) -> "NDArray[np.uint8]":
-    """Photographs of ``folder``, or else pictures that are soft at several scales, uint8 (N, H, W, 3)."""
-    import numpy as np
-    from PIL import Image
-
-    from benchmarks.photographs import image_files
-    from cli.errors import CliError
-    from handlers.image import decode
-
-    if folder is not None:
-        files = list(image_files(folder))[:count]
-        if not files:
-            raise CliError(f"{folder}: holds no images")
-        return np.stack([decode(file.read_bytes(), size) for file in files])
-    rng = np.random.default_rng(0)
-    pictures = []
-    for _ in range(count):
-        picture = np.zeros((*size, 3), np.float32)
-        for cells in (2, 8, 32):
-            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
-        pictures.append(picture.astype(np.uint8))
-    return np.stack(pictures)

@@ -1,31 +1,33 @@
 """Small checkpoints in the published formats, with weights that depend on nothing but the key."""
 
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlvgm.e4e import Encoder4Editing
+from benchmarks import synthetic
+from benchmarks.synthetic import Checkpoint, draw, weights
 from mlvgm.irse import Widths
-from mlvgm.nvae import NVAE, NVAEConfig
+from mlvgm.nvae import NVAEConfig
 from mlvgm.purifier import Purified
 from mlvgm.resnet import ResNetClassifier
-from mlvgm.style_transformer import StyleTransformerEncoder
-from mlvgm.stylegan2 import Generator, StyleGan2Purifier
+from mlvgm.stylegan2 import StyleGan2Purifier
 from mlvgm.vgg import VGG11
 
 STYLE_DIM = 16
 WIDTHS = Widths(8, 8, 16, 16, 16)
-Checkpoint = dict[str, Any]
-
-
-def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard-normal float32 tensor that only ``name`` decides."""
-    generator = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode())))
-    return torch.from_numpy(np.asarray(generator.standard_normal(size=shape, dtype=np.float32)))
+CONFIG = NVAEConfig(
+    resolution=16,
+    groups=(1, 2),
+    cells_per_group=1,
+    latent_channels=2,
+    flow_cells=0,
+    channels=4,
+    blocks=1,
+    cells_per_block=1,
+    mixtures=2,
+)
 
 
 def images(name: str, batch: int, side: int) -> Tensor:
@@ -34,52 +36,18 @@ def images(name: str, batch: int, side: int) -> Tensor:
     return (0.5 + 0.2 * coarse + 0.05 * draw(f"{name}.grain", (batch, 3, side, side))).clamp(0, 1)
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """State dict of ``module`` with redrawn values of a sane scale."""
-    return {key: _value(key, tensor) for key, tensor in module.state_dict().items()}
-
-
-def _value(key: str, old: Tensor) -> Tensor:
-    leaf, z = key.rpartition(".")[2], draw(key, tuple(old.shape)) if old.is_floating_point() else old
-    if leaf in ("kernel", "num_batches_tracked"):
-        return old
-    if leaf == "running_var":
-        return 0.8 + 0.2 * z.abs()
-    if "modulation.bias" in key:
-        return 1 + 0.1 * z
-    if leaf in ("running_mean", "bias", "in_proj_bias"):
-        return z * (10 if ".style." in f".{key}" else 0.1)
-    if key.endswith("noise.weight"):
-        return 0.1 + 0.05 * z.abs()
-    if ".style." in f".{key}":
-        return 100 * z  # the mapping network's learning-rate multiplier is 0.01
-    if leaf == "weight" and old.ndim == 1:
-        return 0.6 + 0.1 * z
-    equalised = ("noises." in key, "input.input" in key, "modulation" in key, ".linear.weight" in key, old.ndim == 5)
-    return z if any(equalised) else z / max(1.0, float(np.sqrt(old[0].numel())))
-
-
 def e4e(size: int = 32, **opts: Any) -> Checkpoint:
     """An e4e checkpoint with a ``size`` x ``size`` generator."""
-    generator = Generator(_channels(size), STYLE_DIM)
-    encoder = Encoder4Editing(WIDTHS, generator.n_latents, STYLE_DIM)
-    return {
-        "state_dict": weights(nn.ModuleDict({"encoder": encoder, "decoder": generator})),
-        "latent_avg": 0.3 * draw("latent_avg", (generator.n_latents, STYLE_DIM)),
-        "opts": {"encoder_type": "Encoder4Editing", "stylegan_size": size, "start_from_latent_avg": True, **opts},
-    }
+    checkpoint = synthetic.e4e(_channels(size), STYLE_DIM, WIDTHS)
+    checkpoint["opts"] |= opts
+    return checkpoint
 
 
 def style_transformer(size: int = 32, **opts: Any) -> Checkpoint:
     """A Style Transformer checkpoint with a ``size`` x ``size`` generator."""
-    generator = Generator(_channels(size), STYLE_DIM)
-    encoder = StyleTransformerEncoder(WIDTHS, generator.n_latents, hidden=24)
-    wrapped = {"encoder": nn.ModuleDict({"module": encoder}), "decoder": nn.ModuleDict({"module": generator})}
-    return {
-        "state_dict": weights(nn.ModuleDict(wrapped)),
-        "latent_avg": 0.3 * draw("latent_avg", (generator.n_latents, STYLE_DIM)),
-        "opts": {"output_size": size, "learn_in_w": False, "start_from_latent_avg": True, **opts},
-    }
+    checkpoint = synthetic.style_transformer(_channels(size), STYLE_DIM, WIDTHS, hidden=24)
+    checkpoint["opts"] |= opts
+    return checkpoint
 
 
 def resnet(groups: int = 1, n_classes: int = 3) -> Checkpoint:
@@ -94,8 +62,8 @@ def save(checkpoint: Any, folder: Path) -> Path:
     return path
 
 
-def _channels(size: int) -> list[int]:
-    return [16, 16, 12, 8, 8, 4, 4, 4, 4][: size.bit_length() - 2]
+def _channels(size: int) -> tuple[int, ...]:
+    return (16, 16, 12, 8, 8, 4, 4, 4, 4)[: size.bit_length() - 2]
 
 
 def purify(purifier: StyleGan2Purifier, blur: bool = False) -> Purified:
@@ -125,15 +93,4 @@ def vgg() -> Checkpoint:
 
 def nvae() -> Checkpoint:
     """NVAE at 16 px with three latents."""
-    config = NVAEConfig(
-        resolution=16,
-        groups=(1, 2),
-        cells_per_group=1,
-        latent_channels=2,
-        flow_cells=0,
-        channels=4,
-        blocks=1,
-        cells_per_block=1,
-        mixtures=2,
-    )
-    return {"configuration": config.to_checkpoint(), "state_dict_temp=0.6": NVAE(config).state_dict()}
+    return synthetic.nvae(CONFIG)

@@ -1,0 +1,360 @@
+"""What each technique gains: the eager twin with the published operators, rewritten, exported, and in each runtime.
+
+Every technique runs in a process of its own, on the same images and the same noise: memory is its own, and no library's
+threads disturb another's. Ratios are to the published operators in eager fp32, in the same run.
+"""
+
+import math
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from export import classifier as classify
+from export import families
+from export.models import load_models
+from export.parity import relative_error
+from export.stage import Stage, as_tuple
+from handlers import runtimes
+from handlers.job import Job
+from handlers.manifest import FILE_NAME, Manifest
+from handlers.pipeline import Pipeline
+from mlvgm.recipe import Recipe
+
+PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One way to run a pipeline: ``runtime`` "eager" is PyTorch, any other one of `handlers.runtimes`."""
+
+    name: str
+    runtime: str
+    precision: str = "fp32"
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.runtime}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a recipe, its bundle, and the checkpoints where the recipe ships none."""
+
+    recipe: str
+    bundle: Path
+    purifier: Path | None = None
+    classifier: Path | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Images per call, purified copies of each, and images that the outputs are compared on (in such calls)."""
+
+    batch: int
+    samples: int
+    compared: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One technique under one load.
+
+    Attributes:
+        seconds: of one call, the median of several.
+        stage_ms: of that call, by stage.
+        memory_mb: the most that the process has held so far, in 10^6 bytes.
+        gflops: floating-point operations of one image with all its copies, in 10^9; None where they were not counted.
+        purified, labels: of all compared images and copies.
+    """
+
+    seconds: float
+    stage_ms: dict[str, float]
+    memory_mb: float
+    gflops: float | None
+    purified: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def techniques() -> list[Technique]:
+    """Those that this machine can run, from the published operators to the fastest."""
+    found = [Technique(PUBLISHED, "eager"), Technique(REWRITTEN, "eager")]
+    found += [Technique(EXPORTED, name) for name in runtimes.installed() if _runs(name)]
+    if "openvino" in runtimes.installed() and _has_bf16():
+        found.append(Technique(EXPORTED, "openvino", "bf16"))
+    return found
+
+
+def measure(
+    subject: Subject,
+    images: NDArray[np.uint8],
+    loads: Sequence[Load],
+    seconds: float = 10.0,
+    threads: int = 0,
+    chosen: Sequence[Technique] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """One row per technique and load, the published operators first.
+
+    Args:
+        images: uint8 (N, H, W, 3), at least as many as the largest batch.
+        seconds: to go on measuring one row, at least two calls and at most thirty.
+        threads: CPU threads; 0 for every core.
+
+    Returns:
+        Rows with ``recipe``, ``technique``, ``runtime``, ``precision``, ``batch``, ``samples``, ``images_per_s``,
+        ``ratio``, ``stage_ms``, ``memory_mb``, ``gflops``, ``share_of_peak``, ``relative_error``, ``label_agreement``.
+    """
+    rows: list[dict[str, Any]] = []
+    baseline: list[Measured] = []
+    counted: dict[tuple[str, int], float | None] = {}
+    for technique in chosen or techniques():
+        say(f"{subject.recipe}: {technique.label}")
+        peak, results = _apart(_run, subject, technique, images, loads, seconds, threads)
+        baseline = baseline or results
+        for load, result, reference in zip(loads, results, baseline, strict=True):
+            # An engine does what its traced form does; only PyTorch can count it.
+            kind = PUBLISHED if technique.name == PUBLISHED else REWRITTEN
+            gflops = counted.setdefault((kind, load.samples), result.gflops)
+            per_second = load.batch / result.seconds
+            row = {
+                "recipe": subject.recipe,
+                "technique": technique.name,
+                "runtime": technique.runtime,
+                "precision": technique.precision,
+                "batch": load.batch,
+                "samples": load.samples,
+                "images_per_s": per_second,
+                "ratio": reference.seconds / result.seconds,
+                "stage_ms": result.stage_ms,
+                "memory_mb": result.memory_mb,
+                "gflops": gflops,
+                "share_of_peak": gflops * per_second / peak if gflops else None,
+                "relative_error": relative_error(result.purified, reference.purified),
+                "label_agreement": float(np.mean(result.labels == reference.labels)),
+            }
+            say(
+                f"  batch {load.batch}, {load.samples} copies: {per_second:.3g} images/s, {row['ratio']:.1f}x, "
+                f"error {row['relative_error']:.1e}"
+            )
+            rows.append(row)
+    return rows
+
+
+def matmul_gflops(precision: str, threads: int = 0, size: int = 2048) -> float:
+    """The machine's peak: 10^9 operations a second of a square matrix product, the best of eight."""
+    if threads:
+        torch.set_num_threads(threads)
+    matrix = torch.randn(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    times = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(times) / 1e9
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _run(
+    subject: Subject,
+    technique: Technique,
+    images: NDArray[np.uint8],
+    loads: Sequence[Load],
+    seconds: float,
+    threads: int,
+) -> tuple[float, list[Measured]]:
+    torch.set_num_threads(threads or _cores())
+    manifest = Manifest.read(subject.bundle)
+    if technique.runtime == "eager":
+        twin = _Twin(subject, technique.name == REWRITTEN)
+        results = [_measure(manifest, images, load, seconds, twin.run, twin) for load in loads]
+    else:
+        with (
+            tempfile.TemporaryDirectory(dir=subject.bundle.parent) as folder,
+            Pipeline.load(_in_precision(subject.bundle, technique.precision, Path(folder)), technique.runtime, threads)
+            as pipeline,
+        ):  # fmt: skip
+
+            def served(job: Job) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+                result = pipeline.run(job.images, samples=job.copies, seeds=job.seeds)
+                purified = result.purified.reshape(-1, *result.purified.shape[2:])
+                return purified, result.sample_logits.reshape(len(purified), -1), result.timing_ms
+
+            results = [_measure(manifest, images, load, seconds, served) for load in loads]
+    return matmul_gflops(technique.precision), results
+
+
+Served = Callable[[Job], tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]]
+
+
+def _measure(
+    manifest: Manifest, images: NDArray[np.uint8], load: Load, seconds: float, run: Served, twin: "_Twin | None" = None
+) -> Measured:
+    purified, labels, stage_ms = [], [], []
+    times: list[float] = []
+    jobs = [
+        Job.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
+        for start in range(0, max(load.compared // load.batch, 1) * load.batch, load.batch)
+    ]
+    gflops = twin.count(jobs[0]) / load.batch if twin else None
+    run(jobs[0])  # warms up
+    begun = time.perf_counter()
+    while len(times) < max(2, len(jobs)) or (time.perf_counter() - begun < seconds and len(times) < 30):
+        started = time.perf_counter()
+        found, logits, milliseconds = run(jobs[len(times) % len(jobs)])
+        times.append(time.perf_counter() - started)
+        stage_ms.append(milliseconds)
+        if len(times) <= len(jobs):
+            purified.append(found)
+            labels.append(logits.argmax(-1))
+    return Measured(
+        statistics.median(times),
+        {name: statistics.median(call[name] for call in stage_ms) for name in stage_ms[0]},
+        _peak_mb(),
+        gflops,
+        np.concatenate(purified),
+        np.concatenate(labels),
+    )
+
+
+class _Twin:
+    """The stages in PyTorch: with the published operators, or in the form that is traced."""
+
+    def __init__(self, subject: Subject, rewritten: bool) -> None:
+        recipe = Recipe.read(subject.recipe)
+        purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
+        if not isinstance(classifier, nn.Module):
+            raise ValueError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
+        stages = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
+        self.manifest = Manifest.read(subject.bundle)
+        self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
+        self.functions = [_rewritten(stage) if rewritten else stage.twin for stage in self.stages]
+
+    def run(self, job: Job) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+        """As the pipeline runs them, without its look at the unpurified image: what needs no noise once per image."""
+        known: dict[str, Tensor] = {"images": torch.from_numpy(job.images), "alphas": torch.from_numpy(job.weights)}
+        wanted = {name for stage in self.stages for name, _ in stage.inputs if "noise" in name}
+        drawn = job.draw(self.manifest, np.arange(len(job.images) * job.copies), wanted)
+        copied, timing = False, {}
+        with torch.inference_mode():
+            for stage, function in zip(self.stages, self.functions, strict=True):
+                if not copied and any(name in wanted for name, _ in stage.inputs):
+                    known = {
+                        name: tensor if name == "alphas" else tensor.repeat_interleave(job.copies, dim=0)
+                        for name, tensor in known.items()
+                    }
+                    known |= {name: torch.from_numpy(array) for name, array in drawn.items()}
+                    copied = True
+                begun = time.perf_counter()
+                outputs = as_tuple(function(*(known[name] for name, _ in stage.inputs)))
+                timing[stage.name] = (time.perf_counter() - begun) * 1000
+                known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
+        return known["images"].numpy(), known["logits"].numpy(), timing
+
+    def count(self, job: Job) -> float:
+        """10^9 floating-point operations of ``job``; a multiplication and an addition are two."""
+        with FlopCounterMode(display=False) as counter:
+            self.run(job)
+        return counter.get_total_flops() / 1e9
+
+
+def _rewritten(stage: Stage) -> Callable[..., Any]:
+    module = stage.module()
+    assert isinstance(module, nn.Module)
+    return module.eval()
+
+
+def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
+    """The bundle itself, or one in ``folder`` with the same graphs, to be computed in another precision."""
+    manifest = Manifest.read(bundle)
+    if manifest.precision == precision:
+        return bundle
+    for file in bundle.iterdir():
+        if file.name != FILE_NAME:
+            os.link(file, folder / file.name)
+    replace(manifest, precision=precision).write(folder)
+    return folder
+
+
+def _runs(runtime: str) -> bool:
+    return (runtime != "onnxruntime-cuda" and not runtime.startswith("tensorrt")) or torch.cuda.is_available()
+
+
+def _has_bf16() -> bool:
+    import openvino as ov  # type: ignore[import-untyped]
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _peak_mb() -> float:
+    """The most that this process has held, without what its parent held before it was started."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The rows as a table, with what they were measured on."""
+    here = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
+    head = ["recipe", "technique", "runtime", "precision", "batch", "copies", "images/s", "ratio", "ms by stage"]
+    head += ["memory, MB", "GFLOP an image", "share of peak", "relative error", "equal labels"]
+    lines = [f"{here['processor']}, {here['cores']} cores, Python {here['python']}, {versions}; {content['date']}.", ""]
+    lines += ["Ratios are to the published operators in eager fp32, in the same run. " + content["weights"], ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in content["rows"]:
+        stages = ", ".join(f"{name} {ms:.0f}" for name, ms in row["stage_ms"].items() if ms >= 0.5)
+        cells = [row["recipe"], row["technique"], row["runtime"], row["precision"], row["batch"], row["samples"]]
+        cells += [f"{row['images_per_s']:.3g}", f"{row['ratio']:.1f}", stages, f"{row['memory_mb']:.0f}"]
+        cells += ["" if row["gflops"] is None else f"{row['gflops']:.4g}"]
+        cells += ["" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"]
+        cells += [f"{row['relative_error']:.1e}", f"{row['label_agreement']:.1%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A waterfall for each recipe and load: images a second of each technique, with its ratio."""
+    import matplotlib.figure
+
+    groups = list(dict.fromkeys((row["recipe"], row["batch"], row["samples"]) for row in rows))
+    columns = min(len(groups), 3)
+    lines = math.ceil(len(groups) / columns)
+    figure = matplotlib.figure.Figure(figsize=(5 * columns, 0.6 + 2.2 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel, (recipe, batch, samples) in zip(axes, groups, strict=False):
+        chosen = [row for row in rows if (row["recipe"], row["batch"], row["samples"]) == (recipe, batch, samples)]
+        names = [f"{row['technique']}\n{row['runtime']}, {row['precision']}" for row in chosen]
+        bars = panel.barh(names, [row["images_per_s"] for row in chosen], color="#4878a8")
+        panel.bar_label(bars, [f"{row['ratio']:.1f}x" for row in chosen], padding=3)
+        panel.invert_yaxis()
+        panel.margins(x=0.15)
+        panel.set_title(f"{recipe}, batch {batch}, {samples} {'copy' if samples == 1 else 'copies'}")
+        panel.set_xlabel("images a second")
+    for panel in axes[len(groups) :]:
+        panel.set_visible(False)
+    figure.savefig(file, dpi=120)

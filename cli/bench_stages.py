@@ -1,0 +1,102 @@
+"""``mlvgm bench stages``: what each technique gains over the eager twin, and what it costs in accuracy."""
+
+import argparse
+import datetime
+import functools
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.errors import CliError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from benchmarks.stages import Subject
+
+
+def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the subject's arguments."""
+    parser = subjects.add_parser(
+        "stages",
+        help="the pipeline by technique, stage by stage",
+        description="Run the pipeline with the published operators in eager PyTorch, rewritten, and exported in every "
+        "installed runtime, on the same images and noise: images a second, ratios, memory, errors.",
+        epilog="Example: mlvgm bench stages --recipe celeba-gender --synthetic --batch 1 4 --json build/stages.json",
+    )
+    parser.add_argument("--recipe", action="append", help="name or YAML file; repeatable (default: road-signs)")
+    parser.add_argument("--purifier", type=Path, help="checkpoint, where the recipe ships none")
+    parser.add_argument("--classifier", type=Path, help="checkpoint, likewise")
+    parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1], metavar="K", help="purified copies (1)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
+    parser.add_argument("--compare", type=int, default=8, metavar="N", help="images for the errors (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="to measure each row for, at least (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: every core)")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every recipe, print the table, and write the report."""
+    from benchmarks import machine, report, stages
+
+    if min([*args.batch, *args.samples, args.compare]) < 1:
+        raise CliError("--batch, --samples and --compare must be 1 or more")
+    recipes = args.recipe or ["road-signs"]
+    if (args.purifier or args.classifier) and len(recipes) > 1:
+        raise CliError("--purifier and --classifier belong to one recipe; give --recipe once")
+    loads = [stages.Load(batch, samples, args.compare) for samples in args.samples for batch in args.batch]
+    rows = []
+    say = functools.partial(print, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        for name in recipes:
+            subject = _subject(args, name, work)
+            rows += stages.measure(subject, _images(args, subject), loads, args.seconds, args.threads, say=say)
+    content = {
+        "machine": machine.describe(),
+        "date": datetime.date.today().isoformat(),
+        "weights": "Synthetic weights." if args.synthetic else "The recipe's or the given weights.",
+        "rows": rows,
+    }
+    table = stages.markdown(content)
+    print(table)
+    if args.json:
+        report.save(content, table, lambda file: stages.plot(rows, file), args.json)
+        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+    return 0
+
+
+def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":
+    """The recipe with its files, exported where no bundle of it is there yet."""
+    from benchmarks.stages import Subject
+    from benchmarks.synthetic import write_checkpoints
+    from export.bundle import export_bundle
+    from export.models import load_models
+    from handlers.manifest import FILE_NAME
+    from mlvgm.recipe import Recipe
+
+    recipe = Recipe.read(name)
+    purifier, classifier = args.purifier, args.classifier
+    if args.synthetic and recipe.purifier is None:
+        print(f"{name}: drawing random weights", flush=True)
+        purifier, classifier = write_checkpoints(recipe, work / f"{recipe.name}-checkpoints")
+    bundle = work / recipe.name
+    if not (bundle / FILE_NAME).is_file():
+        models = load_models(recipe, purifier, classifier)
+        export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
+    return Subject(name, bundle, purifier, classifier)
+
+
+def _images(args: argparse.Namespace, subject: "Subject") -> "NDArray[np.uint8]":
+    from benchmarks.photographs import pictures
+    from handlers.manifest import Manifest
+
+    count = max(*args.batch, args.compare)
+    images = pictures(args.images, count, Manifest.read(subject.bundle).image_size)
+    if len(images) < count:
+        raise CliError(f"{args.images}: holds {len(images)} images; --batch and --compare want {count}")
+    return images

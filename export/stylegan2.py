@@ -2,7 +2,8 @@
 
 - Modulated convolutions have static weights: the style scales their input channels, and the demodulation, one small
   matrix product, their output channels. Equalised learning rates, activation gains and noise strengths are folded.
-- Colour layers weigh the feature map per sample in one matrix product, without a scaled copy of it.
+- Colour layers scale the feature map and convolve it. As a matrix product with per-sample weights they would save that
+  copy, but runtimes that keep channels last would turn the whole map around for it.
 - The published image is pooled at the end. Pooling is linear, and so is everything after the last activation: the last
   feature map is pooled instead, and the skip image goes to its final size in one filter.
 - Style Transformer keeps a band of rows: what no kept pixel depends on is not computed.
@@ -131,13 +132,12 @@ class Colour(nn.Module):
     def __init__(self, layer: ToRGB, gain: float, shift: float) -> None:
         super().__init__()
         self.modulation = plain_linear(layer.conv.modulation)
-        self.register_buffer("weight", layer.conv.weight[0, :, :, 0, 0] * (layer.conv.scale * gain))
+        self.register_buffer("weight", layer.conv.weight[0] * (layer.conv.scale * gain))
         self.register_buffer("bias", layer.bias * gain + shift)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        weight = self.weight * self.modulation(style)[:, None, :]
-        image: Tensor = (weight @ x.flatten(2)).view(-1, 3, *x.shape[2:]) + self.bias
-        return image
+        image: Tensor = F.conv2d(x * self.modulation(style)[:, :, None, None], self.weight)
+        return image + self.bias
 
 
 class Enlarge(nn.Module):

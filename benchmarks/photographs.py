@@ -1,16 +1,15 @@
 """Labelled photographs to measure with: the GTSRB benchmark, or a folder of one's own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cli.files import image_files
 from handlers.image import decode
 from mlvgm.training.data import Signs, load_signs, split_by_track
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def read_photographs(
@@ -60,11 +59,6 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
             picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
         drawn.append(picture.astype(np.uint8))
     return np.stack(drawn)
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The image files below ``folder``, by name."""
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:

@@ -3,11 +3,11 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.errors import CliError
+from cli.files import with_targets
 
 if TYPE_CHECKING:
     from mlvgm.recipe import Recipe
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe.read(arguments.recipe)
     classifier = load_target(recipe, arguments.classifier)
     targets, images, failed = [], [], 0
-    for source, target in _files(arguments.files, arguments.out):
+    for source, target in with_targets(arguments.files, arguments.out):
         try:
             images.append(decode(source.read_bytes(), (recipe.image_size, recipe.image_size)))
             targets.append((source, target))
@@ -76,24 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
     _write(targets, result.images)
     _print(rows, recipe, arguments.json)
     return 1 if failed or not result.fooled.all() else 0
-
-
-def _files(given: list[Path], out: Path) -> Iterator[tuple[Path, Path]]:
-    """Every image file and where its attacked version goes; files of a folder keep their places in it."""
-    from benchmarks.photographs import image_files
-
-    taken: dict[Path, Path] = {}
-    for path in given:
-        for file in image_files(path) if path.is_dir() else [path]:
-            target = (out / (file.relative_to(path) if path.is_dir() else file.name)).with_suffix(".png")
-            if target in taken:
-                raise CliError(
-                    f"{taken[target]} and {file} would both become {target}: attack them one after the other"
-                )
-            if target.resolve() == file.resolve():
-                raise CliError(f"{file} would be overwritten: choose another --out")
-            taken[target] = file
-            yield file, target
 
 
 def _purify(rows: list[dict[str, Any]], images: Any, arguments: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from benchmarks.attacks import to_float
 from export import families
-from export.bundle import LIMIT
 from export.classifier import stage as classifier_stage
 from export.parity import END_TO_END, cut, relative_error, run_twin
 from export.stage import Stage
@@ -23,9 +22,6 @@ from handlers.runtimes import Engine
 from mlvgm.purifier import Purifier
 
 Floats = NDArray[np.floating[Any]]
-
-LIMITS = {"fp32": LIMIT, "fp16": 2e-2, "bf16": 5e-2}
-"""Relative L2 error allowed for each precision."""
 
 
 class VerificationError(RuntimeError):

@@ -16,6 +16,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--recipe", required=True, help="name of a built-in recipe, or a YAML file")
     parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
     parser.add_argument("--classifier", type=Path, help="checkpoint or ONNX file of the classifier, likewise")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
     parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
@@ -36,11 +37,15 @@ def run(args: argparse.Namespace) -> int:
         recipe = dataclasses.replace(recipe, blur=True)
     if args.input_noise is not None:
         recipe = dataclasses.replace(recipe, input_noise_l2=args.input_noise)
+    if args.precision:
+        recipe = dataclasses.replace(recipe, precision=args.precision)
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     manifest = export_bundle(recipe, purifier, classifier, out, progress=say)
-    worst = max(entry["relative_error"] for entry in manifest.report["parity"]["worst"])
-    say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}; worst relative error {worst:.1e}")
+    say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
+    for report in manifest.report.values():
+        worst = max(entry["relative_error"] for entry in report["worst"])
+        say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")
     print(f"Next: mlvgm archive {out}")
     return 0

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.photographs import pictures
     from cli.errors import CliError
     from export.models import load_models
+    from export.precision import LIMITS
     from handlers import runtimes
     from handlers.manifest import Manifest
     from mlvgm.recipe import Recipe
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
     names = args.runtime or runtimes.installed()
-    limit = args.limit or verification.LIMITS[manifest.precision]
+    limit = args.limit or LIMITS[manifest.precision]
     say = functools.partial(print, flush=True)
     rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)
     passed = all(row["relative_l2"] <= limit for row in rows)

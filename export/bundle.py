@@ -13,14 +13,12 @@ from torch import nn
 
 from export import classifier as classify
 from export import families, memory, onnx_classifier, parity
+from export.precision import LIMITS, in_half
 from export.stage import Named, Stage
 from export.trace import trace
-from handlers import manifest
+from handlers import manifest, runtimes
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
-
-LIMIT = 1e-4
-"""Relative L2 error that an fp32 stage may have against its eager twin."""
 
 
 class ExportError(RuntimeError):
@@ -43,7 +41,7 @@ def export_bundle(
     Raises:
         ExportError: the models do not fit the recipe, or ``out`` holds something else.
         TraceError: a stage cannot be traced.
-        ParityError: a stage is further than ``LIMIT`` from its eager twin; nothing is written then.
+        ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +49,8 @@ def export_bundle(
         *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
         _classify(recipe, classifier),
     )
+    if recipe.precision == "fp16":
+        stages = tuple(in_half(stage) for stage in stages)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
         draft = Path(draft_name) / out.name
         draft.mkdir()
@@ -62,14 +62,30 @@ def export_bundle(
             trace(stage, files[stage.name])
             memory.release()
             progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
-        batches = sorted({b for b in (1, 2, 3, 5, recipe.batch[2]) if b <= recipe.batch[2]})
-        comparisons = parity.compare_stages(stages, files, batches, progress=progress)
-        parity.check(comparisons, LIMIT)
-        written = _manifest(recipe, purifier, stages, parity.report(comparisons, LIMIT)).write(draft)
+        report = _compare(recipe, stages, files, progress)
+        written = _manifest(recipe, purifier, stages, report).write(draft)
         if out.exists():
             shutil.rmtree(out)
         draft.rename(out)
     return written
+
+
+def _compare(
+    recipe: Recipe, stages: tuple[Stage, ...], files: dict[str, Path], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The parity report: the graphs as they are, and for bf16 also as OpenVINO computes them, where it is installed."""
+    batches = sorted({b for b in (1, 2, 3, 5, recipe.batch[2]) if b <= recipe.batch[2]})
+    graphs = "fp16" if recipe.precision == "fp16" else "fp32"
+    runs = {"parity": ("onnxruntime", graphs, batches)}
+    if recipe.precision == "bf16" and "openvino" in runtimes.installed():
+        runs["parity_bf16"] = ("openvino", "bf16", batches[:2])
+    report = {}
+    for name, (runtime, precision, sizes) in runs.items():
+        progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
+        found = parity.compare_stages(stages, files, sizes, runtime, progress, precision)
+        parity.check(found, LIMITS[precision])
+        report[name] = {"runtime": runtime, "precision": precision, **parity.report(found, LIMITS[precision])}
+    return report
 
 
 def _classify(recipe: Recipe, classifier: nn.Module | Path) -> Stage:
@@ -105,12 +121,12 @@ def _manifest(
         default_alphas=recipe.schedule,
         samples=manifest.Samples(*recipe.samples),
         classes=recipe.classes,
-        batch=manifest.Batch(*recipe.batch),
+        batch=manifest.Batch(*recipe.batch, recipe.cpu_batch),
         stages=tuple(manifest.Stage(s.name, f"{s.name}.onnx", _tensors(s.inputs), _tensors(s.outputs)) for s in stages),
         input_noise_l2=recipe.input_noise_l2,
         precision=recipe.precision,
         runtime=recipe.runtime,
-        report={"parity": report},
+        report=report,
         source={"recipe": recipe.name, "blur": recipe.blur, "python": platform.python_version(), "packages": packages},
     )
 

@@ -1,6 +1,9 @@
-"""The purifier families that can be exported. A new one is a module with a ``stages`` function, and a line here."""
+"""The purifier families that can be exported. A new one is a module with a ``stages`` function, and a line here.
 
-from export import nvae, stylegan2
+What a family's layers are in half precision is registered by a module of its own, which is imported here for that.
+"""
+
+from export import nvae, nvae_half, stylegan2, stylegan2_half  # noqa: F401
 from export.stage import Stage
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier

@@ -52,6 +52,7 @@ def compare_stages(
     batches: Sequence[int],
     runtime: str = "onnxruntime",
     progress: Callable[[str], None] = lambda _: None,
+    precision: str = "fp32",
 ) -> list[Comparison]:
     """Run each stage's file at each batch size, and all of them in a chain at the largest, and compare with the twins.
 
@@ -67,7 +68,7 @@ def compare_stages(
         for i, named in enumerate(stage.inputs):
             known.setdefault(named[0], example(named, largest, seed=1000 * largest + i))
         expected = run_twin(stage, known)
-        engine = runtimes.load(runtime, files[stage.name], runtimes.Options(precision="fp32"))
+        engine = runtimes.load(runtime, files[stage.name], runtimes.Options(precision=precision))
         try:
             for batch in sorted(batches):
                 found = engine.run({name: tensor.numpy() for name, tensor in cut(stage, known, slice(batch)).items()})

@@ -11,6 +11,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "export" / "recipes"
 
+PRECISIONS = ("fp32", "fp16", "bf16")
+
 
 class RecipeError(ValueError):
     """A recipe is missing or says something impossible."""
@@ -44,7 +46,9 @@ class Recipe:
         alphas: named schedules, n weights each, before ``attenuation``; "linear" and "cosine" may be left out.
         temperature: of the NVAE prior.
         input_noise_l2: norm of the noise added to the input, 0 for none.
+        precision: "fp32", "fp16" (graphs in half precision) or "bf16" (fp32 graphs that OpenVINO computes in bf16).
         batch: rows per engine call: min, opt, max.
+        cpu_batch: the most rows that are worth a call on a CPU; 0 stands for the maximum.
         samples: purified copies that vote on one image: default and max.
     """
 
@@ -64,6 +68,7 @@ class Recipe:
     precision: str = "fp32"
     runtime: str = "auto"
     batch: tuple[int, int, int] = (1, 8, 32)
+    cpu_batch: int = 0
     samples: tuple[int, int] = (8, 32)
 
     def effective_alphas(self, schedule: str | None = None) -> list[float]:
@@ -120,10 +125,14 @@ class Recipe:
                 raise ValueError(f"alphas.{name} has {len(values)} weights for {self.n_latents} latents")
             if not all(0.0 <= a * self.attenuation <= 1.0 for a in values):
                 raise ValueError(f"alphas.{name}: effective weights must lie in [0, 1]")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.schedule not in self.alphas:
             raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(sorted(self.alphas))}")
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise ValueError("batch must be three rising numbers: min, opt, max")
+        if self.cpu_batch and not self.batch[0] <= self.cpu_batch <= self.batch[2]:
+            raise ValueError("cpu_batch must lie between the smallest and the largest batch")
         if not 1 <= self.samples[0] <= self.samples[1]:
             raise ValueError("samples must be two rising numbers: default, max")
         if len(self.classes) < 2:

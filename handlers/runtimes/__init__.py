@@ -40,7 +40,7 @@ class Options:
     Attributes:
         threads: CPU threads per engine; 0 lets the runtime use every core it may run on.
         device: number of the GPU, for the runtimes that use one.
-        precision: of the bundle, "fp32" or "bf16"; a runtime must not compute less precisely than that.
+        precision: of the bundle, "fp32", "fp16" or "bf16"; a runtime must not compute less precisely than that.
     """
 
     threads: int = 0
@@ -64,6 +64,8 @@ _RUNTIMES = {
     ),
 }
 _AUTO = ("onnxruntime", "openvino")  # on a CPU, as measured with the default model: the faster first
+
+ON_CPU = ("onnxruntime", "openvino")
 
 NAMES = ("auto", *_RUNTIMES)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from export.bundle import ExportError, export_bundle
 from export.parity import Comparison, ParityError, check
+from export.precision import LIMITS
 from export.trace import TraceError
 from handlers.pipeline import Pipeline
 from tests.export import models
@@ -74,7 +75,7 @@ def test_graphs_draw_no_random_numbers_and_have_no_batch_norm_left_to_fold(bundl
 
 
 def test_over_the_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.bundle.LIMIT", 1e-12)
+    monkeypatch.setitem(LIMITS, "fp32", 1e-12)
     with pytest.raises(ParityError, match=r"is .* off its eager twin at batch"):
         export_bundle(models.recipe(), models.purifier(), models.classifier(), tmp_path / "tiny")
     assert list(tmp_path.iterdir()) == []

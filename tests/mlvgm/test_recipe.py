@@ -37,6 +37,7 @@ def test_attenuation_scales_the_weights() -> None:
         ({"schedule": "none"}, "schedule 'none' is none of cosine, linear"),
         ({"batch": [4, 2, 8]}, "batch must be three rising numbers"),
         ({"samples": [9, 8]}, "samples must be two rising numbers"),
+        ({"precision": "int8"}, "precision 'int8' is none of fp32, fp16, bf16"),
         ({"classes": ["one"]}, "at least two classes"),
     ],
 )

@@ -1,0 +1,74 @@
+"""The half-precision form of NVAE: towers and samplers in fp16, all arithmetic of distributions in fp32.
+
+fp32: input transforms, gates, means and deviations once the samplers gave them, soft clamps, noise, interpolation,
+flows (they act on the few channels of a code), and the mixture behind its convolution.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from export.nvae import Decode, Encode, Gate, MixtureMean
+from export.precision import HALF, Cast, Excite, copied, half_layer, half_stage, rounded
+from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
+
+
+@half_stage.register
+def _encode(module: Encode) -> nn.Module:
+    made = rounded(copied(module), "preprocess", "before", "means")
+    made.before = nn.Sequential(Cast(HALF), half_layer(module.before))
+    made.means = nn.ModuleList(_to_single(mean) for mean in module.means)
+    return made
+
+
+@half_stage.register
+def _decode(module: Decode) -> nn.Module:
+    made = rounded(copied(module), "start", "flows", "priors", "posteriors")
+    made.start = nn.Sequential(Cast(HALF), half_layer(module.start))
+    for parts in ("priors", "posteriors"):
+        setattr(made, parts, nn.ModuleDict({k: _to_single(part) for k, part in getattr(module, parts).items()}))
+    return made
+
+
+@half_layer.register
+def _mixture(module: MixtureMean) -> nn.Module:
+    made = copied(module)
+    made.conv = _to_single(module.conv)  # type: ignore[assignment]
+    return made
+
+
+@half_layer.register
+def _gate(module: Gate) -> nn.Module:
+    return Excite(_GateOfMeans(module))
+
+
+@half_layer.register
+def _join(module: DecoderCombiner) -> nn.Module:
+    return _Join(rounded(copied(module)))
+
+
+def _to_single(module: nn.Module) -> nn.Module:
+    return nn.Sequential(half_layer(module), Cast(torch.float32))
+
+
+class _GateOfMeans(nn.Module):
+    """Means (B, C, 1, 1) -> gate (B, C, 1, 1), in fp32."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = gate.linear_1, gate.linear_2
+
+    def forward(self, means: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.linear_2(torch.relu(self.linear_1(means.flatten(1)))))
+        return BRANCH_SCALE * gate[:, :, None, None]
+
+
+class _Join(nn.Module):
+    """A combiner whose latent comes in fp32."""
+
+    def __init__(self, combiner: nn.Module) -> None:
+        super().__init__()
+        self.combiner = combiner
+
+    def forward(self, decoded: Tensor, latent: Tensor) -> Tensor:
+        joined: Tensor = self.combiner(decoded, latent.to(decoded.dtype))
+        return joined

@@ -1,0 +1,156 @@
+"""Half precision in the graph: layers in fp16, islands of fp32, and fp32 at the stage's inputs and outputs.
+
+Layers are cast in PyTorch before they are traced, so every runtime gets the same types and nothing is left to a
+compiler's flags. What needs the range or the digits of fp32 stays there: statistics, attention, distributions,
+interpolation. A batch norm has its statistics at hand, so it becomes an affine map, computed in fp32 and then rounded.
+
+bf16 is no graph of its own: onnxruntime's CPU has no bf16 convolution, and OpenVINO computes the fp32 graph in bf16.
+"""
+
+import copy
+import dataclasses
+from functools import singledispatch
+from typing import Any, cast
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.fold import scale_and_shift
+from export.stage import Stage
+
+HALF = torch.float16
+
+LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
+"""Relative L2 error that a stage may have against its eager fp32 twin."""
+
+
+def in_half(stage: Stage) -> Stage:
+    """``stage`` with its module in half precision; a stage that is an ONNX graph already keeps its own precision."""
+
+    def module() -> nn.Module | onnx.ModelProto:
+        made = stage.module()
+        return half_stage(made) if isinstance(made, nn.Module) else made
+
+    return dataclasses.replace(stage, module=module)
+
+
+@singledispatch
+def half_stage(module: nn.Module) -> nn.Module:
+    """The half-precision form of a stage, with fp32 inputs and outputs; a family's stage registers its own."""
+    return Inside(half_layer(module))
+
+
+@singledispatch
+def half_layer(module: nn.Module) -> nn.Module:
+    """The half-precision form of a layer: a copy with rounded tensors. ``module``, which a twin may share, stays."""
+    return rounded(copied(module))
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares its tensors and its parts, any of which may be replaced."""
+    made = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[name] = dict(module.__dict__[name])
+    return made
+
+
+def rounded(module: nn.Module, *but: str) -> nn.Module:
+    """Replace all tensors and parts of ``module`` by their half-precision form, but for those named."""
+    for name, part in module.named_children():
+        if name not in but:
+            module._modules[name] = half_layer(part)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name not in but:
+            module._parameters[name] = nn.Parameter(to_half(parameter), requires_grad=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in but:
+            module._buffers[name] = to_half(buffer)
+    return module
+
+
+def to_half(tensor: Tensor) -> Tensor:
+    """Rounded where it is of floating point; what is too large for half precision becomes the largest number."""
+    if not tensor.is_floating_point():
+        return tensor
+    largest = torch.finfo(HALF).max
+    return tensor.detach().clamp(-largest, largest).to(HALF)
+
+
+class Cast(nn.Module):
+    """Any tensor to ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+class Inside(nn.Module):
+    """A half-precision module among fp32 ones: takes and gives fp32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Any:
+        result = self.module(*(t.to(HALF) for t in tensors))
+        return result.float() if isinstance(result, Tensor) else tuple(t.float() for t in result)
+
+
+class Island(nn.Module):
+    """An fp32 module among half-precision ones: takes and gives half."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.module(x.float()).to(HALF))
+
+
+class Affine(nn.Module):
+    """What a batch norm in eval mode is: x (B, C, ...) times a scale (C,), plus a shift (C,)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, spatial: int) -> None:
+        super().__init__()
+        shape = (-1, *(1,) * spatial)
+        self.register_buffer("scale", to_half(scale).view(shape))
+        self.register_buffer("shift", to_half(shift).view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class Excite(nn.Module):
+    """A squeeze-and-excite gate: the means over thousands of pixels, and the gate itself, are an fp32 island."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * cast(Tensor, self.gate(x.float().mean(dim=(2, 3), keepdim=True))).to(HALF)
+
+
+@half_layer.register
+def _(norm: nn.BatchNorm2d) -> nn.Module:
+    return Affine(*scale_and_shift(norm), spatial=2)
+
+
+@half_layer.register
+def _(norm: nn.BatchNorm1d) -> nn.Module:
+    return Affine(*scale_and_shift(norm), spatial=0)
+
+
+@half_layer.register(nn.LayerNorm)
+@half_layer.register(nn.GroupNorm)
+@half_layer.register(nn.InstanceNorm2d)
+@half_layer.register(nn.Softmax)
+def _island(module: nn.Module) -> nn.Module:
+    return Island(module)

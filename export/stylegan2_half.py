@@ -1,0 +1,144 @@
+"""The half-precision form of both StyleGAN2 families.
+
+fp32: input transforms, attention, the mapping network's normalisation, the interpolation, styles and demodulation, and
+the image that the colour layers add to. A modulated convolution is normalised before it multiplies, which no size of
+styles or weights can make overflow: a style is divided by its largest magnitude, an output channel's weights by theirs
+times the square root of their count; the demodulation, in fp32, multiplies both back (StyleGAN2-ADA does the same).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.precision import HALF, Excite, Inside, copied, half_layer, half_stage, rounded, to_half
+from export.stylegan2 import GAIN, Block, Colour, Decode, Encode, Resample, StaticConv
+from export.stylegan2_encoders import TransformerEncoder
+from mlvgm.irse import SqueezeExcite
+from mlvgm.stylegan2 import EPSILON
+
+LARGEST = torch.finfo(HALF).max
+
+
+@half_stage.register
+def _encode(module: Encode) -> nn.Module:
+    made = copied(module)
+    encoder = module.encoder
+    if isinstance(encoder, TransformerEncoder):
+        # All but the pyramid is attention between a few queries and one map: little work, and large scores.
+        encoder = copied(encoder)
+        encoder.pyramid = Inside(half_layer(module.encoder.pyramid))  # type: ignore[arg-type]
+        made.encoder = encoder
+    else:
+        made.encoder = Inside(half_layer(encoder))
+    return made
+
+
+@half_stage.register
+def _resample(module: Resample) -> nn.Module:
+    made = copied(module)
+    made.layers = nn.ModuleList(Inside(half_layer(layer)) for layer in module.layers)
+    return made
+
+
+@half_stage.register
+def _decode(module: Decode) -> nn.Module:
+    return rounded(copied(module))
+
+
+@half_layer.register
+def _block(module: Block) -> nn.Module:
+    return rounded(copied(module), "enlarge")
+
+
+@half_layer.register
+def _conv(module: StaticConv) -> nn.Module:
+    return HalfConv(module)
+
+
+@half_layer.register
+def _colour(module: Colour) -> nn.Module:
+    return HalfColour(module)
+
+
+@half_layer.register
+def _excite(module: SqueezeExcite) -> nn.Module:
+    return Excite(nn.Sequential(module.fc1, nn.ReLU(), module.fc2, nn.Sigmoid()))
+
+
+class HalfConv(nn.Module):
+    """A styled convolution: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, out, ., .) in half."""
+
+    weight: Tensor
+    squares: Tensor
+    size: Tensor
+    bias: Tensor
+    noise: Tensor
+    blur: Tensor
+
+    def __init__(self, layer: StaticConv) -> None:
+        super().__init__()
+        self.upsample, self.modulation = layer.upsample, layer.modulation
+        weight = layer.weight.transpose(0, 1) if layer.upsample else layer.weight
+        weight, size = normalised(weight.flatten(1))
+        weight = weight.view(len(weight), -1, *layer.weight.shape[2:])
+        # All in one factor, so the squares are those of the normalised weights, which no scale can make overflow.
+        self.register_buffer("squares", (layer.squares / size.square().T).contiguous())
+        self.register_buffer("size", size[:, 0])
+        self.register_buffer("bias", to_half(layer.bias))
+        self.register_buffer("noise", to_half(layer.noise))
+        if layer.upsample:
+            weight = weight.transpose(0, 1)
+            self.register_buffer("blur", to_half(layer.blur))
+        self.register_buffer("weight", to_half(weight.contiguous()))
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale, peak = normalised_style(self.modulation(style))
+        # rsqrt(sum (w s)^2 + eps) * |w| |s|, with both sizes drawn into the root.
+        norm = GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON / (peak * self.size).square())
+        norm = norm.clamp(max=LARGEST)  # an infinite factor would turn a product that rounds to nothing into NaN
+        x, norm = x * scale.to(x.dtype)[:, :, None, None], norm.to(x.dtype)[:, :, None, None]
+        if self.upsample:
+            x = F.conv_transpose2d(x, self.weight, stride=2)
+            x = F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
+        else:
+            x = F.conv2d(x, self.weight, padding=1)
+        return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
+
+
+class HalfColour(nn.Module):
+    """A colour layer: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, 3, H, W) in fp32.
+
+    There is no demodulation here: what was divided out comes back in fp32.
+    """
+
+    weight: Tensor
+    size: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Colour) -> None:
+        super().__init__()
+        self.modulation = layer.modulation
+        weight, size = normalised(layer.weight.flatten(1))
+        self.register_buffer("weight", to_half(weight)[:, :, None, None])
+        self.register_buffer("size", size[:, 0])
+        self.register_buffer("bias", layer.bias)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale, peak = normalised_style(self.modulation(style))
+        seen = F.conv2d(x * scale.to(x.dtype)[:, :, None, None], self.weight).float()
+        image: Tensor = seen * (self.size * peak)[:, :, None, None] + self.bias
+        return image
+
+
+def normalised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (out, n) of magnitude 1 / sqrt(n) at most, and the size (out, 1) that was divided out."""
+    size = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) * math.sqrt(weight.shape[1])
+    return weight / size, size
+
+
+def normalised_style(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Styles (B, in) of magnitude 1 at most, and the peak (B, 1) that was divided out."""
+    peak = scale.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
+    return scale / peak, peak

@@ -56,11 +56,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows per engine call that the stages were built for: 1 <= min <= opt <= max."""
+    """Rows per engine call that the stages were built for: 1 <= min <= opt <= max.
+
+    Attributes:
+        cpu: the most rows that are worth a call on a CPU, from min to max: large maps of more rows outgrow its caches.
+            0 stands for max.
+    """
 
     min: int
     opt: int
     max: int
+    cpu: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,10 @@ class Manifest:
         _require(self.default_alphas in self.alphas, f"default_alphas {self.default_alphas!r} is not among the alphas")
         _require(1 <= self.samples.default <= self.samples.max, "samples must have 1 <= default <= max")
         _require(1 <= self.batch.min <= self.batch.opt <= self.batch.max, "batch must have 1 <= min <= opt <= max")
+        _require(
+            self.batch.cpu == 0 or self.batch.min <= self.batch.cpu <= self.batch.max,
+            "batch must have min <= cpu <= max, or cpu 0",
+        )
         _require(math.isfinite(self.input_noise_l2) and self.input_noise_l2 >= 0, "input_noise_l2 must be 0 or more")
         _require(len(self.classes) >= 2 and all(self.classes), "classes must be two or more names")
         _require(len(set(self.classes)) == len(self.classes), "classes has a name twice")
@@ -277,7 +287,7 @@ def _manifest(content: Any) -> Manifest:
         default_alphas=_str(entries["default_alphas"], "default_alphas"),
         samples=Samples(*_ints(entries["samples"], "samples", ("default", "max"))),
         classes=_list(entries["classes"], "classes", _str),
-        batch=Batch(*_ints(entries["batch"], "batch", ("min", "opt", "max"))),
+        batch=Batch(*_ints({"cpu": 0, **_dict(entries["batch"], "batch")}, "batch", ("min", "opt", "max", "cpu"))),
         stages=_list(entries["stages"], "stages", _stage),
         input_noise_l2=_number(entries["input_noise_l2"], "input_noise_l2"),
         precision=_str(entries["precision"], "precision"),

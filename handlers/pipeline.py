@@ -44,8 +44,8 @@ class Pipeline:
         self.manifest = manifest
         self.runtime = runtime
         self._engines = dict(engines)
-        self._buckets = _buckets(manifest.batch)
-        self._per_image, self._per_copy = _split(manifest.stages)
+        self._buckets = _buckets(manifest.batch, runtime in runtimes.ON_CPU)
+        self._per_image, self._per_copy = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_copy)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
         self._from_image = outside - self._noise_inputs - {"alphas"}
@@ -104,11 +104,11 @@ class Pipeline:
         """
         job = Job.of(self.manifest, images, samples, seeds, noise, input_noise, alphas)
         count, copies = len(job.images), job.copies
-        purified = np.empty((count * copies, *job.images.shape[1:]), np.float32)
-        logits = np.empty((count * copies, len(self.manifest.classes)), np.float32)
+        # The images as they came, and behind them their copies: all are classified together.
+        known = np.empty((count + count * copies, *job.images.shape[1:]), np.float32)
+        known[:count] = job.images
         timing = _Timing()
 
-        unpurified_logits = self._classify(job.images, timing)
         # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
         for items in _chunks(0, count, self._buckets):
             encoded: dict[str, Array] = {"images": job.images[items], "alphas": job.weights}
@@ -121,13 +121,13 @@ class Pipeline:
                     tensors |= job.draw(self.manifest, rows, self._noise_inputs)
                 for stage in self._per_copy:
                     tensors |= self._run_stage(stage, tensors, owners, timing)
-                purified[rows] = np.asarray(tensors["images"])
-                logits[rows] = np.asarray(tensors["logits"])
+                known[count + rows] = np.asarray(tensors["images"])
 
+        logits = self._classify(known, np.append(np.arange(count), np.arange(count * copies) // copies), timing)
         return Result(
-            sample_logits=logits.reshape(count, copies, -1),
-            purified=purified.reshape(count, copies, *job.images.shape[1:]),
-            unpurified_logits=unpurified_logits,
+            sample_logits=logits[count:].reshape(count, copies, -1),
+            purified=known[count:].reshape(count, copies, *job.images.shape[1:]),
+            unpurified_logits=logits[:count],
             timing_ms=dict(timing.milliseconds),
         )
 
@@ -137,7 +137,8 @@ class Pipeline:
         Raises:
             ValueError, NonFiniteError, EngineError: as for `run`.
         """
-        return self._classify(checked_images(self.manifest, images), _Timing())
+        batch = checked_images(self.manifest, images)
+        return self._classify(batch, np.arange(len(batch)), _Timing())
 
     def warm_up(self) -> None:
         """Run every stage once at each size it will ever be run at, so that no request pays for a first time.
@@ -158,11 +159,11 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _classify(self, images: FloatArray, timing: "_Timing") -> FloatArray:
+    def _classify(self, images: FloatArray, owners: IntArray, timing: "_Timing") -> FloatArray:
         stage = self.manifest.stages[-1]
         parts = [
-            np.asarray(self._run_stage(stage, {"images": images[items]}, items, timing)["logits"])
-            for items in _chunks(0, len(images), self._buckets)
+            np.asarray(self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"])
+            for rows in _chunks(0, len(images), self._buckets)
         ]
         return np.concatenate(parts)
 
@@ -197,12 +198,12 @@ class Pipeline:
 
 
 def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
-    """The stages that run once per image, and those that run once per copy; the classifier is the last of these."""
+    """The stages that run once per image, and those that run once per copy."""
     per_image: list[Stage] = []
     per_copy: list[Stage] = []
     random: set[str] = set()
     for stage in stages:
-        if stage is stages[-1] or any(_is_noise(t.name) or t.name in random for t in stage.inputs):
+        if any(_is_noise(t.name) or t.name in random for t in stage.inputs):
             per_copy.append(stage)
             random |= {output.name for output in stage.outputs}
         else:
@@ -224,10 +225,11 @@ def _is_noise(name: str) -> bool:
     return name in ("noise", "input_noise") or name.startswith("noise_")
 
 
-def _buckets(batch: Batch) -> list[int]:
+def _buckets(batch: Batch, on_cpu: bool) -> list[int]:
     """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few."""
-    powers = {2**i for i in range(batch.max.bit_length())}
-    return sorted((size for size in powers | {batch.opt, batch.max} if size >= batch.min), reverse=True)
+    most = batch.cpu if on_cpu and batch.cpu else batch.max
+    powers = {2**i for i in range(most.bit_length())}
+    return sorted((size for size in powers | {batch.opt, most} if batch.min <= size <= most), reverse=True)
 
 
 def _chunks(start: int, stop: int, buckets: Sequence[int]) -> Iterator[IntArray]:

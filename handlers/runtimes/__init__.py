@@ -54,14 +54,17 @@ class _Runtime:
     package: str
     install: str
     distribution: str = ""  # needed beyond the package: one import name can come in several builds
+    gpu: bool = False
 
 
 _RUNTIMES = {
     "onnxruntime": _Runtime("handlers.runtimes.onnxruntime", "onnxruntime", "pip install onnxruntime"),
     "openvino": _Runtime("handlers.runtimes.openvino", "openvino", "pip install openvino"),
     "onnxruntime-cuda": _Runtime(
-        "handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu", "onnxruntime-gpu"
+        "handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu", "onnxruntime-gpu", True
     ),
+    "tensorrt": _Runtime("handlers.runtimes.tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
+    "tensorrt-rtx": _Runtime("handlers.runtimes.tensorrt_rtx", "tensorrt_rtx", "pip install tensorrt-rtx", gpu=True),
 }
 _AUTO = ("onnxruntime", "openvino")  # on a CPU, as measured with the default model: the faster first
 
@@ -73,6 +76,12 @@ NAMES = ("auto", *_RUNTIMES)
 def installed() -> list[str]:
     """The runtimes whose library is installed, without importing any."""
     return [name for name, runtime in _RUNTIMES.items() if _is_installed(runtime)]
+
+
+def available() -> list[str]:
+    """Those of `installed` that have what they run on: a library for GPUs is of no use without one."""
+    gpu = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))  # Linux, and Linux under Windows
+    return [name for name in installed() if gpu or not _RUNTIMES[name].gpu]
 
 
 def choose(name: str) -> str:

@@ -42,7 +42,7 @@ def test_fields_on_disk_are_those_of_the_contract(nvae_bundle: Path) -> None:
     content = json.loads((nvae_bundle / FILE_NAME).read_text())
     assert content["format"] == 1
     assert content["noise_shapes"] == [[2, 2, 2], [2, 4, 4]]
-    assert content["batch"] == {"min": 1, "opt": 4, "max": 8}
+    assert content["batch"] == {"min": 1, "opt": 4, "max": 8, "cpu": 0}
     assert content["stages"][0]["inputs"] == [{"name": "images", "dtype": "float32", "shape": ["B", 3, 8, 8]}]
     assert content["files"]["classify.onnx.data"].keys() == {"sha256", "bytes"}
 
@@ -117,6 +117,7 @@ EDITS: dict[str, tuple[Change, str]] = {
     "no such schedule": (lambda m: m.update(default_alphas="sine"), "'sine' is not among"),
     "samples": (lambda m: m["samples"].update(default=99), "samples must have"),
     "batch": (lambda m: m["batch"].update(min=9), "batch must have"),
+    "batch for CPUs": (lambda m: m["batch"].update(cpu=9), "min <= cpu <= max"),
     "batch has a text": (lambda m: m["batch"].update(min="1"), "batch.min must be a whole number"),
     "class twice": (lambda m: m.update(classes=["a", "a", "b"]), "a name twice"),
     "too few classes": (lambda m: m.update(classes=["a", "b"]), "classify"),

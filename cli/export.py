@@ -19,12 +19,17 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
+    parser.add_argument("--engines", choices=("tensorrt", "tensorrt-rtx"), help="also build engines with this library")
+    parser.add_argument(
+        "--target", nargs="+", default=[], metavar="CC", help="for tensorrt-rtx: compute capabilities (8.6 8.9 12.0)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
 
 
 def run(args: argparse.Namespace) -> int:
     from export.bundle import export_bundle
     from export.models import load_models
+    from export.tensorrt import build_bundle
     from mlvgm.recipe import Recipe
 
     begun = time.monotonic()
@@ -47,5 +52,10 @@ def run(args: argparse.Namespace) -> int:
     for report in manifest.report.values():
         worst = max(entry["relative_error"] for entry in report["worst"])
         say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")
+    if args.engines:
+        built = build_bundle(out, args.engines, args.target, progress=say)
+        shares = built.report[args.engines]["half_share"]
+        halves = ", ".join(f"{stage} {'fp32' if share is None else f'{share:.0%}'}" for stage, share in shares.items())
+        say(f"built engines with {args.engines} {built.report[args.engines]['version']}; half products: {halves}")
     print(f"Next: mlvgm archive {out}")
     return 0

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_attack:
         print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
-    names = args.runtime or runtimes.installed()
+    names = args.runtime or runtimes.available()
     limit = args.limit or LIMITS[manifest.precision]
     say = functools.partial(print, flush=True)
     rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)

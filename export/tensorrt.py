@@ -1,0 +1,240 @@
+"""From ONNX to TensorRT engines, strongly typed: the precision is the graph's, no flag changes it.
+
+``tensorrt`` builds for the GPU at hand, ``tensorrt-rtx`` without any for the compute capabilities that it is told.
+Each build is proven: a graph in half precision must come out with its convolutions and matrix products in half.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from handlers.manifest import Batch, Manifest
+from handlers.runtimes.tensorrt import FOLDER, digest, library
+
+HALF_SHARE = 0.5
+"""Of the numbers that convolutions and matrix products give, what must be half in a stage of half precision."""
+
+TARGETS = ("8.6", "8.9", "12.0")
+"""Compute capabilities that tensorrt-rtx builds for where no others are named: Ampere, Ada, Blackwell workstations."""
+
+_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+
+
+class BuildError(RuntimeError):
+    """An engine cannot be built, or is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an engine is: equal cards, equal engines.
+
+    Attributes:
+        graph: SHA-256 of the ONNX file and its weights.
+        targets: compute capabilities of the GPUs that it runs on.
+        profile: rows: min, opt, max.
+    """
+
+    graph: str
+    library: str
+    version: str
+    targets: tuple[str, ...]
+    profile: tuple[int, int, int]
+    flags: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build_bundle(
+    bundle: Path,
+    name: str = "tensorrt-rtx",
+    targets: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Build engines of every stage of ``bundle`` into its folder ``engines``, and seal it again.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        RuntimeMissing: the library is not installed.
+        BuildError: a graph is refused, or an engine is not in the precision of its graph.
+    """
+    manifest = Manifest.read(bundle)
+    kept, shares = set(), {}
+    for stage in manifest.stages:
+        progress(f"building {stage.name} with {name}")
+        engine = build(bundle / stage.file, bundle / FOLDER, manifest.batch, name, targets)
+        shares[stage.name] = json.loads(engine.with_suffix(".json").read_text())["half_share"]
+        kept |= {engine, engine.with_suffix(".json")}
+    for path in (bundle / FOLDER).glob("*-*.*"):  # engines of graphs that are gone
+        if path not in kept and path.suffix in (".engine", ".json"):
+            path.unlink()
+    report = {**manifest.report, name: {"version": library(name).__version__, "half_share": shares}}
+    return replace(manifest, report=report).write(bundle)
+
+
+def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", targets: Sequence[str] = ()) -> Path:
+    """The engine of ``file`` in ``folder``: the one that is there if it is just that, else a new one.
+
+    Args:
+        batch: rows per call: min, opt, max.
+        targets: compute capabilities such as "8.9"; only tensorrt-rtx can build for other GPUs than the one at hand.
+
+    Raises:
+        RuntimeMissing: the library is not installed.
+        BuildError: the graph is refused, or the engine is not in the precision of its graph.
+    """
+    trt = library(name)
+    found = (tuple(targets) or TARGETS) if name == "tensorrt-rtx" else (_capability(),)
+    if name != "tensorrt-rtx" and targets and tuple(targets) != found:
+        raise BuildError(f"tensorrt builds for the GPU at hand ({found[0]}), not for {', '.join(targets)}")
+    card = Card(digest(file), name, trt.__version__, found, (batch.min, batch.opt, batch.max), ("STRONGLY_TYPED",))
+    engine = folder / f"{file.stem}-{card.key}.engine"
+    if _is_intact(engine, card):
+        return engine
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, share = _build(trt, file, card, folder)
+    content = {**asdict(card), "engine": hashlib.sha256(plan).hexdigest(), "half_share": share}
+    engine.write_bytes(plan)
+    engine.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    return engine
+
+
+def _is_intact(engine: Path, card: Card) -> bool:
+    try:
+        content = json.loads(engine.with_suffix(".json").read_text())
+        known = {key: content[key] for key in asdict(card)}
+        same = known == json.loads(json.dumps(asdict(card)))
+        return same and hashlib.sha256(engine.read_bytes()).hexdigest() == content["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes, float | None]:
+    """The serialised engine, and its share of half products (None for a graph without half tensors)."""
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise BuildError(f"{file}: {card.library} cannot parse it: {'; '.join(errors)[:500]}")
+    tensors = _tensors(trt, network, card.profile[1])
+    wants_half = any(half for _, half, _ in tensors)  # a user's own ONNX classifier keeps its precision
+    parsed = half_share(tensors)
+    if wants_half and parsed < HALF_SHARE:
+        raise BuildError(_too_little(file, parsed, "parsed network"))
+
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector names no types
+    if card.library == "tensorrt-rtx":
+        config.num_compute_capabilities = len(card.targets)
+        for i, target in enumerate(card.targets):
+            config.set_compute_capability(_capability_of(trt, target), i)
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if -1 in tuple(tensor.shape):
+            profile.set_shape(tensor.name, *([b if n < 0 else n for n in tensor.shape] for b in card.profile))
+    config.add_optimization_profile(profile)
+    timings = folder / f"timing-{card.version}-{card.targets[0]}.cache"
+    if card.library == "tensorrt":  # TensorRT-RTX tunes on the user's machine, and keeps no timings
+        known = timings.read_bytes() if timings.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(f"{file}: {card.library} cannot build it: {'; '.join(logger.errors)[:500]}")
+    if card.library == "tensorrt":
+        timings.write_bytes(bytes(config.get_timing_cache().serialize()))
+    plan = bytes(plan)
+    built = _inspected(trt, logger, plan) if wants_half and card.library == "tensorrt" else None
+    if built is not None and built < HALF_SHARE:
+        raise BuildError(_too_little(file, built, "engine"))
+    return plan, (parsed if built is None else built) if wants_half else None
+
+
+def _too_little(file: Path, share: float, what: str) -> str:
+    return (
+        f"{file}: only {share:.0%} of the {what}'s products are half, {HALF_SHARE:.0%} are wanted: "
+        "the engine would run in fp32 under the name of fp16"
+    )
+
+
+def half_share(tensors: Sequence[tuple[bool, bool, int]]) -> float:
+    """Share of half among (product, half, size) of tensors of floating point: of the products, by size."""
+    products = [(half, size) for product, half, size in tensors if product]
+    return sum(size for half, size in products if half) / max(sum(size for _, size in products), 1)
+
+
+def _tensors(trt: ModuleType, network: Any, batch: int) -> list[tuple[bool, bool, int]]:
+    """(of a product, half, numbers at this batch) for each layer's first output of floating point."""
+    found = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        tensor = layer.get_output(0)
+        if tensor is None or tensor.dtype not in (trt.float16, trt.float32):
+            continue
+        size = 1
+        for n in tensor.shape if len(tensor.shape) else ():
+            size *= batch if n < 0 else n
+        found.append((layer.type.name in _PRODUCTS, tensor.dtype == trt.float16, size))
+    return found
+
+
+def _inspected(trt: ModuleType, logger: Any, plan: bytes) -> float | None:
+    """Share of half among the numbers that the engine's layers give, by its inspector; None without a device."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        return None
+    layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return inspected_share(layers.get("Layers", []))
+
+
+def inspected_share(layers: Sequence[Any]) -> float | None:
+    """Share of half among the numbers of floating point that an inspector's layers give; None where it tells none."""
+    tensors = []
+    for layer in layers:
+        for output in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
+            kind = str(output.get("Format/Datatype", output.get("Datatype", "")))
+            if any(word in kind for word in ("Half", "FP16", "Float", "FP32")):
+                size = 1
+                for n in output.get("Dimensions", ()):
+                    size *= max(int(n), 1)
+                tensors.append((True, "Half" in kind or "FP16" in kind, size))
+    return half_share(tensors) if tensors else None
+
+
+def _capability() -> str:
+    """Compute capability of the GPU at hand, such as "9.0"."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BuildError("tensorrt builds for the GPU at hand, and there is none; tensorrt-rtx builds without one")
+    return ".".join(map(str, torch.cuda.get_device_capability()))
+
+
+def _capability_of(trt: ModuleType, target: str) -> Any:
+    member = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+    if member is None:
+        known = sorted(name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+        raise BuildError(f"tensorrt-rtx cannot build for compute capability {target}; it knows {', '.join(known)}")
+    return member
+
+
+def _logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
+        """Keeps the errors for the exception, instead of printing them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()

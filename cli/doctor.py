@@ -93,7 +93,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _runtimes() -> Finding:
-    found = runtimes.installed()
+    found = runtimes.available()
     if not found:
         return Finding("runtimes", "none", "pip install onnxruntime or pip install openvino")
     return Finding("runtimes", f"{', '.join(found)}; auto takes {runtimes.choose('auto')}")

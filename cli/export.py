@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     manifest = export_bundle(recipe, purifier, classifier, out, progress=say)
     say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
+    for stage, reason in manifest.report["parity"].get("fp32_stages", {}).items():
+        say(f"{stage} stays in fp32: {reason}")
     for report in manifest.report.values():
         worst = max(entry["relative_error"] for entry in report["worst"])
         say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")

@@ -178,6 +178,7 @@ def test_a_bundle_in_half_precision_says_so_and_answers_alike(bundle: Path) -> N
     assert manifest.precision == "fp16"
     report = manifest.report["parity"]
     assert (report["precision"], report["limit"], report["runtime"]) == ("fp16", 5e-3, "onnxruntime")
+    assert report["fp32_stages"] == {}
     worst = max(entry["relative_error"] for entry in report["worst"])
     assert 1e-6 < worst < 5e-3  # it is half precision, and it holds
     model = models.purifier()
@@ -203,6 +204,27 @@ def test_graphs_multiply_in_half_and_take_and_give_single(bundle: Path, name: st
     for node in graph.node:
         if node.op_type in ("Softmax", "Tanh", "Exp", "Clip"):
             assert types[node.output[0]] == single, node.name
+
+
+def test_what_half_precision_cannot_hold_stays_fp32_and_is_reported(tmp_path: Path) -> None:
+    class Large(nn.Module):
+        """Its features are beyond the largest half, its logits are not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return (1e6 * self.conv(images)).mean(dim=(2, 3)) / 1e6
+
+    recipe = dataclasses.replace(models.recipe(), precision="fp16")
+    manifest = export_bundle(recipe, models.purifier(), Large().eval(), tmp_path / "large")
+    report = manifest.report["parity"]
+    assert list(report["fp32_stages"]) == ["classify"]
+    assert "logits is inf off" in report["fp32_stages"]["classify"]
+    assert {entry["relative_error"] < 1e-5 for entry in report["worst"] if entry["stage"] == "classify"} == {True}
+    half = {tensor.data_type for tensor in onnx.load(tmp_path / "large" / "decode.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in half
 
 
 def test_bf16_keeps_the_graphs_and_is_compared_as_openvino_computes_it(tmp_path: Path) -> None:

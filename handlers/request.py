@@ -2,6 +2,7 @@
 
 Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas`` and ``seed``. A form has them as
 fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples, X-Mlvgm-Top-K and so on.
+JSON may hold several images: a list under "images".
 """
 
 import base64
@@ -15,6 +16,9 @@ from handlers.manifest import Manifest
 from handlers.noise import SEED_BITS
 
 OPTIONS = ("samples", "top_k", "return", "alphas", "seed")
+MOST_IMAGES = 16
+"""In one request. Their copies together may be four times what one image may have."""
+
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
 _DEFAULT_TOP_K = 5
@@ -29,20 +33,22 @@ class Request:
     """A request with every option settled.
 
     Attributes:
-        image: the encoded image.
+        images: the encoded images.
+        listed: the images came as a list, and the answers go as one.
         samples: purified copies to draw.
         top_k: classes to name in the answer.
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
-        seed: decides the noise; None takes a fresh one.
+        seed: decides the noise, of the first image, and each further image has the next one; None takes fresh ones.
     """
 
-    image: bytes
+    images: tuple[bytes, ...]
     samples: int
     top_k: int
     wants_image: bool
     alphas: str
     seed: int | None
+    listed: bool = False
 
 
 def parse(
@@ -59,24 +65,31 @@ def parse(
         RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
     """
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    image, body_options = _image_and_options(fields, headers.get("content-type", "").lower())
+    images, listed, body_options = _images_and_options(fields, headers.get("content-type", "").lower())
     options = _header_options(headers) | body_options
     if unknown := [name for name in options if name not in OPTIONS]:
         raise RequestError(f"unknown option {_quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
     if "seed" in options and not allow_seed:
         raise RequestError("seed: this server does not let clients choose the noise")
     n_classes = len(manifest.classes)
-    return Request(
-        image=image,
+    request = Request(
+        images=images,
         samples=_integer(options, "samples", 1, manifest.samples.max, manifest.samples.default),
         top_k=_integer(options, "top_k", 1, n_classes, min(_DEFAULT_TOP_K, n_classes)),
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
-        seed=_integer(options, "seed", 0, 2**SEED_BITS - 1, 0) if "seed" in options else None,
+        seed=_integer(options, "seed", 0, 2**SEED_BITS - len(images), 0) if "seed" in options else None,
+        listed=listed,
     )
+    if listed and request.wants_image:
+        raise RequestError("return: a purified image comes for one image a request, as 'image'")
+    if len(images) * request.samples > 4 * manifest.samples.max:
+        raise RequestError(f"images times samples may be {4 * manifest.samples.max} at most")
+    return request
 
 
-def _image_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[bytes, dict[str, Any]]:
+def _images_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[tuple[bytes, ...], bool, dict[str, Any]]:
+    """The images, whether they came as a list, and the options beside them."""
     named = [name for name in _IMAGE_FIELDS if name in fields]
     if not named and "urlencoded" in content_type:  # what curl claims of any body
         raise RequestError("the content type is that of a web form: send one like image/png, or use curl -T FILE")
@@ -85,9 +98,14 @@ def _image_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[by
     body = fields[named[0]]
     options = {name: value for name, value in fields.items() if name != named[0]}
     if isinstance(body, bytes | bytearray) and "json" not in content_type and not body.startswith(b"{"):
-        return bytes(body), options
+        return (bytes(body),), False, options
     entries = _json_object(body)
-    return _base64(entries.pop("image", None)), options | entries
+    if "images" not in entries:
+        return (_base64(entries.pop("image", None)),), False, options | entries
+    texts = entries.pop("images")
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
+        raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
+    return tuple(_base64(text) for text in texts), True, options | entries
 
 
 def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:

@@ -30,11 +30,15 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+Place = tuple[int, int]
+"""Of an image: the request's in the batch, and its own in the request."""
+
+
 @dataclass(frozen=True)
 class _Item:
-    """A request whose image has been decoded to uint8 (H, W, 3)."""
+    """An image of a request, decoded to uint8 (H, W, 3)."""
 
-    position: int
+    place: Place
     request: Request
     pixels: npt.NDArray[np.uint8]
     seed: int
@@ -53,20 +57,36 @@ class Service:
 
         Never raises: what is wrong with a request becomes its 400 answer, and what goes wrong here a 500.
         """
-        answers: dict[int, Answer] = {}
+        answers: dict[Place, Answer] = {}
+        parsed: dict[int, Request] = {}
         groups: defaultdict[tuple[int, str], list[_Item]] = defaultdict(list)
         for position, (fields, headers) in enumerate(requests):
             try:
-                item = self._read(position, fields, headers)
-                groups[item.request.samples, item.request.alphas].append(item)
-            except (RequestError, ImageError) as error:
-                answers[position] = _error(400, str(error))
+                request = parse(fields, headers, self._pipeline.manifest, self._allow_seed)
+            except RequestError as error:
+                answers[position, 0] = _error(400, str(error))
+                continue
             except Exception:
                 logger.exception("a request could not be read")
-                answers[position] = _error(500, "the request could not be read")
+                answers[position, 0] = _error(500, "the request could not be read")
+                continue
+            parsed[position] = request
+            for i in range(len(request.images)):
+                try:
+                    groups[request.samples, request.alphas].append(self._read((position, i), request))
+                except ImageError as error:
+                    answers[position, i] = _error(400, str(error))
+                except Exception:
+                    logger.exception("an image could not be read")
+                    answers[position, i] = _error(500, "the image could not be read")
         for (samples, alphas), items in groups.items():
             answers |= self._purify(items, samples, alphas)
-        return [answers[position] for position in range(len(requests))]
+        return [
+            _together([answers[position, i] for i in range(len(parsed[position].images))])
+            if position in parsed and parsed[position].listed
+            else answers[position, 0]
+            for position in range(len(requests))
+        ]
 
     def self_test(self) -> None:
         """Warm every batch size up, then answer one request.
@@ -80,30 +100,28 @@ class Service:
         if answer.status != 200:
             raise RuntimeError(f"self-test failed: {answer.body.decode()}")
 
-    def _read(self, position: int, fields: Mapping[str, Any], headers: Mapping[str, Any]) -> _Item:
+    def _read(self, place: Place, request: Request) -> _Item:
         start = time.perf_counter()
-        manifest = self._pipeline.manifest
-        request = parse(fields, headers, manifest, self._allow_seed)
-        pixels = decode(request.image, manifest.image_size)
-        seed = fresh_seeds(1)[0] if request.seed is None else request.seed
-        return _Item(position, request, pixels, seed, (time.perf_counter() - start) * 1000)
+        pixels = decode(request.images[place[1]], self._pipeline.manifest.image_size)
+        seed = fresh_seeds(1)[0] if request.seed is None else request.seed + place[1]
+        return _Item(place, request, pixels, seed, (time.perf_counter() - start) * 1000)
 
-    def _purify(self, items: list[_Item], samples: int, alphas: str) -> dict[int, Answer]:
-        """Answers by position. Items do not depend on each other, so those without a fault can simply be run again."""
-        answers: dict[int, Answer] = {}
+    def _purify(self, items: list[_Item], samples: int, alphas: str) -> dict[Place, Answer]:
+        """Answers by place. Items do not depend on each other, so those without a fault can simply be run again."""
+        answers: dict[Place, Answer] = {}
         while items:
             try:
                 images = np.stack([item.pixels for item in items])
                 result = self._pipeline.run(images, samples, [item.seed for item in items], alphas=alphas)
-                return answers | {item.position: self._say(item, result, i) for i, item in enumerate(items)}
+                return answers | {item.place: self._say(item, result, i) for i, item in enumerate(items)}
             except NonFiniteError as error:
                 logger.error("%s", error)
                 for i in error.items:
-                    answers[items[i].position] = _error(500, f"stage {error.stage} overflowed on this image")
+                    answers[items[i].place] = _error(500, f"stage {error.stage} overflowed on this image")
                 items = [item for i, item in enumerate(items) if i not in error.items]
             except Exception:
                 logger.exception("a batch of %d images could not be purified", len(items))
-                return answers | {item.position: _error(500, "the image could not be purified") for item in items}
+                return answers | {item.place: _error(500, "the image could not be purified") for item in items}
         return answers
 
     def _say(self, item: _Item, result: Result, i: int) -> Answer:
@@ -139,6 +157,15 @@ class Service:
             k: round(v, 3) for k, v in result.timing_ms.items()
         }
         return Answer(200, "application/json", json.dumps(figures).encode())
+
+
+def _together(answers: Sequence[Answer]) -> Answer:
+    """The answers about the images of one request, in their order. It has failed when there is none that has not."""
+    entries = [
+        json.loads(answer.body) | ({} if answer.status == 200 else {"status": answer.status}) for answer in answers
+    ]
+    status = 200 if any(answer.status == 200 for answer in answers) else max(answer.status for answer in answers)
+    return Answer(status, "application/json", json.dumps({"answers": entries}).encode())
 
 
 def _error(status: int, reason: str) -> Answer:

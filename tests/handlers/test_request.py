@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.manifest import Manifest
-from handlers.request import OPTIONS, Request, RequestError, parse
+from handlers.request import MOST_IMAGES, OPTIONS, Request, RequestError, parse
 
 IMAGE = b"\x89PNG..."
 BASE64 = base64.b64encode(IMAGE).decode()
@@ -27,7 +27,7 @@ def reason(fields: dict[str, Any], headers: dict[str, Any], manifest: Manifest, 
     return str(caught.value)
 
 
-EXPECTED = Request(IMAGE, samples=3, top_k=2, wants_image=True, alphas="none", seed=7)
+EXPECTED = Request((IMAGE,), samples=3, top_k=2, wants_image=True, alphas="none", seed=7)
 VALUES = {"samples": 3, "top_k": 2, "return": "purified", "alphas": "none", "seed": 7}
 HEADERS = {f"x-MLVGM-{name.replace('_', '-')}": str(value) for name, value in VALUES.items()}
 FORM = {name: bytearray(str(value).encode()) for name, value in VALUES.items()}
@@ -56,7 +56,7 @@ def test_every_way_to_ask_gives_the_same_request(
 
 
 def test_without_options_the_bundle_decides(manifest: Manifest) -> None:
-    assert parse({"body": IMAGE}, {}, manifest) == Request(IMAGE, 5, 3, False, "linear", None)
+    assert parse({"body": IMAGE}, {}, manifest) == Request((IMAGE,), 5, 3, False, "linear", None)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,32 @@ def test_requests_without_an_image_are_refused(
 def test_base64_may_be_wrapped(manifest: Manifest) -> None:
     long = bytes(range(256))
     wrapped = base64.encodebytes(long).decode()
-    assert parse({"body": {"image": wrapped}}, {}, manifest).image == long
+    assert parse({"body": {"image": wrapped}}, {}, manifest).images == (long,)
+
+
+def test_several_images_keep_their_order(manifest: Manifest) -> None:
+    texts = [base64.b64encode(bytes([i])).decode() for i in range(3)]
+    request = parse({"body": {"images": texts, "samples": 2}}, {}, manifest)
+    assert request.images == (b"\0", b"\1", b"\2")
+    assert request.listed
+    assert not parse({"body": {"image": BASE64}}, {}, manifest).listed
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"images": []}, "1 to 16 images"),
+        ({"images": [BASE64] * 17, "samples": 1}, "1 to 16 images"),
+        ({"images": BASE64}, "1 to 16 images"),
+        ({"images": [BASE64, 3]}, "base64"),
+        ({"images": [BASE64], "image": BASE64}, "unknown option 'image'"),
+        ({"images": [BASE64] * 5, "samples": 16}, "64 at most"),
+        ({"images": [BASE64], "return": "purified"}, "one image a request"),
+        ({"images": [BASE64] * 2, "seed": 2**63 - 1}, "0 to 9223372036854775806"),
+    ],
+)
+def test_lists_of_images_have_bounds(entries: dict[str, Any], said: str, manifest: Manifest) -> None:
+    assert said in reason({"body": entries}, {}, manifest, allow_seed=True)
 
 
 json_values = st.recursive(
@@ -148,7 +173,7 @@ json_values = st.recursive(
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
     max_leaves=5,
 )
-names = st.sampled_from(["image", "data", "body", *OPTIONS]) | st.text(max_size=10)
+names = st.sampled_from(["image", "images", "data", "body", *OPTIONS]) | st.text(max_size=10)
 headers = st.dictionaries(
     st.sampled_from(["Accept", "content-type", *(f"X-Mlvgm-{o.title()}" for o in OPTIONS)]) | st.text(max_size=10),
     st.text(max_size=20) | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=1),
@@ -170,7 +195,9 @@ def test_any_request_is_parsed_or_refused(
         assert refused.isascii()
         assert 0 < len(refused) < 200
         return
-    assert isinstance(request.image, bytes)
+    assert all(isinstance(image, bytes) for image in request.images)
+    assert 1 <= len(request.images) <= MOST_IMAGES
+    assert len(request.images) * request.samples <= 64
     assert 1 <= request.samples <= 16
     assert 1 <= request.top_k <= 3
     assert request.alphas in manifest.alphas

@@ -1,3 +1,4 @@
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,32 @@ def test_items_of_one_batch_may_differ_in_their_options(service: Service) -> Non
         alone = said(service.answer([request])[0])
         assert alone["label"] == answer["label"]
         assert alone["confidence"] == pytest.approx(answer["confidence"], abs=1e-5)
+
+
+def several(images: list[bytes], **options: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {"body": {"images": [base64.b64encode(image).decode() for image in images], **options}}, {}
+
+
+def test_several_images_of_a_request_are_answered_like_single_ones(service: Service) -> None:
+    single = [ask(png(i), seed=40 + i, samples=3) for i in range(3)]
+    request = several([png(i) for i in range(3)], seed=40, samples=3)
+    answers = service.answer([single[0], request, *single[1:]])
+    assert [answer.status for answer in answers] == [200] * 4
+    expected = [said(answer) for answer in (answers[0], *answers[2:])]
+    for found, alone in zip(said(answers[1])["answers"], expected, strict=True):
+        assert found["top_k"] == alone["top_k"]
+        assert found["unpurified"] == alone["unpurified"]
+
+
+def test_a_bad_image_of_several_is_named_in_its_place(service: Service) -> None:
+    mixed, hopeless, broken = service.answer(
+        [several([png(0), b"hello", WHITE, png(1)]), several([b"hello", b""]), several([WHITE, b"hello"])]
+    )
+    assert mixed.status == 200
+    entries = said(mixed)["answers"]
+    assert [entry.get("status") for entry in entries] == [None, 400, 500, None]
+    assert "not a JPEG" in entries[1]["error"]
+    assert (hopeless.status, broken.status) == (400, 500)
 
 
 def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

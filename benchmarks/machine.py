@@ -5,7 +5,7 @@ import os
 import platform
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "foolbox", "torchserve")
+PACKAGES = ("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "foolbox", "torchserve")
 
 
 def describe() -> dict[str, Any]:

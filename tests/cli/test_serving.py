@@ -166,6 +166,17 @@ def test_every_way_to_send_an_image(server: Server, client: Client) -> None:
     assert (status, content_type) == (200, "image/png")
 
 
+@pytest.mark.server
+def test_several_images_in_one_request(client: Client) -> None:
+    images = [encoded(i) for i in range(3)]
+    alone = [client.predict(image, "tiny", seed=7 + i, samples=3) for i, image in enumerate(images)]
+    together = client.predict_many(images, "tiny", seed=7, samples=3)
+    assert [without_times(answer) for answer in together] == [without_times(answer) for answer in alone]
+    with pytest.raises(ServerError, match="image 1: .*empty") as caught:
+        client.predict_many([b"no image", b""], "tiny")
+    assert caught.value.status == 400
+
+
 def test_hostile_requests_leave_the_worker_alive(server: Server, client: Client) -> None:
     worker = {process.pid for process in server.process().children()}
     hostile = [

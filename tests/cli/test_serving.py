@@ -172,7 +172,7 @@ def test_several_images_in_one_request(client: Client) -> None:
     alone = [client.predict(image, "tiny", seed=7 + i, samples=3) for i, image in enumerate(images)]
     together = client.predict_many(images, "tiny", seed=7, samples=3)
     assert [without_times(answer) for answer in together] == [without_times(answer) for answer in alone]
-    with pytest.raises(ServerError, match="image 1: .*empty") as caught:
+    with pytest.raises(ServerError, match=r"image 1: .*empty") as caught:
         client.predict_many([b"no image", b""], "tiny")
     assert caught.value.status == 400
 

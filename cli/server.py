@@ -134,8 +134,8 @@ class Server:
         """Everything that would make TorchServe fail without saying so."""
         if importlib.util.find_spec("ts") is None:
             raise CliError(f"TorchServe is not installed: {INSTALL}")
-        if not (DEPLOY / "config.properties").is_file():
-            raise CliError(f"{DEPLOY}: TorchServe's settings are missing; serve from a checkout (pip install -e .)")
+        if missing := missing_settings():
+            raise CliError(f"{DEPLOY} lacks {', '.join(missing)}: serve from a checkout (pip install -e .)")
         if self.process():
             raise CliError(f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}")
         for port in range(self.port, self.port + 5):
@@ -162,26 +162,17 @@ class Server:
             "metrics_address": f"http://127.0.0.1:{self.port + 2}",
             "grpc_inference_port": str(self.port + 3),
             "grpc_management_port": str(self.port + 4),
+            "metrics_config": str(self.folder / "metrics.yaml"),
         }
         settings = (DEPLOY / "config.properties").read_text()
         settings += "\n# By mlvgm serve; of two equal settings the later one holds.\n"
         settings += "".join(f"{name}={value}\n" for name, value in ports.items())
         (self.folder / "config.properties").write_text(settings)
-        shutil.copyfile(DEPLOY / "log4j2.xml", self.folder / "log4j2.xml")
+        for name in ("log4j2.xml", "metrics.yaml"):
+            shutil.copyfile(DEPLOY / name, self.folder / name)
         (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": list(models)}))
 
     def _launch(self, store: Path, models: dict[str, Path], workers: int) -> None:
-        java = find_java()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
-        environment |= {
-            "JAVA_HOME": str(java.home),
-            "TEMP": str(self.folder / "tmp"),
-            "TMPDIR": str(self.folder / "tmp"),
-            "LOG_LOCATION": str(self.folder / "logs"),
-            "METRICS_LOCATION": str(self.folder / "logs"),
-        }
-        if workers > 1:
-            environment.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // workers)))
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
         command += ["--ts-config", str(self.folder / "config.properties")]
         command += ["--log-config", str(self.folder / "log4j2.xml")]
@@ -192,7 +183,7 @@ class Server:
             launcher = subprocess.run(
                 command,
                 cwd=self.folder,
-                env=environment,
+                env=self._environment(workers),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -200,6 +191,19 @@ class Server:
             )
         if launcher.returncode != 0:
             raise CliError(f"TorchServe does not start: {self._last_words()}")
+
+    def _environment(self, workers: int) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
+        environment |= {
+            "JAVA_HOME": str(find_java().home),
+            "TEMP": str(self.folder / "tmp"),
+            "TMPDIR": str(self.folder / "tmp"),
+            "LOG_LOCATION": str(self.folder / "logs"),
+            "METRICS_LOCATION": str(self.folder / "logs"),
+        }
+        if workers > 1:
+            environment.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // workers)))
+        return environment
 
     def _await_answer(self, model: str, deadline: float) -> None:
         """TorchServe's own health check says yes long before a worker is up: only an answer counts."""
@@ -222,13 +226,17 @@ class Server:
 
     def _failure(self) -> str | None:
         """What a worker said when it could not serve its bundle."""
-        for line in self.log.read_text(errors="replace").splitlines():
+        for line in self._said():
             if FAILED in line:
                 return line[line.index(FAILED) :]
         return None
 
+    def _said(self) -> list[str]:
+        """The lines of the log."""
+        return self.log.read_text(errors="replace").splitlines()
+
     def _last_words(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self._said() if line.strip()]
         telling = [line for line in lines if "bind" in line or "ERROR" in line or "not found" in line]
         return f"{(telling or lines or ['nothing in its log'])[-1].strip()} (log: {self.log})"
 
@@ -264,6 +272,11 @@ def model_name(archive: Path) -> str:
         raise CliError(
             f"{archive}: not a model archive, or damaged: build it again with mlvgm archive BUNDLE"
         ) from None
+
+
+def missing_settings() -> list[str]:
+    """TorchServe's settings that are not where they should be, in `DEPLOY`."""
+    return [name for name in ("config.properties", "log4j2.xml", "metrics.yaml") if not (DEPLOY / name).is_file()]
 
 
 def port_is_taken(port: int) -> bool:

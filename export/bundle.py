@@ -1,5 +1,6 @@
 """From a recipe and its models to a bundle: trace every stage, compare it with its twin, and only then write."""
 
+import filecmp
 import importlib.metadata
 import platform
 import shutil
@@ -57,7 +58,7 @@ def export_bundle(
             report = _write_half(stages, files, recipe.batch[2], progress)
         else:
             report = _write(stages, files, recipe, progress)
-        written = _manifest(recipe, purifier, stages, report).write(draft)
+        written = _manifest(recipe, purifier, stages, report, draft).write(draft)
         if out.exists():
             shutil.rmtree(out)
         draft.rename(out)
@@ -82,7 +83,8 @@ def _write_half(
 ) -> dict[str, Any]:
     """Trace in fp16, but in fp32 what cannot be halved or, on drawn images, is too far from its twin then.
 
-    The parity report has those stages as ``fp32_stages``, each with the reason.
+    The parity report has those stages as ``fp32_stages``, each with the reason. The others are traced in fp32 as well:
+    their fallbacks, for images on which half precision overflows.
     """
     single = {}
     for stage in stages:
@@ -98,7 +100,23 @@ def _write_half(
             progress(f"{c.stage} stays in fp32: {single[c.stage]}")
             _trace(next(stage for stage in stages if stage.name == c.stage), files[c.stage], progress)
     report = _compare(stages, files, _batches(largest), "fp16", "onnxruntime", progress)
-    return {"parity": {**report, "fp32_stages": single}}
+    fallbacks = dict(files)
+    for stage in stages:
+        half, full = files[stage.name], _fallback(files[stage.name])
+        if stage.name in single:
+            continue
+        _trace(stage, full, progress)
+        if filecmp.cmp(half, full, shallow=False):  # a classifier that came as a graph is never changed
+            full.unlink()
+        else:
+            fallbacks[stage.name] = full
+    in_single = _compare(stages, fallbacks, _batches(largest), "fp32", "onnxruntime", progress)
+    return {"parity": {**report, "fp32_stages": single}, "parity_fallback": in_single}
+
+
+def _fallback(file: Path) -> Path:
+    """Where the fp32 graph of a stage in half precision lies."""
+    return file.with_suffix(".fp32.onnx")
 
 
 def _trace(stage: Stage, file: Path, progress: Callable[[str], None]) -> None:
@@ -147,7 +165,7 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
 
 
 def _manifest(
-    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any]
+    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any], draft: Path
 ) -> manifest.Manifest:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     return manifest.Manifest(
@@ -161,13 +179,19 @@ def _manifest(
         samples=manifest.Samples(*recipe.samples),
         classes=recipe.classes,
         batch=manifest.Batch(*recipe.batch, recipe.cpu_batch),
-        stages=tuple(manifest.Stage(s.name, f"{s.name}.onnx", _tensors(s.inputs), _tensors(s.outputs)) for s in stages),
+        stages=tuple(_stage(stage, draft) for stage in stages),
         input_noise_l2=recipe.input_noise_l2,
         precision=recipe.precision,
         runtime=recipe.runtime,
         report=report,
         source={"recipe": recipe.name, "blur": recipe.blur, "python": platform.python_version(), "packages": packages},
     )
+
+
+def _stage(stage: Stage, draft: Path) -> manifest.Stage:
+    file = draft / f"{stage.name}.onnx"
+    fallback = _fallback(file).name if _fallback(file).is_file() else ""
+    return manifest.Stage(stage.name, file.name, _tensors(stage.inputs), _tensors(stage.outputs), fallback)
 
 
 def _tensors(named: tuple[Named, ...]) -> tuple[manifest.Tensor, ...]:

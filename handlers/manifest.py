@@ -38,12 +38,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """One engine: its file (relative to the bundle), and what it takes and gives."""
+    """One engine: its file (relative to the bundle), and what it takes and gives.
+
+    Attributes:
+        fallback: file of the same stage in fp32, for the images on which the half-precision one overflows; "" for none.
+    """
 
     name: str
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    fallback: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,8 @@ class Manifest:
         logits = Tensor("logits", "float32", ("B", len(self.classes)))
         known = {"images": images}
         for stage in self.stages:
-            _require(stage.file in self.files, f"stage {stage.name}: its file {stage.file!r} is not among the files")
+            for file in (stage.file, stage.fallback or stage.file):
+                _require(file in self.files, f"stage {stage.name}: its file {file!r} is not among the files")
             for given in stage.inputs:
                 wanted = known.get(given.name) or self._provided(given.name)
                 _require(wanted is not None, f"stage {stage.name}: nothing provides its input {given.name!r}")
@@ -305,12 +311,14 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 
 def _stage(value: Any, at: str) -> Stage:
-    name, file, inputs, outputs = _entries(value, at, ("name", "file", "inputs", "outputs"))
+    fields = ("name", "file", "inputs", "outputs", "fallback")
+    name, file, inputs, outputs, fallback = _entries({"fallback": "", **_dict(value, at)}, at, fields)
     return Stage(
         _str(name, f"{at}.name"),
         _str(file, f"{at}.file"),
         _list(inputs, f"{at}.inputs", _tensor),
         _list(outputs, f"{at}.outputs", _tensor),
+        _str(fallback, f"{at}.fallback"),
     )
 
 

@@ -4,9 +4,10 @@ Nothing here knows a model family. The manifest declares which tensors each stag
 on noise, directly or through another stage, runs once per purified copy, any other once per image.
 """
 
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from handlers.runtimes import Array, Engine, EngineError, Options
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+PROGRESS = "getting ready:"  # `mlvgm serve` shows the lines of a worker's log that have this
+_OF_GRAPHS = (*runtimes.ON_CPU, "onnxruntime-cuda")  # runtimes that take a bundle's graphs as they are
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(EngineError):
@@ -40,10 +46,18 @@ class Pipeline:
     ...     result = pipeline.run(images, samples=8)
     """
 
-    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], runtime: str) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        runtime: str,
+        load_fallback: "Callable[[], Pipeline] | None" = None,
+    ) -> None:
         self.manifest = manifest
         self.runtime = runtime
         self._engines = dict(engines)
+        self._load_fallback = load_fallback
+        self._fallback: Pipeline | None = None
         self._buckets = _buckets(manifest.batch, runtime in runtimes.ON_CPU)
         self._per_image, self._per_copy = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_copy)
@@ -67,15 +81,31 @@ class Pipeline:
         folder = Path(folder)
         manifest = Manifest.read(folder)
         name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
-        options = Options(threads, device, manifest.precision)
-        engines: dict[str, Engine] = {}
-        try:
-            for stage in manifest.stages:
-                engines[stage.name] = runtimes.load(name, folder / stage.file, options)
-        except Exception:
-            _close(engines)
-            raise
-        return cls(manifest, engines, name)
+        files = {stage.name: folder / stage.file for stage in manifest.stages}
+        engines = _engines(name, files, Options(threads, device, manifest.precision))
+
+        def fallback() -> Pipeline:
+            # Engines that were built beforehand were built of half precision: the graphs themselves run on the CPU.
+            graphs = name if name in _OF_GRAPHS else runtimes.choose("auto")
+            files = {stage.name: folder / (stage.fallback or stage.file) for stage in manifest.stages}
+            return cls(manifest, _engines(graphs, files, Options(threads, device, "fp32")), graphs)
+
+        in_half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
+        return cls(manifest, engines, name, fallback if in_half else None)
+
+    @property
+    def fallback(self) -> "Pipeline | None":
+        """This pipeline in fp32, for images on which half precision overflows; loaded when it is first asked for.
+
+        None where it computes in fp32 already, where the bundle has no graphs in fp32, and where they cannot be loaded.
+        """
+        if self._load_fallback is not None:
+            load, self._load_fallback = self._load_fallback, None
+            try:
+                self._fallback = load()
+            except Exception:
+                logger.exception("the stages cannot be loaded in fp32")
+        return self._fallback
 
     def run(
         self,
@@ -121,7 +151,7 @@ class Pipeline:
                     tensors |= job.draw(self.manifest, rows, self._noise_inputs)
                 for stage in self._per_copy:
                     tensors |= self._run_stage(stage, tensors, owners, timing)
-                known[count + rows] = np.asarray(tensors["images"])
+                known[count + rows] = _fetched(self.manifest.stages[-2:][0].name, tensors["images"], owners)
 
         logits = self._classify(known, np.append(np.arange(count), np.arange(count * copies) // copies), timing)
         return Result(
@@ -146,12 +176,17 @@ class Pipeline:
         Raises:
             EngineError: a stage cannot be run at one of the sizes.
         """
-        for size in self._buckets:
+        for i, size in enumerate(self._buckets, 1):
+            start = time.perf_counter()
             self.run(np.zeros((size, *self.manifest.image_size, 3), np.uint8), samples=1, seeds=range(size))
+            taken = time.perf_counter() - start
+            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, len(self._buckets))
 
     def close(self) -> None:
         """Free the engines."""
         _close(self._engines)
+        if self._fallback:
+            self._fallback.close()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -161,10 +196,10 @@ class Pipeline:
 
     def _classify(self, images: FloatArray, owners: IntArray, timing: "_Timing") -> FloatArray:
         stage = self.manifest.stages[-1]
-        parts = [
-            np.asarray(self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"])
-            for rows in _chunks(0, len(images), self._buckets)
-        ]
+        parts = []
+        for rows in _chunks(0, len(images), self._buckets):
+            logits = self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"]
+            parts.append(_fetched(stage.name, logits, owners[rows]))
         return np.concatenate(parts)
 
     def _run_stage(
@@ -191,10 +226,36 @@ class Pipeline:
             if tuple(array.shape) != expected:
                 raise EngineError(f"stage {stage.name}: {declared.name} has shape {tuple(array.shape)}, not {expected}")
             # Arrays on a device are not fetched just for this: what is wrong there shows in the images and logits.
-            if isinstance(array, np.ndarray) and not np.isfinite(array).all():
-                broken = ~np.isfinite(array.reshape(count, -1)).all(axis=1)
-                raise NonFiniteError(stage.name, np.unique(owners[broken]).tolist())
+            if isinstance(array, np.ndarray):
+                _check_finite(stage.name, array, owners)
         return outputs
+
+
+def _engines(runtime: str, files: Mapping[str, Path], options: Options) -> dict[str, Engine]:
+    """The loaded files by stage; all or none."""
+    engines: dict[str, Engine] = {}
+    try:
+        for stage, file in files.items():
+            engines[stage] = runtimes.load(runtime, file, options)
+            logger.info("%s %s loaded in %s (%d of %d)", PROGRESS, file.name, runtime, len(engines), len(files))
+    except Exception:
+        _close(engines)
+        raise
+    return engines
+
+
+def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
+    """``array``, which ``stage`` gave, on the host. One that was there all the time has been checked already."""
+    fetched: FloatArray = np.asarray(array)
+    if fetched is not array:
+        _check_finite(stage, fetched, owners)
+    return fetched
+
+
+def _check_finite(stage: str, array: FloatArray, owners: IntArray) -> None:
+    if not np.isfinite(array).all():
+        broken = ~np.isfinite(array.reshape(len(owners), -1)).all(axis=1)
+        raise NonFiniteError(stage, np.unique(owners[broken]).tolist())
 
 
 def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from handlers import metrics
+from handlers.arrival import waited
 from handlers.image import ImageError, decode, encode_png
 from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
@@ -46,47 +49,64 @@ class _Item:
 
 
 class Service:
-    """Answers batches of requests with one pipeline."""
+    """Answers batches of requests with one pipeline.
 
-    def __init__(self, pipeline: Pipeline, allow_seed: bool = False) -> None:
+    Args:
+        allow_seed: let clients choose the noise.
+        max_wait_s: a request that came longer ago is refused; it is known where a proxy says when that was.
+        sink: takes what is measured.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        allow_seed: bool = False,
+        max_wait_s: float = math.inf,
+        sink: metrics.Sink = metrics.nowhere,
+    ) -> None:
         self._pipeline = pipeline
         self._allow_seed = allow_seed
+        self._max_wait_s = max_wait_s
+        self._measure = sink
+        for measure, labels in self._counters().items():
+            for label in labels:
+                sink(measure, 0, label)
 
     def answer(self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Answer]:
         """One answer for each (fields, headers), as `handlers.request.parse` takes them, in the same order.
 
         Never raises: what is wrong with a request becomes its 400 answer, and what goes wrong here a 500.
         """
+        start = time.perf_counter()
         answers: dict[Place, Answer] = {}
         parsed: dict[int, Request] = {}
         groups: defaultdict[tuple[int, str], list[_Item]] = defaultdict(list)
         for position, (fields, headers) in enumerate(requests):
-            try:
-                request = parse(fields, headers, self._pipeline.manifest, self._allow_seed)
-            except RequestError as error:
-                answers[position, 0] = _error(400, str(error))
-                continue
-            except Exception:
-                logger.exception("a request could not be read")
-                answers[position, 0] = _error(500, "the request could not be read")
+            request = self._parse(fields, headers)
+            if isinstance(request, Answer):
+                answers[position, 0] = request
                 continue
             parsed[position] = request
             for i in range(len(request.images)):
-                try:
-                    groups[request.samples, request.alphas].append(self._read((position, i), request))
-                except ImageError as error:
-                    answers[position, i] = _error(400, str(error))
-                except Exception:
-                    logger.exception("an image could not be read")
-                    answers[position, i] = _error(500, "the image could not be read")
+                item = self._read((position, i), request)
+                if isinstance(item, Answer):
+                    answers[position, i] = item
+                else:
+                    groups[request.samples, request.alphas].append(item)
         for (samples, alphas), items in groups.items():
-            answers |= self._purify(items, samples, alphas)
-        return [
+            answers |= self._purify(items, samples, alphas, self._pipeline)
+        whole = [
             _together([answers[position, i] for i in range(len(parsed[position].images))])
             if position in parsed and parsed[position].listed
             else answers[position, 0]
             for position in range(len(requests))
         ]
+        for status, count in Counter(answer.status for answer in whole).items():
+            self._measure(metrics.ANSWERS, count, str(status))
+        taken = time.perf_counter() - start
+        for _ in whole:
+            self._measure(metrics.REQUEST, taken, "")
+        return whole
 
     def self_test(self) -> None:
         """Warm every batch size up, then answer one request.
@@ -96,33 +116,83 @@ class Service:
         """
         self._pipeline.warm_up()
         height, width = self._pipeline.manifest.image_size
-        answer = self.answer([({"body": encode_png(np.full((3, height, width), 0.5, np.float32))}, {})])[0]
+        answer = Service(self._pipeline).answer(
+            [({"body": encode_png(np.full((3, height, width), 0.5, np.float32))}, {})]
+        )[0]
         if answer.status != 200:
             raise RuntimeError(f"self-test failed: {answer.body.decode()}")
 
-    def _read(self, place: Place, request: Request) -> _Item:
+    def _parse(self, fields: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | Answer:
+        try:
+            if (wait := waited(headers)) is not None:
+                self._measure(metrics.QUEUE, wait, "")
+                if wait > self._max_wait_s:
+                    return self._refuse("late", 503, "the server is busy: try again later")
+            return parse(fields, headers, self._pipeline.manifest, self._allow_seed)
+        except RequestError as error:
+            return self._refuse("request", 400, str(error))
+        except Exception:
+            logger.exception("a request could not be read")
+            return self._refuse("internal", 500, "the request could not be read")
+
+    def _read(self, place: Place, request: Request) -> _Item | Answer:
         start = time.perf_counter()
-        pixels = decode(request.images[place[1]], self._pipeline.manifest.image_size)
+        try:
+            pixels = decode(request.images[place[1]], self._pipeline.manifest.image_size)
+        except ImageError as error:
+            return self._refuse("image", 400, str(error))
+        except Exception:
+            logger.exception("an image could not be read")
+            return self._refuse("internal", 500, "the image could not be read")
         seed = fresh_seeds(1)[0] if request.seed is None else request.seed + place[1]
         return _Item(place, request, pixels, seed, (time.perf_counter() - start) * 1000)
 
-    def _purify(self, items: list[_Item], samples: int, alphas: str) -> dict[Place, Answer]:
+    def _purify(self, items: list[_Item], samples: int, alphas: str, pipeline: Pipeline) -> dict[Place, Answer]:
         """Answers by place. Items do not depend on each other, so those without a fault can simply be run again."""
         answers: dict[Place, Answer] = {}
         while items:
             try:
                 images = np.stack([item.pixels for item in items])
-                result = self._pipeline.run(images, samples, [item.seed for item in items], alphas=alphas)
+                result = pipeline.run(images, samples, [item.seed for item in items], alphas=alphas)
+                self._measure_run(result)
                 return answers | {item.place: self._say(item, result, i) for i, item in enumerate(items)}
             except NonFiniteError as error:
                 logger.error("%s", error)
-                for i in error.items:
-                    answers[items[i].place] = _error(500, f"stage {error.stage} overflowed on this image")
+                broken = [items[i] for i in error.items]
                 items = [item for i, item in enumerate(items) if i not in error.items]
+                if fallback := pipeline.fallback:
+                    self._measure(metrics.FALLBACKS, len(broken), error.stage)
+                    answers |= self._purify(broken, samples, alphas, fallback)
+                else:
+                    reason = f"stage {error.stage} overflowed on this image"
+                    answers |= {item.place: self._refuse("overflow", 500, reason) for item in broken}
             except Exception:
                 logger.exception("a batch of %d images could not be purified", len(items))
-                return answers | {item.place: _error(500, "the image could not be purified") for item in items}
+                reason = "the image could not be purified"
+                return answers | {item.place: self._refuse("internal", 500, reason) for item in items}
         return answers
+
+    def _refuse(self, reason: str, status: int, words: str) -> Answer:
+        self._measure(metrics.REJECTED, 1, reason)
+        headers = {"Retry-After": "1"} if status == 503 else {}
+        return Answer(status, "application/json", json.dumps({"error": words}).encode(), headers)
+
+    def _measure_run(self, result: Result) -> None:
+        for stage, milliseconds in result.timing_ms.items():
+            self._measure(metrics.STAGE, milliseconds / 1000, stage)
+        self._measure(metrics.BATCH, len(result.labels), "")
+        for measure, count in (
+            (metrics.FLAGGED, result.flagged.sum()),
+            (metrics.DISAGREED, (result.agreement < 1).sum()),
+        ):
+            if count:
+                self._measure(measure, int(count), "")
+
+    def _counters(self) -> dict[metrics.Measure, tuple[str, ...]]:
+        """What is said to be 0 at first, so that the first event shows as growth, and the values of its label."""
+        stages = tuple(stage.name for stage in self._pipeline.manifest.stages)
+        unlabelled = dict.fromkeys((metrics.FLAGGED, metrics.DISAGREED), ("",))
+        return {metrics.ANSWERS: ("200",), metrics.REJECTED: metrics.REASONS, metrics.FALLBACKS: stages, **unlabelled}
 
     def _say(self, item: _Item, result: Result, i: int) -> Answer:
         classes, request = self._pipeline.manifest.classes, item.request
@@ -166,10 +236,6 @@ def _together(answers: Sequence[Answer]) -> Answer:
     ]
     status = 200 if any(answer.status == 200 for answer in answers) else max(answer.status for answer in answers)
     return Answer(status, "application/json", json.dumps({"answers": entries}).encode())
-
-
-def _error(status: int, reason: str) -> Answer:
-    return Answer(status, "application/json", json.dumps({"error": reason}).encode())
 
 
 def _share(value: np.floating[Any]) -> float:

@@ -6,12 +6,13 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from handlers import metrics
 from handlers.pipeline import Pipeline
 from handlers.service import Service
 
 BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
-SETTINGS = {"runtime": "auto", "threads": 0, "allow_seed": False}
+SETTINGS = {"runtime": "auto", "threads": 0, "allow_seed": False, "max_wait_s": 30}
 THREADS_VARIABLE = "MLVGM_THREADS"
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class PurifierHandler:
             folder = Path(context.system_properties["model_dir"]) / BUNDLE
             device = context.system_properties.get("gpu_id") or 0
             pipeline = Pipeline.load(folder, settings["runtime"], threads, device)
-            self._service = Service(pipeline, settings["allow_seed"])
+            self._service = Service(pipeline, settings["allow_seed"], settings["max_wait_s"], sink(context))
             self._service.self_test()
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
@@ -51,6 +52,32 @@ class PurifierHandler:
                 context.set_response_header(i, name, value)
             bodies.append(answer.body)
         return bodies
+
+
+def sink(context: Any) -> metrics.Sink:
+    """Hands what is measured to TorchServe, which takes what its metrics configuration declares: deploy/metrics.yaml.
+
+    TorchServe reads it from a line of this worker's output. Its own functions would put the numbers of all requests of
+    the batch into each such line.
+    """
+    declared = {name: metric for group in context.metrics.cache.values() for name, metric in group.items()}
+    writers = {}
+    for measure in metrics.MEASURES:
+        known = {measure.label: "", "ModelName": context.model_name, "Level": "Model"}
+        if measure.name not in declared:
+            continue
+        if unknown := [name for name in declared[measure.name].dimension_names if name not in known]:
+            logger.warning("%s is declared with the dimension %s, which it has not", measure.name, unknown[0])
+            continue
+        writers[measure] = (declared[measure.name], known)
+
+    def write(measure: metrics.Measure, value: float, label: str) -> None:
+        if measure in writers:
+            metric, known = writers[measure]
+            known = known | {measure.label: label}
+            metric.add_or_update(round(value, 6), [known[name] for name in metric.dimension_names])
+
+    return write
 
 
 def read_settings(model_yaml: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tiny bundles, built from hand-made ONNX graphs: every stage is real, every answer takes microseconds."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def write_nvae(folder: Path, nan_on_white: bool = False, batch: Batch = BATCH, *
     ]
     schedules = {"linear": (0.5, 1.0), "none": (0.0, 0.0)}
     return _manifest("tiny", "nvae", shapes, schedules, stages, batch, **changes).write(folder)
+
+
+def write_half(folder: Path, fp32_holds: bool = True) -> Manifest:
+    """A bundle that says it is in half precision: its encoder gives NaN for a white image, its fallback does not.
+
+    Without ``fp32_holds`` the fallback does so too.
+    """
+    write_nvae(folder, nan_on_white=not fp32_holds)
+    (folder / "encode.onnx").rename(folder / "encode.fp32.onnx")
+    manifest = write_nvae(folder, nan_on_white=True, precision="fp16")
+    encode, *others = manifest.stages
+    stages = (dataclasses.replace(encode, fallback="encode.fp32.onnx"), *others)
+    return dataclasses.replace(manifest, stages=stages).write(folder)
 
 
 def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BATCH, **changes: object) -> Manifest:

@@ -21,6 +21,14 @@ def nvae_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in half precision whose encoder overflows on a purely white image, and not in fp32."""
+    folder = tmp_path_factory.mktemp("bundles") / "half"
+    bundles.write_half(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def style_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the StyleGAN2 kind."""
     folder = tmp_path_factory.mktemp("bundles") / "style"

@@ -190,6 +190,22 @@ def test_a_bundle_in_half_precision_says_so_and_answers_alike(bundle: Path) -> N
     assert relative_error(result.purified[:, 0], twin.images) < CLOSE
 
 
+def test_its_graphs_travel_in_fp32_too(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    report = manifest.report["parity_fallback"]
+    assert (report["precision"], report["limit"]) == ("fp32", 1e-4)
+    assert {entry["stage"] for entry in report["worst"]} == {"encode", "decode", "classify", "end to end"}
+    for stage in manifest.stages:
+        assert stage.fallback == f"{stage.name}.fp32.onnx"
+        types = {tensor.data_type for tensor in onnx.load(bundle / stage.fallback).graph.initializer}
+        assert onnx.TensorProto.FLOAT16 not in types
+    images = torch.rand(3, 3, 32, 32).numpy()
+    with Pipeline.load(bundle, runtime="onnxruntime") as pipeline:
+        assert pipeline.fallback is not None
+        half, single = (p.run(images, 1, [1, 2, 3]).purified for p in (pipeline, pipeline.fallback))
+    assert 1e-6 < relative_error(half, torch.from_numpy(single)) < CLOSE
+
+
 @pytest.mark.parametrize("name", ["encode", "decode", "classify"])
 def test_graphs_multiply_in_half_and_take_and_give_single(bundle: Path, name: str) -> None:
     half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
@@ -223,6 +239,7 @@ def test_what_half_precision_cannot_hold_stays_fp32_and_is_reported(tmp_path: Pa
     assert list(report["fp32_stages"]) == ["classify"]
     assert "logits is inf off" in report["fp32_stages"]["classify"]
     assert {entry["relative_error"] < 1e-5 for entry in report["worst"] if entry["stage"] == "classify"} == {True}
+    assert [stage.fallback for stage in manifest.stages] == ["encode.fp32.onnx", "decode.fp32.onnx", ""]
     half = {tensor.data_type for tensor in onnx.load(tmp_path / "large" / "decode.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT16 in half
 

@@ -47,6 +47,18 @@ def test_fields_on_disk_are_those_of_the_contract(nvae_bundle: Path) -> None:
     assert content["files"]["classify.onnx.data"].keys() == {"sha256", "bytes"}
 
 
+def test_a_stage_may_have_a_fallback(half_bundle: Path, tmp_path: Path) -> None:
+    assert [stage.fallback for stage in Manifest.read(half_bundle).stages] == ["encode.fp32.onnx", "", ""]
+    bundle = Path(shutil.copytree(half_bundle, tmp_path / "half"))
+    change(bundle, lambda m: m["stages"][1].update(fallback="absent.onnx"))
+    assert "stage decode: its file 'absent.onnx' is not among the files" in refusal(bundle)
+
+
+def test_bundles_from_before_there_were_fallbacks_are_read(bundle: Path) -> None:
+    change(bundle, lambda m: [stage.pop("fallback") for stage in m["stages"]])
+    assert [stage.fallback for stage in Manifest.read(bundle).stages] == ["", "", ""]
+
+
 def test_writing_again_after_a_change_seals_the_new_content(bundle: Path) -> None:
     manifest = Manifest.read(bundle)
     (bundle / "report.md").write_text("parity")

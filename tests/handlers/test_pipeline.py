@@ -1,6 +1,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
-from handlers.pipeline import NonFiniteError, Pipeline
-from handlers.runtimes import EngineError
+from handlers.pipeline import PROGRESS, NonFiniteError, Pipeline
+from handlers.runtimes import EngineError, Options
 from tests import bundles
 
 Floats = npt.NDArray[np.float32]
@@ -177,6 +178,101 @@ def test_an_overflow_names_the_images_concerned(nvae: Pipeline) -> None:
     with pytest.raises(NonFiniteError) as caught:
         nvae.run(images[[2, 0, 9]], 2)
     assert caught.value.items == [0]
+
+
+def test_a_white_image_is_finite_in_fp32(half_bundle: Path, tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path)
+    white = np.full((1, 8, 8, 3), 255, np.uint8)
+    with Pipeline.load(half_bundle, "onnxruntime") as half, Pipeline.load(tmp_path, "onnxruntime") as single:
+        with pytest.raises(NonFiniteError):
+            half.run(white, 3, [1])
+        assert half.fallback is not None
+        expected = single.run(white, 3, [1])
+        assert np.array_equal(half.fallback.run(white, 3, [1]).purified, expected.purified)
+        assert half.fallback.fallback is None
+
+
+def test_the_fallback_is_loaded_once_when_it_is_first_asked_for(
+    half_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    closed: list[str] = []
+
+    class Engine:
+        def __init__(self, file: Path) -> None:
+            self.file = file.name
+
+        def close(self) -> None:
+            closed.append(self.file)
+
+    def load(_name: str, file: Path, options: Options) -> Engine:
+        loaded.append(f"{file.name} {options.precision}")
+        return Engine(file)
+
+    monkeypatch.setattr("handlers.runtimes.load", load)
+    with Pipeline.load(half_bundle, "onnxruntime") as pipeline:
+        assert loaded == ["encode.onnx fp16", "decode.onnx fp16", "classify.onnx fp16"]
+        loaded.clear()
+        assert pipeline.fallback is pipeline.fallback
+        assert loaded == ["encode.fp32.onnx fp32", "decode.onnx fp32", "classify.onnx fp32"]
+    assert sorted(closed) == sorted(["encode.onnx", "encode.fp32.onnx"] + ["decode.onnx", "classify.onnx"] * 2)
+
+
+def test_a_fallback_that_cannot_be_loaded_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundles.write_half(tmp_path)
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
+        (tmp_path / "encode.fp32.onnx").unlink()
+        assert pipeline.fallback is None
+        assert "cannot be loaded in fp32" in caplog.text
+        caplog.clear()
+        assert pipeline.fallback is None
+        assert not caplog.text, "it is tried once"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "has_one"),
+    [("openvino", "bf16", True), ("onnxruntime", "bf16", False), ("openvino", "fp32", False)],
+)
+def test_bf16_is_computed_again_in_fp32(tmp_path: Path, runtime: str, precision: str, has_one: bool) -> None:
+    """OpenVINO computes an fp32 graph in bf16; ONNX Runtime computes it as it is, and would only repeat itself."""
+    bundles.write_nvae(tmp_path, precision=precision)
+    with Pipeline.load(tmp_path, runtime, threads=1) as pipeline:
+        assert (pipeline.fallback is not None) == has_one
+
+
+def test_what_a_device_gives_is_checked_when_it_is_fetched(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        """As a runtime for GPUs has it: numpy sees the values only by asking for them."""
+
+        def __init__(self, array: Floats) -> None:
+            self.array = array
+            self.shape = array.shape
+
+        def __array__(self, dtype: object = None, copy: bool | None = None) -> Floats:
+            return self.array
+
+    for name, output in (("decode", "images"), ("classify", "logits")):
+        engine = nvae._engines[name]
+        original = engine.run
+
+        def broken(feeds: dict[str, Floats], original: Any = original, output: str = output) -> dict[str, OnDevice]:
+            array = original(feeds)[output].copy()
+            array[-1] = np.inf
+            return {output: OnDevice(array)}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "run", broken)
+            with pytest.raises(NonFiniteError, match=name) as caught:
+                nvae.run(bundles.images(2), 1)
+        assert caught.value.items == [1]
+
+
+def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        nvae.warm_up()
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(",")[0] for line in lines] == [f"{PROGRESS} {rows} rows at once" for rows in (8, 4, 2, 1)]
+    assert lines[-1].endswith("(4 of 4)")
 
 
 WRONG_ARGUMENTS = {

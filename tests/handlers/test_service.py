@@ -1,5 +1,7 @@
 import base64
 import json
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,34 @@ import numpy as np
 import pytest
 
 from handlers.image import decode, encode_png
+from handlers.metrics import (
+    ANSWERS,
+    BATCH,
+    DISAGREED,
+    FALLBACKS,
+    FLAGGED,
+    MEASURES,
+    QUEUE,
+    REASONS,
+    REJECTED,
+    REQUEST,
+    STAGE,
+    Measure,
+)
 from handlers.pipeline import Pipeline
 from handlers.service import Answer, Service
 from tests import bundles
+
+
+class Meter(defaultdict[tuple[Measure, str], list[float]]):
+    """A sink that keeps every value."""
+
+    def __init__(self) -> None:
+        super().__init__(list)
+
+    def __call__(self, measure: Measure, value: float, label: str) -> None:
+        self[measure, label].append(value)
+
 
 WHITE = encode_png(np.ones((3, 8, 8), np.float32))  # overflows in the encoder of this bundle
 
@@ -142,6 +169,80 @@ def test_a_bad_image_of_several_is_named_in_its_place(service: Service) -> None:
     assert [entry.get("status") for entry in entries] == [None, 400, 500, None]
     assert "not a JPEG" in entries[1]["error"]
     assert (hopeless.status, broken.status) == (400, 500)
+
+
+def test_what_overflows_in_half_precision_is_answered_in_fp32(half_bundle: Path, tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path)
+    meter = Meter()
+    with Pipeline.load(half_bundle, "onnxruntime") as half, Pipeline.load(tmp_path, "onnxruntime") as single:
+        requests = [ask(png(0), seed=1), ask(WHITE, seed=2), ask(png(1), seed=3), ask(WHITE, seed=4, samples=2)]
+        answers = Service(half, allow_seed=True, sink=meter).answer(requests)
+        expected = Service(single, allow_seed=True).answer(requests)
+    assert [answer.status for answer in answers] == [200] * 4
+    for answer, wanted in zip(map(said, answers), map(said, expected), strict=True):
+        assert {k: v for k, v in answer.items() if k != "timing_ms"} == {
+            k: v for k, v in wanted.items() if k != "timing_ms"
+        }
+    assert meter[FALLBACKS, "encode"] == [0, 1, 1]
+    assert meter[REJECTED, "overflow"] == [0]
+
+
+def test_what_overflows_in_fp32_too_is_a_500_of_its_own(tmp_path: Path) -> None:
+    bundles.write_half(tmp_path, fp32_holds=False)
+    meter = Meter()
+    with Pipeline.load(tmp_path, "onnxruntime") as half:
+        answers = Service(half, sink=meter).answer([ask(png(0)), ask(WHITE), ask(png(1))])
+    assert [answer.status for answer in answers] == [200, 500, 200]
+    assert "stage encode overflowed" in said(answers[1])["error"]
+    assert meter[FALLBACKS, "encode"] == [0, 1]
+    assert meter[REJECTED, "overflow"] == [0, 1]
+
+
+def test_everything_is_measured(pipeline: Pipeline) -> None:
+    meter = Meter()
+    service = Service(pipeline, allow_seed=True, sink=meter)
+    answers = service.answer(
+        [ask(png(0), seed=1), ask(b"hello"), ask(png(1), samples=0), several([png(2), b"", WHITE]), ask(png(3), seed=2)]
+    )
+    statuses = [answer.status for answer in answers]
+    assert statuses == [200, 400, 400, 200, 200]
+    assert meter[ANSWERS, "200"] == [0, 3]
+    assert meter[ANSWERS, "400"] == [2]
+    assert meter[REJECTED, "image"] == [0, 1, 1]
+    assert meter[REJECTED, "request"] == [0, 1]
+    assert meter[REJECTED, "overflow"] == [0, 1]
+    assert meter[BATCH, ""] == [3]
+    assert len(meter[REQUEST, ""]) == 5
+    for stage in ("noise", "encode", "decode", "classify"):
+        (seconds,) = meter[STAGE, stage]
+        assert 0 < seconds < meter[REQUEST, ""][0]
+    figures = [said(answers[0]), said(answers[3])["answers"][0], said(answers[4])]
+    assert sum(meter[FLAGGED, ""]) == sum(entry["flagged"] for entry in figures)
+    assert sum(meter[DISAGREED, ""]) == sum(entry["agreement"] < 1 for entry in figures)
+    assert {measure for measure, _ in meter} == set(MEASURES) - {QUEUE}
+    assert {label for measure, label in meter if measure is REJECTED} == set(REASONS)
+
+
+def test_the_self_test_is_not_counted(pipeline: Pipeline) -> None:
+    meter = Meter()
+    Service(pipeline, sink=meter).self_test()
+    assert meter[ANSWERS, "200"] == [0]
+    assert (STAGE, "encode") not in meter
+
+
+def test_what_has_waited_for_too_long_is_refused_at_once(pipeline: Pipeline) -> None:
+    meter = Meter()
+    came = {name: {"X-Request-Start": f"t={time.time() - age:.3f}"} for name, age in (("now", 1), ("late", 20))}
+    body = {"body": png(0)}
+    fresh, late, unknown = Service(pipeline, max_wait_s=10, sink=meter).answer(
+        [(body, came["now"]), (body, came["late"]), (body, {})]
+    )
+    assert (fresh.status, late.status, unknown.status) == (200, 503, 200)
+    assert late.headers == {"Retry-After": "1"}
+    assert "try again" in said(late)["error"]
+    assert meter[QUEUE, ""] == [pytest.approx(1, abs=0.5), pytest.approx(20, abs=0.5)]
+    assert meter[REJECTED, "late"] == [0, 1]
+    assert meter[BATCH, ""] == [2]
 
 
 def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from cli.server import DEPLOY
 from handlers.image import encode_png
-from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings
+from handlers.metrics import MEASURES, STAGE
+from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings, sink
 from tests import bundles
+
+MetricsCacheYamlImpl = pytest.importorskip("ts.metrics.metric_cache_yaml_impl").MetricsCacheYamlImpl
+
+
+def metrics_cache(config: Path = DEPLOY / "metrics.yaml") -> Any:
+    """TorchServe's own, as its workers make it of deploy/metrics.yaml."""
+    cache = MetricsCacheYamlImpl(str(config))
+    cache.initialize_cache()
+    return cache
 
 
 class Context:
@@ -22,6 +34,8 @@ class Context:
         self.headers = headers
         self.statuses: dict[int, int] = {}
         self.response_headers: dict[int, dict[str, str]] = {i: {} for i in range(len(headers))}
+        self.model_name = "tiny"
+        self.metrics = metrics_cache()
 
     def get_all_request_header(self, i: int) -> dict[str, Any]:
         return self.headers[i]
@@ -110,7 +124,7 @@ def test_threads_of_the_environment_win(model_dir: Path, monkeypatch: pytest.Mon
 
 
 def test_settings() -> None:
-    assert read_settings({}) == {"runtime": "auto", "threads": 0, "allow_seed": False}
+    assert read_settings({}) == {"runtime": "auto", "threads": 0, "allow_seed": False, "max_wait_s": 30}
     assert read_settings({"handler": None})["runtime"] == "auto"
     assert read_settings({"handler": {"allow_seed": True}})["allow_seed"] is True
 
@@ -131,3 +145,38 @@ def test_class_names_beyond_ascii_survive(handler: PurifierHandler, model_dir: P
     handler.handle([{"body": encode_png(i.transpose(2, 0, 1).astype(np.float32) / 255)} for i in images], context)
     labels = {json.loads(headers["X-Mlvgm-Answer"])["label"] for headers in context.response_headers.values()}
     assert labels <= set(bundles.CLASSES)
+
+
+def test_torchserve_is_told_of_every_measure() -> None:
+    declared = yaml.safe_load((DEPLOY / "metrics.yaml").read_text())["model_metrics"]
+    found = {
+        (metric["name"], kind, metric["unit"], tuple(metric["dimensions"]))
+        for kind, entries in declared.items()
+        for metric in entries
+    }
+    assert found == {(m.name, m.kind, m.unit, (*filter(None, [m.label]), "ModelName")) for m in MEASURES}
+
+
+def test_measures_reach_torchserve_as_lines_of_the_log(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write = sink(Context(model_dir, []))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        write(STAGE, 0.012345678, "encode")
+    (line,) = [record.getMessage() for record in caplog.records]
+    start = "[METRICS]mlvgm_stage_seconds.seconds:0.012346|#stage:encode,ModelName:tiny|#type:HISTOGRAM|#hostname:"
+    assert line.startswith(start)
+
+
+def test_what_is_not_declared_is_not_written(model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As under a TorchServe without our settings, or with another's."""
+    config = tmp_path / "metrics.yaml"
+    config.write_text("model_metrics: {histogram: [{name: mlvgm_stage_seconds, unit: s, dimensions: [rack]}]}")
+    context = Context(model_dir, [])
+    context.metrics = metrics_cache(config)
+    with caplog.at_level("INFO"):
+        write = sink(context)
+        assert "dimension rack" in caplog.text
+        caplog.clear()
+        for measure in MEASURES:
+            write(measure, 1, "x")
+    assert not caplog.text

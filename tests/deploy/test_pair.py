@@ -1,0 +1,151 @@
+"""deploy/pair.py, really run: nothing in flight is lost, no key is ever stale for long, nothing is left behind."""
+
+import signal
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.server import port_is_taken
+from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store
+
+pytestmark = pytest.mark.server
+needs_both()
+psutil = pytest.importorskip("psutil")
+
+
+@pytest.fixture(scope="module")
+def store(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(nvae_bundle, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    pair.start(store)
+    family = family_of(pair)
+    try:
+        yield pair
+    finally:
+        pair.stop()
+        assert [process for process in family if not is_gone(process)] == []
+        assert not any(port_is_taken(port) for port in (pair.port, *range(pair.server.port, pair.server.port + 5)))
+
+
+def family_of(pair: Pair) -> list[Any]:
+    """java, its worker, nginx and its workers."""
+    assert pair.process
+    family = psutil.Process(pair.process.pid).children(recursive=True)
+    assert {"java", "nginx"} <= {process.name() for process in family}
+    return family
+
+
+def is_gone(process: Any) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def named(pair: Pair, name: str) -> Any:
+    return next(process for process in family_of(pair) if process.name() == name)
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(pair: Pair) -> None:
+    with ThreadPoolExecutor(7) as pool:
+        asked = [pool.submit(pair.predict) for _ in range(7)]
+        time.sleep(0.5)  # TorchServe waits 800 ms for a batch to fill: these are on their way
+        assert not any(future.done() for future in asked)
+        assert pair.process
+        pair.process.send_signal(signal.SIGTERM)
+        pair.process.send_signal(signal.SIGINT)  # impatience does not cut it short
+        answers = [future.result(60) for future in asked]
+    assert [status for status, _ in answers] == [200] * 7
+    assert pair.stop() == 0
+    assert not pair.server.key_file.exists()
+
+
+def test_keys_are_followed(pair: Pair) -> None:
+    """A key that is renewed, by whomever, reaches nginx; a client's key is there or gone without a restart."""
+    client = pair.server.client()
+    old = client.key("inference")
+    client.renew_key("inference")
+    assert client.key("inference") != old
+    until(lambda: pair.predict()[0] == 200)
+    pair.clients.write_text('"another" somebody;\n')
+    until(lambda: pair.predict({"X-Api-Key": "another"})[0] == 200)
+    assert pair.predict()[0] == 401
+
+
+@pytest.mark.parametrize("victim", ["java", "nginx"])
+def test_when_one_ends_so_does_the_other(pair: Pair, victim: str) -> None:
+    named(pair, victim).kill()
+    assert pair.process
+    assert pair.process.wait(60) == 1
+    assert f"{'TorchServe' if victim == 'java' else 'nginx'} has ended by itself" in pair.log()
+
+
+def test_a_wrong_change_of_the_configuration_changes_nothing(pair: Pair) -> None:
+    conf = pair.folder / "etc" / "nginx.conf"
+    conf.write_text(conf.read_text() + "nonsense;\n")
+    until(lambda: "nonsense" in pair.log())
+    assert pair.predict()[0] == 200
+
+
+def test_side_by_side_in_containers_of_their_own(store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """nginx waits for TorchServe's key, and takes the new one when TorchServe has been started anew."""
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    nginx, torchserve = pair.run(store, "--only", "nginx"), None
+    try:
+        for _ in range(2):
+            torchserve = pair.run(store, "--only", "torchserve")
+            until(lambda: answers(pair), WAIT)
+            assert stop(torchserve) == 0
+            assert pair.predict() == (503, {"error": "busy or restarting: try again"})
+    finally:
+        codes = [stop(process) for process in (nginx, torchserve) if process]
+    assert codes == [0, 0]
+
+
+def stop(process: "subprocess.Popen[bytes]") -> int:
+    process.send_signal(signal.SIGTERM)
+    return process.wait(WAIT)
+
+
+def answers(pair: Pair) -> bool:
+    try:
+        return pair.predict()[0] == 200
+    except ConnectionError:
+        return False
+
+
+def test_what_cannot_be_served_ends_the_pair(
+    store: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with zipfile.ZipFile(store / "tiny.mar") as good, zipfile.ZipFile(tmp_path / "tiny.mar", "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            bad.writestr(name, content[:-1] + b"?" if name.endswith("classify.onnx.data") else content)
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    assert pair.run(tmp_path).wait(WAIT) == 1
+    assert "classify.onnx.data: its SHA-256 differs" in pair.log()
+    assert not any(port_is_taken(port) for port in (pair.port, *range(pair.server.port, pair.server.port + 5)))
+
+
+def test_an_empty_store_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    pair = Pair(tmp_path)
+    assert pair.run(tmp_path / "store").wait(60) == 1
+    assert f"pair: {tmp_path / 'store'}: no archive there" in pair.log()

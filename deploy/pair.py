@@ -75,11 +75,8 @@ class Back(Server):
         config, temporary = self.folder / "config.properties", self.folder / "tmp"
         command = [str(find_java().home / "bin" / "java"), f"-Dmodel_server_home={site}"]
         command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile=file://{self.folder}/log4j2.xml"]
-        command += [
-            *model_server.load_properties(str(config)).get("vmargs", "").split(),
-            "-cp",
-            f"{site}/ts/frontend/*",
-        ]
+        command += model_server.load_properties(str(config)).get("vmargs", "").split()
+        command += ["-cp", f"{site}/ts/frontend/*"]
         command += ["org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", str(config), "-ncs"]
         command += ["-s", str(store.resolve()), "-m", *(f"{name}={path.name}" for name, path in models.items())]
         with undisturbed():
@@ -166,7 +163,7 @@ class Front:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the pair until a signal stops it (0), or one of the two ends by itself or cannot be started (1)."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     for number in STOPS:
         signal.signal(number, _interrupt)
     back = Back(options.port)
@@ -246,7 +243,8 @@ def undisturbed() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(prog="deploy.pair", description="TorchServe with nginx in front of it.")
     parser.add_argument("--only", choices=["torchserve", "nginx"], help="one of the two, the other runs beside it")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="folder of archives")

@@ -1,19 +1,18 @@
-"""One prediction request, whichever way it came: raw bytes, a multipart form, or JSON.
+"""One prediction request, whichever way it came: raw bytes, a multipart form, JSON, or the Open Inference Protocol.
 
 Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas`` and ``seed``. A form has them as
 fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples, X-Mlvgm-Top-K and so on.
 JSON may hold several images: a list under "images".
 """
 
-import base64
-import binascii
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from handlers.manifest import Manifest
 from handlers.noise import SEED_BITS
+from handlers.open_inference import JSON_LENGTH_HEADER, Envelope, Image, read
+from handlers.wire import RequestError, base64_bytes, json_object, quoted
 
 OPTIONS = ("samples", "top_k", "return", "alphas", "seed")
 MOST_IMAGES = 16
@@ -24,31 +23,29 @@ _HEADER_PREFIX = "x-mlvgm-"
 _DEFAULT_TOP_K = 5
 
 
-class RequestError(ValueError):
-    """A request that cannot be answered as it stands; the message is ASCII and fit for the client."""
-
-
 @dataclass(frozen=True)
 class Request:
     """A request with every option settled.
 
     Attributes:
-        images: the encoded images.
-        listed: the images came as a list, and the answers go as one.
+        images: encoded, or uint8 (H, W, 3).
         samples: purified copies to draw.
         top_k: classes to name in the answer.
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
         seed: decides the noise, of the first image, and each further image has the next one; None takes fresh ones.
+        listed: the images came as a list, and the answers go as one.
+        envelope: of the Open Inference Protocol, if the request came in one.
     """
 
-    images: tuple[bytes, ...]
+    images: tuple[Image, ...]
     samples: int
     top_k: int
     wants_image: bool
     alphas: str
     seed: int | None
     listed: bool = False
+    envelope: Envelope | None = None
 
 
 def parse(
@@ -65,31 +62,41 @@ def parse(
         RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
     """
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    images, listed, body_options = _images_and_options(fields, headers.get("content-type", "").lower())
-    options = _header_options(headers) | body_options
+    content = _content(fields, headers)
+    options = _header_options(headers) | content.options
     if unknown := [name for name in options if name not in OPTIONS]:
-        raise RequestError(f"unknown option {_quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
+        raise RequestError(f"unknown option {quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
     if "seed" in options and not allow_seed:
         raise RequestError("seed: this server does not let clients choose the noise")
     n_classes = len(manifest.classes)
     request = Request(
-        images=images,
+        images=content.images,
         samples=_integer(options, "samples", 1, manifest.samples.max, manifest.samples.default),
         top_k=_integer(options, "top_k", 1, n_classes, min(_DEFAULT_TOP_K, n_classes)),
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
-        seed=_integer(options, "seed", 0, 2**SEED_BITS - len(images), 0) if "seed" in options else None,
-        listed=listed,
+        seed=_integer(options, "seed", 0, 2**SEED_BITS - len(content.images), 0) if "seed" in options else None,
+        listed=content.listed,
+        envelope=content.envelope,
     )
-    if listed and request.wants_image:
+    if request.listed and request.wants_image:
         raise RequestError("return: a purified image comes for one image a request, as 'image'")
-    if len(images) * request.samples > 4 * manifest.samples.max:
+    if len(request.images) * request.samples > 4 * manifest.samples.max:
         raise RequestError(f"images times samples may be {4 * manifest.samples.max} at most")
     return request
 
 
-def _images_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[tuple[bytes, ...], bool, dict[str, Any]]:
-    """The images, whether they came as a list, and the options beside them."""
+@dataclass(frozen=True)
+class _Content:
+    images: tuple[Image, ...]
+    options: dict[str, Any]
+    listed: bool = False
+    envelope: Envelope | None = None
+
+
+def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
+    """What the body says: images, and options beside them."""
+    content_type = headers.get("content-type", "").lower()
     named = [name for name in _IMAGE_FIELDS if name in fields]
     if not named and "urlencoded" in content_type:  # what curl claims of any body
         raise RequestError("the content type is that of a web form: send one like image/png, or use curl -T FILE")
@@ -97,15 +104,26 @@ def _images_and_options(fields: Mapping[str, Any], content_type: str) -> tuple[t
         raise RequestError("send one image: as the body, as the form field 'image', or as 'image' in JSON")
     body = fields[named[0]]
     options = {name: value for name, value in fields.items() if name != named[0]}
-    if isinstance(body, bytes | bytearray) and "json" not in content_type and not body.startswith(b"{"):
-        return (bytes(body),), False, options
-    entries = _json_object(body)
+    if isinstance(body, bytes | bytearray):
+        if JSON_LENGTH_HEADER in headers:
+            length = _integer(headers, JSON_LENGTH_HEADER, 1, len(body), 0)
+            return _tensors(json_object(body[:length]), bytes(body[length:]), options)
+        if "json" not in content_type and not body.startswith(b"{"):
+            return _Content((bytes(body),), options)
+    entries = json_object(body)
+    if "inputs" in entries:
+        return _tensors(entries, b"", options)
     if "images" not in entries:
-        return (_base64(entries.pop("image", None)),), False, options | entries
+        return _Content((base64_bytes(entries.pop("image", None)),), options | entries)
     texts = entries.pop("images")
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
         raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
-    return tuple(_base64(text) for text in texts), True, options | entries
+    return _Content(tuple(base64_bytes(text) for text in texts), options | entries, listed=True)
+
+
+def _tensors(entries: Mapping[str, Any], binary: bytes, options: dict[str, Any]) -> _Content:
+    images, parameters, envelope = read(entries, binary, MOST_IMAGES)
+    return _Content(images, options | parameters, listed=True, envelope=envelope)
 
 
 def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -122,26 +140,6 @@ def _accepted(headers: Mapping[str, str]) -> str:
     return "purified" if "image/png" in accept and "application/json" not in accept else "json"
 
 
-def _json_object(body: Any) -> dict[str, Any]:
-    """The server parses JSON only when the content type is that of plain JSON to the letter."""
-    try:
-        entries = json.loads(body) if isinstance(body, str | bytes | bytearray) else body
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise RequestError("the body is neither image bytes nor a JSON object with 'image' in base64")
-    return dict(entries)
-
-
-def _base64(text: Any) -> bytes:
-    if not isinstance(text, str):
-        raise RequestError("JSON must hold the image in base64 under 'image'")
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError("image: not valid base64") from None
-
-
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
     """A whole number: JSON's, or its decimal digits."""
     value = _text(options.get(name, default))
@@ -155,14 +153,10 @@ def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default
 def _choice(options: Mapping[str, Any], name: str, choices: Iterable[str], default: str) -> str:
     value = _text(options.get(name, default))
     if not isinstance(value, str) or value not in choices:
-        raise RequestError(f"{name} must be one of {', '.join(_quoted(choice) for choice in choices)}")
+        raise RequestError(f"{name} must be one of {', '.join(quoted(choice) for choice in choices)}")
     return value
 
 
 def _text(value: Any) -> Any:
     """Form fields come as bytes."""
     return bytes(value).decode("utf-8", "replace") if isinstance(value, bytes | bytearray) else value
-
-
-def _quoted(text: str) -> str:
-    return ascii(text[:40])

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from handlers import metrics
+from handlers import metrics, open_inference
 from handlers.arrival import waited
 from handlers.image import ImageError, decode, encode_png
 from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
-from handlers.request import Request, RequestError, parse
+from handlers.request import Request, parse
 from handlers.result import Result
+from handlers.wire import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ class Service:
         for (samples, alphas), items in groups.items():
             answers |= self._purify(items, samples, alphas, self._pipeline)
         whole = [
-            _together([answers[position, i] for i in range(len(parsed[position].images))])
-            if position in parsed and parsed[position].listed
+            self._whole(parsed[position], [answers[position, i] for i in range(len(parsed[position].images))])
+            if position in parsed
             else answers[position, 0]
             for position in range(len(requests))
         ]
@@ -138,7 +139,7 @@ class Service:
     def _read(self, place: Place, request: Request) -> _Item | Answer:
         start = time.perf_counter()
         try:
-            pixels = decode(request.images[place[1]], self._pipeline.manifest.image_size)
+            pixels = decode(request.images[place[1]], self._pipeline.manifest.image_size, len(request.images))
         except ImageError as error:
             return self._refuse("image", 400, str(error))
         except Exception:
@@ -175,7 +176,7 @@ class Service:
     def _refuse(self, reason: str, status: int, words: str) -> Answer:
         self._measure(metrics.REJECTED, 1, reason)
         headers = {"Retry-After": "1"} if status == 503 else {}
-        return Answer(status, "application/json", json.dumps({"error": words}).encode(), headers)
+        return Answer(status, "application/json", json.dumps({"error": words, "status": status}).encode(), headers)
 
     def _measure_run(self, result: Result) -> None:
         for stage, milliseconds in result.timing_ms.items():
@@ -193,6 +194,20 @@ class Service:
         stages = tuple(stage.name for stage in self._pipeline.manifest.stages)
         unlabelled = dict.fromkeys((metrics.FLAGGED, metrics.DISAGREED), ("",))
         return {metrics.ANSWERS: ("200",), metrics.REJECTED: metrics.REASONS, metrics.FALLBACKS: stages, **unlabelled}
+
+    def _whole(self, request: Request, answers: Sequence[Answer]) -> Answer:
+        """The answer to a request from those about its images."""
+        if request.envelope is None:
+            return _together(answers) if request.listed else answers[0]
+        contents = [json.loads(answer.body) for answer in answers]
+        status = _worst(answers)
+        if status == 200:
+            tensors = open_inference.answer(request.envelope, self._pipeline.manifest, contents)
+            return Answer(200, "application/json", json.dumps(tensors).encode())
+        # Tensors have no place for the error of one image, so the whole request fails.
+        reasons = [f"image {i}: {content['error']}" for i, content in enumerate(contents) if "error" in content]
+        body = {"error": "; ".join(reasons), "status": status}
+        return Answer(status, "application/json", json.dumps(body).encode())
 
     def _say(self, item: _Item, result: Result, i: int) -> Answer:
         classes, request = self._pipeline.manifest.classes, item.request
@@ -231,11 +246,13 @@ class Service:
 
 def _together(answers: Sequence[Answer]) -> Answer:
     """The answers about the images of one request, in their order. It has failed when there is none that has not."""
-    entries = [
-        json.loads(answer.body) | ({} if answer.status == 200 else {"status": answer.status}) for answer in answers
-    ]
-    status = 200 if any(answer.status == 200 for answer in answers) else max(answer.status for answer in answers)
+    status = 200 if any(answer.status == 200 for answer in answers) else _worst(answers)
+    entries = [json.loads(answer.body) for answer in answers]
     return Answer(status, "application/json", json.dumps({"answers": entries}).encode())
+
+
+def _worst(answers: Sequence[Answer]) -> int:
+    return max(answer.status for answer in answers)
 
 
 def _share(value: np.floating[Any]) -> float:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.manifest import Manifest
-from handlers.request import MOST_IMAGES, OPTIONS, Request, RequestError, parse
+from handlers.request import MOST_IMAGES, OPTIONS, Request, parse
+from handlers.wire import RequestError
 
 IMAGE = b"\x89PNG..."
 BASE64 = base64.b64encode(IMAGE).decode()

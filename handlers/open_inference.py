@@ -1,0 +1,201 @@
+"""The Open Inference Protocol (KServe v2): a request as tensors, and its answer as tensors.
+
+One input tensor holds the images: "BYTES", each an encoded image in base64, or their pixels as "UINT8" (0 to 255) or
+"FP32" (0 to 1, rounded to 8 bits) of shape (n, H, W, 3) or (n, 3, H, W). Options go under "parameters". Tensor data may
+follow the JSON as raw bytes, as the binary data extension has it. Every output has n rows; an answer holds all of them
+or those that "outputs" names.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.manifest import Manifest
+from handlers.wire import RequestError, base64_bytes, quoted
+
+JSON_LENGTH_HEADER = "inference-header-content-length"
+"""How many bytes of the body are JSON; tensors follow."""
+
+_ENTRIES = ("id", "inputs", "outputs", "parameters")
+_MAX_SIDE = 20_000
+_PIXELS: dict[str, tuple[np.dtype[Any], int]] = {"UINT8": (np.dtype("u1"), 255), "FP32": (np.dtype("<f4"), 1)}
+"""Type as it is sent, and the value of white."""
+
+_PLAIN: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "label": ("BYTES", lambda answer: answer["label"]),
+    "index": ("INT64", lambda answer: answer["index"]),
+    "confidence": ("FP32", lambda answer: answer["confidence"]),
+    "agreement": ("FP32", lambda answer: answer["agreement"]),
+    "flagged": ("BOOL", lambda answer: answer["flagged"]),
+    "unpurified_label": ("BYTES", lambda answer: answer["unpurified"]["label"]),
+    "unpurified_index": ("INT64", lambda answer: answer["unpurified"]["index"]),
+    "unpurified_confidence": ("FP32", lambda answer: answer["unpurified"]["confidence"]),
+}
+_RANKED = {"label": "BYTES", "index": "INT64", "confidence": "FP32", "votes": "INT64"}
+OUTPUTS = (*_PLAIN, *(f"top_{name}" for name in _RANKED))
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What of a request its answer needs: its own id, and the names of the outputs it wants."""
+
+    id: str | None
+    outputs: tuple[str, ...]
+
+
+Image = bytes | npt.NDArray[np.uint8]
+
+
+def read(
+    entries: Mapping[str, Any], binary: bytes, max_images: int
+) -> tuple[tuple[Image, ...], dict[str, Any], Envelope]:
+    """The images, the options and the envelope of a request.
+
+    Args:
+        entries: its JSON.
+        binary: what followed the JSON.
+
+    Raises:
+        RequestError: what does not fit the protocol or our one input, and what would.
+    """
+    if unknown := [name for name in entries if name not in _ENTRIES]:
+        raise RequestError(f"unknown entry {quoted(unknown[0])}: there are {', '.join(_ENTRIES)}")
+    options = entries.get("parameters", {})
+    if not isinstance(options, dict):
+        raise RequestError("parameters must be an object")
+    name = entries.get("id")
+    if name is not None and (not isinstance(name, str) or len(name) > 256):
+        raise RequestError("id must be a text of at most 256 characters")
+    images = _images(entries.get("inputs"), binary, max_images)
+    # Answers are JSON whatever is asked for: tensors as small as these gain nothing from another form.
+    options = {name: value for name, value in options.items() if name != "binary_data_output"}
+    return images, options, Envelope(name, _wanted(entries.get("outputs")))
+
+
+def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The answers about all images of a request, in their order, as tensors."""
+    outputs = []
+    for name in envelope.outputs:
+        if name in _PLAIN:
+            datatype, value = _PLAIN[name]
+            outputs.append(_tensor(name, datatype, (len(answers),), [value(each) for each in answers]))
+        else:
+            key = name.removeprefix("top_")
+            data = [entry[key] for each in answers for entry in each["top_k"]]
+            shape = (len(answers), len(answers[0]["top_k"]))
+            outputs.append(_tensor(name, _RANKED[key], shape, data))
+    named = {} if envelope.id is None else {"id": envelope.id}
+    return {
+        "model_name": manifest.name,
+        "model_version": manifest.version,
+        **named,
+        "parameters": {"samples": answers[0]["samples"]},
+        "outputs": outputs,
+    }
+
+
+def _tensor(name: str, datatype: str, shape: tuple[int, ...], data: list[Any]) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": list(shape), "data": data}
+
+
+def _wanted(outputs: Any) -> tuple[str, ...]:
+    if outputs is None or outputs == []:
+        return OUTPUTS
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        raise RequestError("outputs must be a list of objects with a name")
+    names = [output.get("name") for output in outputs]
+    for name in names:
+        if name not in OUTPUTS:
+            raise RequestError(f"outputs: no tensor is called {quoted(name)}; there are {', '.join(OUTPUTS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise RequestError("inputs must be a list of one tensor, which holds the images")
+    tensor = inputs[0]
+    datatype, shape = tensor.get("datatype"), tensor.get("shape")
+    if datatype not in ("BYTES", *_PIXELS):
+        raise RequestError("inputs: the datatype must be BYTES (encoded images in base64), UINT8 or FP32 (pixels)")
+    if not isinstance(shape, list) or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in shape):
+        raise RequestError(f"inputs: the shape must be a list of whole numbers from 1 to {_MAX_SIDE}")
+    data = _data(tensor, binary)
+    if datatype == "BYTES":
+        texts = _texts(data)
+        if not 1 <= len(texts) <= max_images or math.prod(shape) != len(texts):
+            raise RequestError(f"inputs: BYTES must hold 1 to {max_images} images, and shape their number")
+        return tuple(text if isinstance(text, bytes) else base64_bytes(text) for text in texts)
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]) or shape[0] > max_images:
+        raise RequestError(f"inputs: pixels must have shape (n, H, W, 3) or (n, 3, H, W), n at most {max_images}")
+    pixels = _pixels(data, datatype, math.prod(shape)).reshape(shape)
+    return tuple(np.ascontiguousarray(pixels if shape[3] == 3 else pixels.transpose(0, 2, 3, 1)))
+
+
+def _data(tensor: Mapping[str, Any], binary: bytes) -> Any:
+    """The tensor's data: bytes where they follow the JSON, else a list."""
+    parameters = tensor.get("parameters", {})
+    if not isinstance(parameters, dict) or any(name != "binary_data_size" for name in parameters):
+        raise RequestError("inputs: of a tensor's parameters only binary_data_size is known; options go outside of it")
+    if "data" in tensor:
+        if binary:
+            raise RequestError("inputs: the data is there twice, in the JSON and behind it")
+        return tensor["data"]
+    if type(size := parameters.get("binary_data_size")) is not int or size != len(binary):
+        raise RequestError("inputs: there is no data, or binary_data_size is not the number of bytes behind the JSON")
+    return binary
+
+
+def _texts(data: Any) -> list[Any]:
+    if isinstance(data, bytes):
+        return list(_split(data))
+    if not isinstance(data, list):
+        raise RequestError("inputs: data must be a list")
+    return _flat(data)
+
+
+def _split(binary: bytes) -> Iterator[bytes]:
+    """Elements of a BYTES tensor in binary: each behind its length, 4 bytes, little-endian."""
+    place = 0
+    while place < len(binary):
+        if place + 4 > len(binary):
+            raise RequestError("inputs: the binary data ends within a length")
+        (length,) = struct.unpack_from("<I", binary, place)
+        place += 4 + length
+        if place > len(binary):
+            raise RequestError("inputs: the binary data ends within an image")
+        yield binary[place - length : place]
+
+
+def _pixels(data: Any, datatype: str, count: int) -> npt.NDArray[np.uint8]:
+    """(count,) in 8 bits."""
+    dtype, white = _PIXELS[datatype]
+    refusal = RequestError(f"inputs: {datatype} must hold as many numbers as its shape says, each from 0 to {white}")
+    if isinstance(data, bytes):
+        if len(data) != count * dtype.itemsize:
+            raise refusal
+        values = np.frombuffer(data, dtype)
+    else:
+        numbers = _flat(data) if isinstance(data, list) else []
+        kinds = {int} if datatype == "UINT8" else {int, float}
+        if len(numbers) != count or not set(map(type, numbers)) <= kinds:
+            raise refusal
+        try:
+            values = np.array(numbers, np.float64)
+        except OverflowError:
+            raise refusal from None
+    if not (values.min() >= 0 and values.max() <= white):  # also refuses NaN
+        raise refusal
+    return np.rint(values * (255 / white)).astype(np.uint8) if white == 1 else values.astype(np.uint8)
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    """Row by row, if it is nested."""
+    while data and all(isinstance(row, list) for row in data):
+        data = list(chain.from_iterable(data))
+    return data

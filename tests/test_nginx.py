@@ -138,6 +138,7 @@ def test_metrics_are_on_a_port_of_their_own_and_nothing_else_is(pair: Pair) -> N
     address = f"http://127.0.0.1:{pair.metrics_port}"
     text = urllib.request.urlopen(f"{address}/metrics", timeout=30).read().decode()
     assert "ts_inference_requests_total" in text
+    assert "mlvgm_queue_seconds_count" in text, "nginx says when a request came"
     for path in ("/", "/models", "/predictions/tiny", "/metrics/../models"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(address + path, timeout=30)

@@ -50,17 +50,18 @@ class Pair:
         self.process: subprocess.Popen[bytes] | None = None
         self._write_conf(metrics)
 
-    def run(self, store: Path, *words: str) -> "subprocess.Popen[bytes]":
-        """deploy/pair.py, with its output in the log."""
+    def run(self, store: Path, *words: str, stdout: str = "") -> "subprocess.Popen[bytes]":
+        """deploy/pair.py, with its output in the log, or that of the two in ``stdout``."""
         command = [sys.executable, "-m", "deploy.pair", "--model-store", str(store), "--port", str(self.server.port)]
         command += ["--nginx-conf", str(self.folder / "etc" / "nginx.conf"), *words]
         environment = os.environ | {"MLVGM_STATE": str(self.state)}
-        with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
+        with (self.folder / "log").open("ab") as log, open(stdout or os.devnull, "wb") as other:
+            out = other if stdout else log
+            return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=log)
 
-    def start(self, store: Path) -> None:
+    def start(self, store: Path, stdout: str = "") -> None:
         """Run both and wait until nginx listens."""
-        self.process = self.run(store)
+        self.process = self.run(store, stdout=stdout)
         deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline and self.process.poll() is None:
             if port_is_taken(self.port):
@@ -128,9 +129,19 @@ class Pair:
             (etc / "extra" / "metrics.conf").write_text(moving(conf, moved))
         self.clients = etc / "private" / "clients.map"
         self.clients.write_text('"open-sesame" tester;\n')
+        self.certify()
+
+    def certify(self) -> None:
+        """Another key and certificate for nginx."""
+        private = self.clients.parent
         words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-        words += ["-keyout", str(etc / "private" / "tls.key"), "-out", str(etc / "private" / "tls.crt")]
+        words += ["-keyout", str(private / "tls.key"), "-out", str(private / "tls.crt")]
         subprocess.run(["openssl", *words], check=True, capture_output=True)
+
+    def certificate(self) -> bytes:
+        """The one that nginx shows."""
+        with self.connect() as stream:
+            return stream.getpeercert(binary_form=True) or b""
 
 
 def moving(text: str, moved: dict[str, str]) -> str:

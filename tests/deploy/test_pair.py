@@ -1,5 +1,6 @@
 """deploy/pair.py, really run: nothing in flight is lost, no key is ever stale for long, nothing is left behind."""
 
+import json
 import signal
 import subprocess
 import time
@@ -77,16 +78,39 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(pair: Pair) -> Non
     assert not pair.server.key_file.exists()
 
 
-def test_keys_are_followed(pair: Pair) -> None:
-    """A key that is renewed, by whomever, reaches nginx; a client's key is there or gone without a restart."""
+def test_keys_and_certificates_are_followed(pair: Pair) -> None:
+    """TorchServe's key, renewed by whomever or because its end is near; a client's; and the certificate."""
     client = pair.server.client()
     old = client.key("inference")
     client.renew_key("inference")
     assert client.key("inference") != old
     until(lambda: pair.predict()[0] == 200)
+
+    keys = json.loads(pair.server.key_file.read_text())
+    old = keys["inference"]["key"]
+    assert keys["inference"]["expiration time"] > "2027"  # by the year that it lasts
+    keys["inference"]["expiration time"] = "2026-01-01T00:00:00.123456Z"  # as after a jump of the clock
+    pair.server.key_file.write_text(json.dumps(keys))
+    until(lambda: client.key("inference") != old)
+    until(lambda: pair.predict()[0] == 200)
+
     pair.clients.write_text('"another" somebody;\n')
     until(lambda: pair.predict({"X-Api-Key": "another"})[0] == 200)
     assert pair.predict()[0] == 401
+
+    shown = pair.certificate()
+    pair.certify()
+    until(lambda: pair.certificate() != shown)
+
+
+def test_a_full_disk_under_the_log_stops_nobody(store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    try:
+        pair.start(store, stdout="/dev/full")
+        assert [pair.predict()[0] for _ in range(3)] == [200] * 3
+        assert "No space left on device" in pair.log()
+    finally:
+        assert pair.stop() == 0
 
 
 @pytest.mark.parametrize("victim", ["java", "nginx"])

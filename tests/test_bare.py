@@ -1,0 +1,79 @@
+"""Where nothing but the core's own requirements is installed, the core imports and every verb explains itself."""
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.main import VERBS
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name of a package is not that of what one imports
+# Adapters to one library each, imported when that library is to be used.
+ADAPTERS = {
+    "handlers.runtimes.onnxruntime", "handlers.runtimes.onnxruntime_cuda", "handlers.runtimes.openvino",
+}  # fmt: skip
+
+# An installed package that the core does not require is as good as absent: nothing of it can be imported.
+BARE = """
+import sys
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        first = name.partition(".")[0]
+        if path is None and first not in {allowed!r} and first not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Bare())
+"""
+
+
+def bare() -> str:
+    """The program that takes everything away but the standard library, our packages and their requirements."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = [line.partition(">")[0].strip() for line in config["options"]["install_requires"].split()]
+    allowed = {IMPORTS.get(name, name) for name in required} | {"handlers", "cli", "export", "mlvgm", "benchmarks"}
+    assert {"numpy", "PIL", "yaml"} < allowed
+    return BARE.format(allowed=allowed)
+
+
+def modules(package: str) -> list[str]:
+    paths = sorted((ROOT / package).rglob("*.py"))
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
+def run(program: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", bare() + program, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx", "onnxruntime", "openvino", "psutil", "matplotlib", "scipy", "ray"])
+def test_bare_means_bare(name: str) -> None:
+    assert "ModuleNotFoundError" in run(f"import {name}").stderr
+
+
+def test_every_module_of_the_core_imports() -> None:
+    names = [name for name in modules("handlers") + modules("cli") if name not in ADAPTERS]
+    assert len(names) > 25
+    program = "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    done = run(program, *names)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(verb: str) -> None:
+    done = run("from cli.main import main\nmain(sys.argv[1:])", verb, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: mlvgm {verb}" in done.stdout
+
+
+def test_handlers_know_nothing_of_the_other_packages() -> None:
+    """They travel in an archive, alone."""
+    for path in sorted((ROOT / "handlers").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ours = {name.partition(".")[0] for name in names}
+            assert not ours & {"mlvgm", "export", "cli", "benchmarks"}, path

@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 # torch has a CPU build of its own index; on other platforms the plain one.
 TORCH := torch==2.13.0
 DATA ?= ../shared/data/gtsrb
+FUZZ_SECONDS ?= 60
 
-.PHONY: help install demo test test-full lint train clean
+.PHONY: help install demo test test-full fuzz lint train clean
 
 help:
 	@echo "make demo       install, export, archive, serve, and show attacked signs being read right again"
 	@echo "make test       install, lint, type-check, run the tests"
 	@echo "make test-full  the tests on full-size models as well (hours, 16 GB)"
+	@echo "make fuzz       fuzz the request parser and the image decoder, each for FUZZ_SECONDS=$(FUZZ_SECONDS)"
 	@echo "make train      train the default model anew from DATA=$(DATA)"
 	@echo "make clean      remove what was built"
 
@@ -21,7 +23,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mlvgm-serve needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,attack,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,grpc,attack,dev]'
 	touch $@
 
 demo: install
@@ -37,6 +39,10 @@ test: lint
 
 test-full: install
 	$(BIN)/python -m pytest -m "full or not full"
+
+fuzz: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	for target in request image; do $(BIN)/python -m tests.fuzz.$$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
 train: install
 	$(BIN)/python -m mlvgm.training --data $(DATA) --out model_store/road-signs

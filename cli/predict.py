@@ -8,7 +8,8 @@ from typing import Any
 
 from cli.errors import CliError
 from cli.server import Server
-from handlers.client import Client, ServerError
+from handlers.client import Client, Predictor, ServerError
+from handlers.grpc_client import GrpcClient
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,18 +28,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
     parser.add_argument("--alphas", help="schedule of interpolation weights (default: the model's)")
     parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
+    parser.add_argument("--grpc", action="store_true", help="ask over gRPC: the third port after --port")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
     parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask about one file after the other; one that is refused does not stop the rest."""
+    if arguments.grpc and arguments.save_purified:
+        raise CliError("--save-purified goes over HTTP: gRPC has no place for the figures beside the image")
     server = Server(arguments.port)
     model = arguments.model or _only_model(server)
     if arguments.save_purified:
         _check_names(arguments.files)
         arguments.save_purified.mkdir(parents=True, exist_ok=True)
-    client = server.client()
+    client: Predictor = server.client()
+    if arguments.grpc:
+        client = GrpcClient(f"127.0.0.1:{server.port + 3}", server.client())
     width = max(4, *(len(str(path)) for path in arguments.files))
     if not arguments.json:
         print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
@@ -69,14 +75,14 @@ def _only_model(server: Server) -> str:
     return models[0]
 
 
-def _ask(client: Client, model: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def _ask(client: Predictor, model: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     image = path.read_bytes()
     options: dict[str, Any] = {
         "samples": arguments.samples,
         "alphas": arguments.alphas,
         "seed": arguments.seed,
     }
-    if not arguments.save_purified:
+    if not isinstance(client, Client) or not arguments.save_purified:
         return client.predict(image, model, top_k=arguments.top_k, **options)
     purified, answer = client.purify(image, model, **options)
     target = arguments.save_purified / _purified_name(path)

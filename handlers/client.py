@@ -32,8 +32,55 @@ class Reply:
     body: bytes
 
 
-class Client:
-    """Talks to one TorchServe.
+class Predictor:
+    """What can be asked of a server, whichever way it is reached."""
+
+    def predict(
+        self,
+        image: bytes,
+        model: str,
+        samples: int | None = None,
+        top_k: int | None = None,
+        alphas: str | None = None,
+        seed: int | None = None,
+    ) -> dict[str, Any]:
+        """The answer for one encoded image: label, confidence, agreement, flagged, unpurified, top_k, timing_ms.
+
+        Raises:
+            ServerError: unreachable, or the request was refused (status 400 and up) with the server's reason.
+        """
+        options = {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed}
+        answer: dict[str, Any] = json.loads(self._ask(image, model, options))
+        return answer
+
+    def predict_many(
+        self,
+        images: Sequence[bytes],
+        model: str,
+        samples: int | None = None,
+        top_k: int | None = None,
+        alphas: str | None = None,
+        seed: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """The answers for several encoded images in one request, in their order; see `predict`.
+
+        The entry of an image that was refused while others were answered holds ``error`` and ``status`` instead.
+
+        Raises:
+            ServerError: as for `predict`, and when no image at all could be answered.
+        """
+        options = {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed}
+        body = json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
+        answers: list[dict[str, Any]] = json.loads(self._ask(body, model, options))["answers"]
+        return answers
+
+    def _ask(self, data: bytes, model: str, options: dict[str, Any]) -> bytes:
+        """The body of the answer to an encoded image or a JSON object, with those options that are not None."""
+        raise NotImplementedError
+
+
+class Client(Predictor):
+    """Talks to one TorchServe over HTTP.
 
     Args:
         url: of the inference port.
@@ -55,50 +102,6 @@ class Client:
         self._key_file = Path(key_file) if key_file else None
         self._timeout = timeout
 
-    def predict(
-        self,
-        image: bytes,
-        model: str,
-        samples: int | None = None,
-        top_k: int | None = None,
-        alphas: str | None = None,
-        seed: int | None = None,
-    ) -> dict[str, Any]:
-        """The answer for one encoded image: label, confidence, agreement, flagged, unpurified, top_k, timing_ms.
-
-        Raises:
-            ServerError: unreachable, or the request was refused (status 400 and up) with the server's reason.
-        """
-        reply = self._ask(image, model, {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed})
-        answer: dict[str, Any] = json.loads(reply.body)
-        return answer
-
-    def predict_many(
-        self,
-        images: Sequence[bytes],
-        model: str,
-        samples: int | None = None,
-        top_k: int | None = None,
-        alphas: str | None = None,
-        seed: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """The answers for several encoded images in one request, in their order; see `predict`.
-
-        The entry of an image that was refused while others were answered holds ``error`` and ``status`` instead.
-
-        Raises:
-            ServerError: as for `predict`, and when no image at all could be answered.
-        """
-        options = {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed}
-        entries: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        entries["images"] = [base64.b64encode(image).decode() for image in images]
-        headers = {"Content-Type": "application/json"}
-        path = f"/predictions/{quote(model)}"
-        body = json.dumps(entries).encode()
-        reply = self._authorized(self._inference, "POST", path, body, headers, "inference")
-        answers: list[dict[str, Any]] = json.loads(reply.body)["answers"]
-        return answers
-
     def purify(
         self,
         image: bytes,
@@ -113,7 +116,7 @@ class Client:
             ServerError: as for `predict`.
         """
         options = {"samples": samples, "alphas": alphas, "seed": seed, "return": "purified"}
-        reply = self._ask(image, model, options)
+        reply = self._reply(image, model, options)
         return reply.body, json.loads(reply.headers["x-mlvgm-answer"])
 
     def ready_workers(self, model: str) -> int:
@@ -155,13 +158,16 @@ class Client:
         reply = _send(self._management, "GET", f"/token?type={kind}", b"", _bearer(self.key("API")), self._timeout)
         _check(reply)
 
-    def _ask(self, image: bytes, model: str, options: dict[str, Any]) -> Reply:
-        headers = {"Content-Type": "application/octet-stream"}
+    def _ask(self, data: bytes, model: str, options: dict[str, Any]) -> bytes:
+        return self._reply(data, model, options).body
+
+    def _reply(self, data: bytes, model: str, options: dict[str, Any]) -> Reply:
+        is_json = data.startswith(b"{")
+        headers = {"Content-Type": "application/json" if is_json else "application/octet-stream"}
         for name, value in options.items():
             if value is not None:
                 headers[f"X-Mlvgm-{name.replace('_', '-').title()}"] = str(value)
-        path = f"/predictions/{quote(model)}"
-        return self._authorized(self._inference, "POST", path, image, headers, "inference")
+        return self._authorized(self._inference, "POST", f"/predictions/{quote(model)}", data, headers, "inference")
 
     def _manage(self, method: str, path: str) -> Reply:
         return self._authorized(self._management, method, path, b"", {}, "management")
@@ -196,15 +202,20 @@ def _send(
         connection.close()
 
 
-def _check(reply: Reply) -> Reply:
-    if reply.status < 400:
-        return reply
+def refusal(status: int, body: bytes) -> ServerError:
+    """What the server says in the body of an answer with an error status."""
     try:
-        content = json.loads(reply.body)
+        content = json.loads(body)
         reason = content.get("error") or content.get("message") or _reasons(content["answers"])
     except (ValueError, AttributeError, KeyError, TypeError):
-        reason = reply.body.decode("utf-8", "replace")[:200] or http.client.responses.get(reply.status, "")
-    raise ServerError(f"the server answered {reply.status}: {reason}", reply.status)
+        reason = body.decode("utf-8", "replace")[:200] or http.client.responses.get(status, "")
+    return ServerError(f"the server answered {status}: {reason}", status)
+
+
+def _check(reply: Reply) -> Reply:
+    if reply.status >= 400:
+        raise refusal(reply.status, reply.body)
+    return reply
 
 
 def _reasons(answers: Sequence[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ MOST_IMAGES = 16
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
 _DEFAULT_TOP_K = 5
+_MOST_TOP_K = 1000  # an answer larger than max_response_size would cost the worker its life
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def parse(
         raise RequestError(f"unknown option {quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
     if "seed" in options and not allow_seed:
         raise RequestError("seed: this server does not let clients choose the noise")
-    n_classes = len(manifest.classes)
+    most_named = min(len(manifest.classes), _MOST_TOP_K)
     request = Request(
         images=content.images,
         samples=_integer(options, "samples", 1, manifest.samples.max, manifest.samples.default),
-        top_k=_integer(options, "top_k", 1, n_classes, min(_DEFAULT_TOP_K, n_classes)),
+        top_k=_integer(options, "top_k", 1, most_named, min(_DEFAULT_TOP_K, most_named)),
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
         seed=_integer(options, "seed", 0, 2**SEED_BITS - len(content.images), 0) if "seed" in options else None,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from export.archive import FORMATS, Settings, build_archive
+from export.archive import FORMATS, QUEUED_BATCHES, Settings, build_archive
 from handlers import runtimes
 
 
@@ -42,6 +42,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="how long a request waits for others to join its batch, 1 or more (%(default)s)",
     )
     parser.add_argument(
+        "--queue",
+        type=int,
+        default=defaults.queue,
+        metavar="N",
+        help=f"requests that may wait; one more is refused at once (default: {QUEUED_BATCHES} batches)",
+    )
+    parser.add_argument(
+        "--max-wait",
+        type=int,
+        default=defaults.max_wait_s,
+        metavar="S",
+        help="refuse what has waited for longer, where a proxy says when it came (%(default)s)",
+    )
+    parser.add_argument(
         "--response-timeout",
         type=int,
         default=defaults.response_timeout_s,
@@ -63,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         allow_seed=arguments.allow_seed,
         batch_size=arguments.batch_size,
         batch_delay_ms=arguments.batch_delay,
+        queue=arguments.queue,
+        max_wait_s=arguments.max_wait,
         response_timeout_s=arguments.response_timeout,
     )
     archive = build_archive(arguments.bundle, arguments.out, settings, arguments.archive_format)

@@ -4,16 +4,24 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cli.errors import CliError
 from cli.java import find_java
-from cli.server import DEPLOY, INSTALL, Server, port_is_taken
+from cli.server import DEPLOY, INSTALL, Server, grey_png, missing_settings, model_name, port_is_taken
 from handlers import runtimes
 from handlers.client import ServerError
+
+_NEEDED = {"numpy": "1.26", "pillow": "10.3", "pyyaml": "6"}  # by every worker
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_PATIENCE_S = 60
+_SPARE_BYTES = 500_000_000  # for logs, uploads and sockets
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
         _java,
         lambda: _package("torchserve", "0.12", INSTALL),
         lambda: _package("torch-model-archiver", "0.12", INSTALL),
-        lambda: _package("pillow", "10.3", "pip install 'pillow>=10.3'"),
+        *(partial(_package, name, oldest, f"pip install '{name}>={oldest}'") for name, oldest in _NEEDED.items()),
         _runtimes,
+        _gpu,
         _settings,
         lambda: _store(arguments.model_store),
         lambda: _folder(server),
+        lambda: _disk(server, arguments.model_store),
         lambda: _ports(server),
         lambda: _keys(server),
+        lambda: _answers(server),
     ]
     failed = 0
     for check in checks:
@@ -99,24 +110,60 @@ def _runtimes() -> Finding:
     return Finding("runtimes", f"{', '.join(found)}; auto takes {runtimes.choose('auto')}")
 
 
+def _gpu() -> Finding:
+    """None is needed; but one that nothing can use is most likely not meant."""
+    try:
+        version = re.search(r"Kernel Module.*?(\d+\.\d+\S*)", _NVIDIA_DRIVER.read_text())
+    except OSError:
+        return Finding("GPU", "no NVIDIA driver: the CPU computes")
+    driver = f"NVIDIA driver {version[1] if version else 'of unknown version'}"
+    if not set(runtimes.installed()) - set(runtimes.ON_CPU):
+        return Finding("GPU", f"{driver}, but no runtime for it", "pip install 'mlvgm-serve[gpu]'", is_warning=True)
+    usable = [name for name in runtimes.available() if name not in runtimes.ON_CPU]
+    if not usable:
+        cure = "let this machine have the GPU's devices: a container needs --gpus all"
+        return Finding("GPU", f"{driver}, but no device in /dev", cure, is_warning=True)
+    return Finding("GPU", f"{driver}; for {', '.join(usable)}")
+
+
 def _settings() -> Finding:
-    missing = [name for name in ("config.properties", "log4j2.xml") if not (DEPLOY / name).is_file()]
+    missing = missing_settings()
     cure = f"serve from a checkout: {DEPLOY} lacks {', '.join(missing)}" if missing else ""
     return Finding("settings", str(DEPLOY), cure)
 
 
 def _store(store: Path) -> Finding:
-    archives = sorted(path.name for path in store.glob("*.mar"))
-    cure = "" if archives else f"mlvgm export, then mlvgm archive BUNDLE --out {store}"
-    return Finding("model store", f"{store}: {', '.join(archives) or 'no archive'}", cure, is_warning=True)
+    archives = sorted(store.glob("*.mar"))
+    if not archives:
+        cure = f"mlvgm export, then mlvgm archive BUNDLE --out {store}"
+        return Finding("model store", f"{store}: no archive", cure, is_warning=True)
+    for archive in archives:
+        try:
+            model_name(archive)
+        except CliError as error:
+            return Finding("model store", f"{archive.name} cannot be served", str(error))
+    return Finding("model store", f"{store}: {', '.join(path.name for path in archives)}")
 
 
 def _folder(server: Server) -> Finding:
     """The first folder upwards that exists must take new ones."""
-    existing = next(path for path in (server.folder, *server.folder.parents) if path.exists())
+    existing = _existing(server)
     writable = os.access(existing, os.W_OK | os.X_OK)
     cure = "" if writable else "set MLVGM_STATE to a folder that you may write in"
     return Finding("server folder", f"{server.folder} {'can' if writable else 'cannot'} be written", cure)
+
+
+def _disk(server: Server, store: Path) -> Finding:
+    """TorchServe unpacks every archive at each start."""
+    needed = sum(path.stat().st_size for path in store.glob("*.mar")) + _SPARE_BYTES
+    free = shutil.disk_usage(_existing(server)).free
+    found = f"{free / 1e9:.1f} GB free at {_existing(server)}, {needed / 1e9:.1f} GB needed for all archives"
+    cure = "" if free >= needed else "set MLVGM_STATE to a folder on a larger disk, or serve fewer archives"
+    return Finding("disk", found, cure)
+
+
+def _existing(server: Server) -> Path:
+    return next(path for path in (server.folder, *server.folder.parents) if path.exists())
 
 
 def _ports(server: Server) -> Finding:
@@ -139,3 +186,16 @@ def _keys(server: Server) -> Finding:
     others = server.key_file.stat().st_mode & 0o077
     cure = f"chmod 600 {server.key_file}" if others else ""
     return Finding("key file", f"{server.key_file} is {'readable by others' if others else 'private'}", cure)
+
+
+def _answers(server: Server) -> Finding:
+    """Of a running server: TorchServe says of itself that it is healthy with a dead worker."""
+    if not server.process():
+        return Finding("answers", "none, as no server is running")
+    cure = f"look into {server.log}; mlvgm serve --stop, then mlvgm serve"
+    for model in server.models:
+        try:
+            server.client(_PATIENCE_S).predict(grey_png(), model, samples=1)
+        except ServerError as error:
+            return Finding("answers", f"{model}: {error}", cure)
+    return Finding("answers", f"{', '.join(server.models)} answered")

@@ -12,6 +12,7 @@ VERBS = {
     "verify": "compare a bundle with the PyTorch reference",
     "archive": "pack a bundle into a .mar for TorchServe",
     "serve": "start TorchServe on loopback with an archive",
+    "ready": "check that a running server answers, for probes",
     "predict": "ask a running server about image files",
     "purify": "purify a folder of images in bulk",
     "bench": "measure stages, servers and robustness",

@@ -28,7 +28,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--port", type=int, default=8080, help="of inference; the four after it are taken as well (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="per model; the cores are shared out (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="per model, each with a copy of it in memory; the cores are shared out (%(default)s: measured fastest "
+        "for a few clients, docs/metrics.md)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of each worker (default: the cores shared out among the workers)"
+    )
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="to wait for an answer (%(default)s)")
     parser.add_argument("--detach", action="store_true", help="return once the server answers")
     parser.add_argument("--stop", action="store_true", help="stop the server of this port")
@@ -40,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError("--port must be 1 to 65531: the server needs the four ports after it too")
     if arguments.workers < 1:
         raise CliError("--workers must be 1 or more")
+    if arguments.threads < 0:
+        raise CliError("--threads must be 1 or more, or 0 to share the cores out")
     server = Server(arguments.port)
     if arguments.stop:
         stopped = server.stop()
@@ -50,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(number, _interrupt)
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    server.start(archives, arguments.workers, arguments.timeout)
+    server.start(archives, arguments.workers, arguments.timeout, arguments.threads, _tell)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:
         print(_curl(server, model), flush=True)
@@ -69,6 +80,10 @@ def _archives(store: Path, names: list[str] | None) -> list[Path]:
         held = ", ".join(path.name for path in found) or "none; build one with mlvgm archive BUNDLE"
         raise CliError(f"{store}: say with --models which archives to serve (there: {held})")
     return found
+
+
+def _tell(step: str) -> None:
+    print(step, file=sys.stderr, flush=True)
 
 
 def _curl(server: Server, model: str) -> str:

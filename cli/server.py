@@ -11,13 +11,14 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.errors import CliError
 from cli.java import find_java
 from handlers.client import Client, ServerError
+from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Server:
 
     def __init__(self, port: int = 8080, state: str | Path | None = None) -> None:
         self.port = port
+        self._threads = 0
         parent = Path(state or os.environ.get(STATE_VARIABLE) or PROJECT / "build" / "serve")
         self.folder = parent.absolute() / str(port)
 
@@ -68,24 +70,35 @@ class Server:
     def client(self, timeout: float = 120) -> Client:
         return Client(self.url, key_file=self.key_file, timeout=timeout)
 
-    def start(self, archives: Sequence[Path], workers: int = 1, timeout: float = 600) -> None:
+    def start(
+        self,
+        archives: Sequence[Path],
+        workers: int = 1,
+        timeout: float = 600,
+        threads: int = 0,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Start TorchServe with ``archives``, all of one folder, and wait until every model has answered a prediction.
 
         Args:
             workers: per model; the cores are shared out among them.
             timeout: seconds to wait.
+            threads: of each worker; 0 shares the cores out where there are several workers, and leaves the number to
+                the archive where there is one.
+            progress: is told in one line how far a worker is.
 
         Raises:
             CliError: something is missing, a port is taken, or the server or a bundle does not come up.
         """
         models = {model_name(archive): archive for archive in archives}
+        self._threads = threads
         self._check()
         self._prepare(models)
         try:
             self._launch(archives[0].parent, models, workers)
             deadline = time.monotonic() + timeout
             for model in models:
-                self._await_answer(model, deadline)
+                self._await_answer(model, deadline, progress)
                 if workers > 1:
                     self.client(timeout).set_workers(model, workers)
         except BaseException:
@@ -201,21 +214,27 @@ class Server:
             "LOG_LOCATION": str(self.folder / "logs"),
             "METRICS_LOCATION": str(self.folder / "logs"),
         }
-        if workers > 1:
+        if self._threads:
+            environment[THREADS_VARIABLE] = str(self._threads)
+        elif workers > 1:
             environment.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // workers)))
         return environment
 
-    def _await_answer(self, model: str, deadline: float) -> None:
+    def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:
         """TorchServe's own health check says yes long before a worker is up: only an answer counts."""
-        image, said = _grey_png(), "nothing"
+        said, shown = "nothing", 0
         while time.monotonic() < deadline:
+            steps = [line[line.index(PROGRESS) :] for line in self._said() if PROGRESS in line]
+            for step in steps[shown:]:
+                progress(step)
+            shown = len(steps)
             if self.process() is None:
                 raise CliError(f"TorchServe ended while starting: {self._last_words()}")
             if reason := self._failure():
                 raise CliError(reason)
             try:
                 if self.client(5).ready_workers(model):
-                    self.client(max(1.0, deadline - time.monotonic())).predict(image, model, samples=1)
+                    self.client(max(1.0, deadline - time.monotonic())).predict(grey_png(), model, samples=1)
                     return
             except ServerError as error:
                 if error.status == 404:
@@ -299,7 +318,8 @@ def _alive(process: "psutil.Process") -> bool:
         return False
 
 
-def _grey_png() -> bytes:
+def grey_png() -> bytes:
+    """A small image, to see whether a server answers."""
     from PIL import Image
 
     stream = io.BytesIO()

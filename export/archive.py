@@ -16,6 +16,9 @@ from handlers import runtimes
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.torchserve import BUNDLE
 
+QUEUED_BATCHES = 4
+"""So a request that is let in waits for five batches at most: these, and the one that is being answered."""
+
 FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 
 
@@ -34,6 +37,9 @@ class Settings:
         batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples.
         batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
             answer of a quiet server; requests that arrive while a batch runs are batched anyway.
+        queue: requests that may wait; one more is answered 503 at once. 0 takes `QUEUED_BATCHES` batches.
+        max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
+            a proxy that says when it came (`handlers.arrival`).
         response_timeout_s: a batch that takes longer costs its worker the life.
         startup_timeout_s: for checking, loading and warming up.
     """
@@ -43,6 +49,8 @@ class Settings:
     allow_seed: bool = False
     batch_size: int = 0
     batch_delay_ms: int = 2
+    queue: int = 0
+    max_wait_s: int = 30
     response_timeout_s: int = 120
     startup_timeout_s: int = 600
 
@@ -78,13 +86,20 @@ def build_archive(
     return target
 
 
+def fitting_batch(manifest: Manifest) -> int:
+    """Requests of one image that fill an engine with their default samples."""
+    return -(-manifest.batch.max // manifest.samples.default)
+
+
 def _check(settings: Settings) -> None:
     if settings.runtime not in runtimes.NAMES:
         raise runtimes.RuntimeMissing(
             f"no runtime is called {settings.runtime!r}; there are {', '.join(runtimes.NAMES)}"
         )
-    if settings.batch_size < 0 or settings.threads < 0:
-        raise ArchiveError("neither the batch size nor the threads can be negative")
+    if min(settings.batch_size, settings.threads, settings.queue) < 0:
+        raise ArchiveError("neither the batch size nor the threads nor the queue can be negative")
+    if settings.max_wait_s < 1:
+        raise ArchiveError("the longest wait must be 1 s or more")
     if settings.batch_delay_ms < 1:
         raise ArchiveError("the batch delay must be 1 ms or more: TorchServe takes 0 for its default of 100 ms")
     if importlib.util.find_spec("model_archiver") is None:
@@ -102,18 +117,21 @@ def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
 
 
 def _model_yaml(manifest: Manifest, settings: Settings) -> str:
+    batch_size = settings.batch_size or fitting_batch(manifest)
     return yaml.safe_dump(
         {
             "minWorkers": 1,
             "maxWorkers": 1,
-            "batchSize": settings.batch_size or -(-manifest.batch.max // manifest.samples.default),
+            "batchSize": batch_size,
             "maxBatchDelay": settings.batch_delay_ms,
+            "jobQueueSize": settings.queue or QUEUED_BATCHES * batch_size,
             "responseTimeout": settings.response_timeout_s,
             "startupTimeout": settings.startup_timeout_s,
             "handler": {
                 "runtime": settings.runtime,
                 "threads": settings.threads,
                 "allow_seed": settings.allow_seed,
+                "max_wait_s": settings.max_wait_s,
             },
         },
         sort_keys=False,

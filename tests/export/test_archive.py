@@ -32,7 +32,8 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
     assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
     assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"
     assert settings["maxBatchDelay"] == 7
-    assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True}
+    assert settings["jobQueueSize"] == 8, "four batches"
+    assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True, "max_wait_s": 30}
 
 
 def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: 
     with zipfile.ZipFile(archive) as content:
         content.extractall(tmp_path / "unpacked")
     program = """
-import json, sys
+import json, sys, types
 blocked = ("torch", "mlvgm", "export", "cli", "benchmarks", "onnx")
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -52,6 +53,7 @@ import torchserve, handlers
 from PIL import Image
 import io
 class Context:
+    model_name, metrics = "tiny", types.SimpleNamespace(cache={})
     system_properties = {"model_dir": ".", "gpu_id": None}
     model_yaml_config = {"handler": {"runtime": "onnxruntime"}}
     def get_all_request_header(self, i): return {}

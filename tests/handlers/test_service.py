@@ -1,5 +1,6 @@
 import base64
 import json
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -243,6 +244,26 @@ def test_what_has_waited_for_too_long_is_refused_at_once(pipeline: Pipeline) -> 
     assert meter[QUEUE, ""] == [pytest.approx(1, abs=0.5), pytest.approx(20, abs=0.5)]
     assert meter[REJECTED, "late"] == [0, 1]
     assert meter[BATCH, ""] == [2]
+
+
+def test_large_images_are_read_side_by_side(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).random((3, 128, 128), np.float32)
+    large = [encode_png(np.roll(noise, i, 2)) for i in range(3)]
+    assert sum(map(len, large)) > 32_768
+    requests = [ask(large[0], seed=1), ask(large[1][:-9], seed=2), several(large[1:], seed=3), ask(b"no", seed=4)]
+    threads: set[str] = set()
+
+    def watched(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return decode(*arguments)
+
+    alone = [said(service.answer([request])[0]) for request in requests]
+    monkeypatch.setattr("handlers.service.decode", watched)
+    together = service.answer(requests)
+    assert [answer.status for answer in together] == [200, 400, 200, 400]
+    assert all(name.startswith("reader") for name in threads)
+    assert said(together[0])["top_k"] == alone[0]["top_k"]
+    assert [entry["top_k"] for entry in said(together[2])["answers"]] == [e["top_k"] for e in alone[2]["answers"]]
 
 
 def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

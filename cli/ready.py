@@ -1,0 +1,51 @@
+"""``mlvgm ready``: whether a server really answers, for probes. TorchServe's own health check says yes too early."""
+
+import argparse
+
+from cli.server import Server, grey_png
+from handlers.client import Client, ServerError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = subparsers.add_parser(
+        "ready",
+        help="check that a running server answers, for probes",
+        description="Ask the server that mlvgm serve started for one purified copy of a grey image. Exit code 0 when "
+        "every model answers, or is too busy to while a worker of it is up; else 1.",
+        epilog="Example: mlvgm ready --port 8080 --model road-signs",
+    )
+    parser.add_argument("--model", help="which model (default: all that are served)")
+    parser.add_argument("--port", type=int, default=8080, help="of the server (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=15, metavar="S", help="to wait for an answer (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a line for each model; 1 unless all are ready."""
+    server = Server(arguments.port)
+    models = [arguments.model] if arguments.model else server.models
+    if not models:
+        print(f"no server of mlvgm serve is running on port {server.port}")
+    found = [_ask(server.client(arguments.timeout), model) for model in models]
+    return 0 if found and all(found) else 1
+
+
+def _ask(client: Client, model: str) -> bool:
+    try:
+        answer = client.predict(grey_png(), model, samples=1)
+    except ServerError as error:
+        if error.status == 503 and _has_worker(client, model):
+            # The worker has passed its self-test, or it would not be up. A probe that fails under load makes more load.
+            print(f"{model}: ready, and busy: its queue is full")
+            return True
+        print(f"{model}: not ready: {error}")
+        return False
+    print(f"{model}: ready: {sum(answer['timing_ms'].values()):.0f} ms")
+    return True
+
+
+def _has_worker(client: Client, model: str) -> bool:
+    try:
+        return client.ready_workers(model) > 0
+    except ServerError:
+        return False

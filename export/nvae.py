@@ -118,7 +118,7 @@ class Decode(nn.Module):
             if g == 0:
                 cells.insert(0, FoldedDecoderCell(network.decoder_tower[f"scale_{s - 1}"]["upsampling"]))
             self.cells[name] = nn.Sequential(*cells)
-            self.priors[name] = network.dec_sampler[f"sampler_{name}"]
+            self.priors[name] = Prior(network.dec_sampler[f"sampler_{name}"])
             self.posteriors[name] = Posterior(network, name, self.config.side(s))
             self.joins[name] = network.decoder_combiners[f"combiner_{name}"]
         blocks = [FoldedDecoderCell(cell) for block in network.postprocessing_block for cell in block]
@@ -133,7 +133,7 @@ class Decode(nn.Module):
         for i, (s, g) in list(enumerate(self.config.latents()))[1:]:
             name = f"{s}:{g}"
             x = self.cells[name](x)
-            mu, log_sigma = self.priors[name](x).chunk(2, dim=1)
+            mu, log_sigma = self.priors[name](x)
             code = soft_clamp(mu + features[i] + self.posteriors[name](x))
             fresh = soft_clamp(mu) + self.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
             z = (1.0 - alphas[i]) * code + alphas[i] * fresh
@@ -230,6 +230,25 @@ class FirstJoin(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return F.conv2d(z, self.weight) + self.constant
+
+
+class Prior(nn.Module):
+    """A latent's prior mean and log standard deviation, a convolution each: splitting the channels would copy them."""
+
+    def __init__(self, sampler: Parts) -> None:
+        super().__init__()
+        self.activation, conv = sampler
+        self.mean, self.log_sigma = (nn.Conv2d(conv.in_channels, conv.out_channels // 2, 1) for _ in range(2))
+        with torch.no_grad():
+            for half, weight, bias in zip(
+                (self.mean, self.log_sigma), conv.weight.chunk(2), conv.bias.chunk(2), strict=True
+            ):
+                half.weight.copy_(weight)
+                half.bias.copy_(bias)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.activation(x)
+        return self.mean(x), self.log_sigma(x)
 
 
 class Posterior(nn.Module):

@@ -7,7 +7,7 @@ flows (they act on the few channels of a code), and the mixture behind its convo
 import torch
 from torch import Tensor, nn
 
-from export.nvae import Decode, Encode, Gate, MixtureMean
+from export.nvae import Decode, Encode, Gate, MixtureMean, Prior
 from export.precision import HALF, Cast, Excite, copied, half_layer, half_stage, rounded
 from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
 
@@ -22,10 +22,16 @@ def _encode(module: Encode) -> nn.Module:
 
 @half_stage.register
 def _decode(module: Decode) -> nn.Module:
-    made = rounded(copied(module), "start", "flows", "priors", "posteriors")
+    made = rounded(copied(module), "start", "flows", "posteriors")
     made.start = nn.Sequential(Cast(HALF), half_layer(module.start))
-    for parts in ("priors", "posteriors"):
-        setattr(made, parts, nn.ModuleDict({k: _to_single(part) for k, part in getattr(module, parts).items()}))
+    made.posteriors = nn.ModuleDict({name: _to_single(part) for name, part in module.posteriors.items()})
+    return made
+
+
+@half_layer.register
+def _prior(module: Prior) -> nn.Module:
+    made = rounded(copied(module), "mean", "log_sigma")
+    made.mean, made.log_sigma = _to_single(module.mean), _to_single(module.log_sigma)
     return made
 
 

@@ -116,11 +116,12 @@ class StaticConv(nn.Module):
         norm = GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON)
         x, norm = x * scale[:, :, None, None], norm[:, :, None, None]
         if self.upsample:
-            x = F.conv_transpose2d(x, self.weight, stride=2) * norm
-            x = F.conv2d(x, self.blur, self.bias, padding=1, groups=len(self.blur)) + self.noise
+            x = F.conv_transpose2d(x, self.weight, stride=2)
+            x = F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
         else:
-            x = F.conv2d(x, self.weight, padding=1) * norm + self.bias[:, None, None] + self.noise
-        return F.leaky_relu(x, 0.2)
+            x = F.conv2d(x, self.weight, padding=1)
+        # All that is left to do with each value is in one place: a runtime makes it one pass over the map.
+        return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
 
 
 class Colour(nn.Module):

@@ -69,6 +69,8 @@ class Job:
         def latent(i: int) -> FloatArray:
             if self.noise is not None:
                 return self.noise[i][rows]
+            if self.weights[i] == 0:  # multiplied by nothing: not worth drawing
+                return np.zeros((len(rows), *manifest.noise_shapes[i]), np.float32)
             return latent_noise(seeds, samples, i, manifest.noise_shapes[i])
 
         drawn: dict[str, FloatArray] = {}

@@ -21,6 +21,7 @@ from tests.mlvgm import small
 FIELDS = {
     "recipe", "technique", "runtime", "precision", "batch", "samples", "images_per_s", "ratio", "stage_ms",
     "memory_mb", "gflops", "share_of_peak", "relative_error", "label_agreement",
+    "compared",
 }  # fmt: skip
 
 

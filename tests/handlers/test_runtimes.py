@@ -72,7 +72,7 @@ def test_a_missing_runtime_says_what_to_install(nvae_bundle: Path, monkeypatch: 
     monkeypatch.setattr(runtimes, "installed", list)
     with pytest.raises(RuntimeMissing, match="pip install onnxruntime"):
         Pipeline.load(nvae_bundle, "onnxruntime")
-    with pytest.raises(RuntimeMissing, match="pip install onnxruntime or pip install openvino"):
+    with pytest.raises(RuntimeMissing, match="pip install openvino or pip install onnxruntime"):
         Pipeline.load(nvae_bundle)
 
 

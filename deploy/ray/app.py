@@ -1,0 +1,64 @@
+"""The purifier on Ray Serve: the requests and the answers of TorchServe, on as many machines as a cluster has.
+
+    pip install -e '.[cpu,scale]'
+    serve run deploy/ray/serve.yaml
+
+Ray's HTTP proxy takes requests from anybody: put nginx in front of it, as in front of TorchServe (deploy/nginx.conf).
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+from handlers.pipeline import Pipeline
+from handlers.service import Answer, Service
+
+MAX_BODY = 6_553_500
+"""Bytes of a request, as in deploy/config.properties."""
+
+
+@serve.deployment
+class Purifier:
+    """One pipeline and its engines; Ray runs as many of these as the load needs.
+
+    Args:
+        bundle: folder of the bundle, on every machine the same.
+        runtime: see `Pipeline.load`.
+        threads: CPU threads; give the deployment as many ``num_cpus``.
+        allow_seed: let clients choose the noise.
+        batch: images that are answered together at most.
+    """
+
+    def __init__(self, bundle: str, runtime: str = "auto", threads: int = 1, allow_seed: bool = False, batch: int = 8):
+        self._service = Service(Pipeline.load(bundle, runtime, threads), allow_seed)
+        self._service.self_test()
+        self._together.set_max_batch_size(batch)
+
+    async def __call__(self, request: Request) -> Response:
+        """What is wrong with a request becomes its own answer: nothing is raised, so no neighbour can be hit."""
+        if request.method not in ("POST", "PUT"):
+            return _refusal(405, "send the image with POST or PUT")
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                return _refusal(413, "the body is larger than 6.5 MB")
+        answer = await self._together(({"body": bytes(body)}, dict(request.headers)))
+        return Response(answer.body, answer.status, answer.headers, answer.content_type)
+
+    @serve.batch(batch_wait_timeout_s=0.002)
+    async def _together(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Answer]:
+        return await asyncio.to_thread(self._service.answer, requests)
+
+
+def build(arguments: Mapping[str, Any]) -> serve.Application:
+    """The application of serve.yaml; ``arguments`` are those of `Purifier`."""
+    return Purifier.bind(**arguments)
+
+
+def _refusal(status: int, reason: str) -> Response:
+    return Response(f'{{"error": "{reason}"}}', status, media_type="application/json")

@@ -5,7 +5,10 @@ import os
 import platform
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "foolbox", "torchserve")
+PACKAGES = (
+    *("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"),
+    *("foolbox", "torchserve", "litserve"),
+)
 
 
 def describe() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a served bundle stands: load, hostile requests, killed workers, overload. Traffic to loopback only."""

@@ -1,0 +1,87 @@
+"""A bundle on a TorchServe of its own: archived, started on free ports, watched, and gone without a trace."""
+
+import random
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.server.call import Call, head
+from cli.server import Server, port_is_taken
+from export import archive
+from handlers.manifest import Manifest
+
+
+class Deployment:
+    """The `Target` that is measured.
+
+    >>> with Deployment("build/road-signs", archive.Settings(allow_seed=True)) as deployment:
+    ...     deployment.memory()
+    """
+
+    def __init__(self, bundle: str | Path, settings: archive.Settings, workers: int = 1) -> None:
+        self._bundle, self._settings, self._workers = bundle, settings, workers
+        self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-")
+        self.model = Manifest.read(bundle).name
+        self.server = Server(free_ports(5), self._folder.name)
+        self.address = ("127.0.0.1", self.server.port)
+        self._key = b""
+
+    def __enter__(self) -> "Deployment":
+        try:
+            built = archive.build_archive(self._bundle, Path(self._folder.name) / "store", self._settings)
+            self.server.start([built], self._workers)
+            self._key = self._read_key()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.stop()
+        self._folder.cleanup()
+
+    def request(self, call: Call) -> bytes:
+        if call.start is not None:
+            return call.start.replace(b"{authorization}", self._key) + call.body
+        line = f"POST /predictions/{self.model} HTTP/1.1"
+        return head(line, "127.0.0.1", self._key, call.headers, len(call.body)) + call.body
+
+    def renewed(self, request: bytes, body: bytes) -> bool:
+        if b"InvalidKeyException" not in body:
+            return False
+        if self._key in request:
+            if self._read_key() == self._key:
+                self.server.client().renew_key("inference")
+            self._key = self._read_key()
+        return True
+
+    def workers(self) -> "list[Any]":
+        """The processes that answer, as psutil knows them."""
+        process = self.server.process()
+        return process.children(recursive=True) if process else []
+
+    def memory(self) -> int:
+        """Resident bytes of all workers together."""
+        total = 0
+        for worker in self.workers():
+            try:
+                total += worker.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        return total
+
+    def _read_key(self) -> bytes:
+        return f"Authorization: Bearer {self.server.client().key('inference')}\r\n".encode()
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system hands out by itself."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        if not any(port_is_taken(port + i) for i in range(count)):
+            return port

@@ -1,0 +1,62 @@
+"""Hostile requests among valid ones: each must be refused, and no neighbour, worker or byte of memory be lost to it."""
+
+import asyncio
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.progress import track
+from benchmarks.server import load
+from benchmarks.server.call import Call
+from benchmarks.server.corpus import hostile_calls
+from benchmarks.server.deployment import Deployment
+from benchmarks.server.subject import Subject
+from benchmarks.server.watch import Watch, growth
+
+CLIENTS = 24
+
+
+def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, Any]:
+    """Send ``count`` requests from many clients at once, half of them hostile, and look what became of each.
+
+    Valid ones ask for one copy: what is tried here is the reading of requests.
+
+    Returns:
+        ``requests``, ``valid``, ``valid_wrong``, ``hostile_not_4xx``, ``torchserve_500`` (see `Call.also`), ``kinds``
+        of hostile requests, ``worker_deaths``, ``memory_growth`` after the first tenth, ``memory`` as (request, bytes),
+        ``per_second``, ``statuses``, and the first that were ``wrong`` as (kind, status, body).
+    """
+    hostile = hostile_calls(deployment.model, subject.manifest.samples.max)
+    outcomes, memory, deaths = asyncio.run(_run(deployment, _mixed(subject, hostile, count)))
+    right, valid, status = (np.array(column) for column in (outcomes.right, outcomes.valid, outcomes.status))
+    done = np.array(outcomes.done)
+    is_4xx = (status >= 400) & (status < 500)
+    return {
+        "requests": len(outcomes),
+        "valid": int(valid.sum()),
+        "valid_wrong": int((valid & ~right).sum()),
+        "hostile_not_4xx": int((~valid & ~right).sum()),
+        "torchserve_500": int((~valid & right & ~is_4xx).sum()),
+        "kinds": len({call.kind for call in hostile}),
+        "worker_deaths": deaths,
+        "memory_growth": growth(memory, done[len(done) // 10]),
+        "memory": [(int(np.searchsorted(done, moment)), held) for moment, held in memory],
+        "per_second": len(done) / float(done[-1] - done[0]) if len(done) > 1 else None,
+        "statuses": dict(sorted(collections.Counter(map(str, outcomes.status)).items())),
+        "wrong": [(kind, answer, body.decode("utf-8", "replace")) for kind, answer, body in outcomes.wrong],
+    }
+
+
+async def _run(deployment: Deployment, calls: Iterator[Call]) -> tuple[load.Outcomes, list[tuple[float, int]], int]:
+    async with Watch(deployment) as watch:
+        outcomes = await load.closed(deployment, calls, CLIENTS, timeout=60)
+    return outcomes, watch.memory, watch.deaths
+
+
+def _mixed(subject: Subject, hostile: list[Call], count: int) -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+    valid = subject.calls(samples=1)
+    for _ in track(range(count), "hostile and valid requests"):
+        yield next(valid) if rng.random() < 0.5 else hostile[rng.integers(len(hostile))]

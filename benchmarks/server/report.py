@@ -1,0 +1,172 @@
+"""What was measured of a server, for people: a page of Markdown and a plot."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.server.measure import LITSERVE, TORCHSERVE
+from benchmarks.server.saturation import IN_PROCESS
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    lines = [f"# {content['bundle']} on TorchServe", "", _preamble(content), ""]
+    lines += [*_saturation(content), ""]
+    for name, section in (
+        ("hostile", _hostile),
+        ("kills", _kills),
+        ("overload", _overload),
+        ("soak", _soak),
+    ):
+        if content[name] is not None:
+            lines += [*section(content[name]), ""]
+    return "\n".join(lines)
+
+
+def _preamble(content: Mapping[str, Any]) -> str:
+    here, served = content["machine"], content["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
+    return (
+        f"{served['samples']} copies of an image, {served['batch']} images a batch, {served['runtime']}, "
+        f"{served['precision']}, workers: {served['workers']}, CPU threads of each: {served['threads']}; "
+        f"{here['processor']}, {here['cores']} cores, "
+        f"Python {here['python']}, {versions}; {content['date']}. Server, pipeline and load generator share the "
+        f"machine; other programs took {served['foreign_cores']:.2f} cores on average."
+    )
+
+
+def _saturation(content: Mapping[str, Any]) -> Iterable[str]:
+    found = content["saturation"]
+    rounds = found["rounds"]
+    yield "## Saturation\n"
+    yield f"Images a second with {found['clients']} clients that each wait for their answer, in turns:\n"
+    yield from _table(
+        ["", *(f"round {i + 1}" for i in range(len(next(iter(rounds.values()))))), "median", "of in process"],
+        [
+            [
+                name,
+                *map(_three, values),
+                _three(found["median"][name]),
+                f"{found['median'][name] / found['in_process_images_per_s']:.0%}",
+            ]
+            for name, values in rounds.items()
+        ],
+    )
+    yield (
+        "\nLatency of requests that come at random, counted from when they should have been sent"
+        f" (the generator took {found['generator_cpu_us']:.0f} us of CPU a request at saturation):\n"
+    )
+    yield from _table(
+        [
+            "offered/s",
+            "of saturation",
+            "answered/s",
+            "requests",
+            "not right",
+            "median, ms",
+            "90 %, ms",
+            "99 %, ms",
+            "sent late, 99 %, ms",
+        ],
+        [
+            [
+                _three(row["offered_per_s"]),
+                f"{row['fraction']:.0%}",
+                _three(row["achieved_per_s"]),
+                str(row["requests"]),
+                str(row["not_right"]),
+                *(_three(row[name]) for name in ("p50_ms", "p90_ms", "p99_ms", "late_p99_ms")),
+            ]
+            for row in found["open_load"]
+        ],
+    )
+
+
+def _hostile(found: Mapping[str, Any]) -> Iterable[str]:
+    yield (
+        f"## Hostile requests\n\n{found['requests']} requests, {found['valid']} of them valid, the others of "
+        f"{found['kinds']} hostile kinds, {_three(found['per_second'])} a second: {found['valid_wrong']} valid ones "
+        f"not answered rightly, {found['hostile_not_4xx']} hostile ones without a status of 400 to 499, "
+        f"{found['worker_deaths']} dead workers; memory of the worker after the first tenth and at the end: "
+        f"{_share(found['memory_growth'])}. TorchServe's own reader of forms refused "
+        f"{found['torchserve_500']} with 500."
+    )
+
+
+def _kills(found: Mapping[str, Any]) -> Iterable[str]:
+    seconds = ", ".join("never" if value is None else f"{value:.1f}" for value in found["recovery_s"])
+    yield (
+        f"## Killed workers\n\nSeconds until the next right answer: {seconds}. Of {found['requests']} requests "
+        f"{found['right']} were answered rightly, {found['wrong']} wrongly; {sum(found['errors'].values())} "
+        f"got an error, {found['lost']} of these no end at all."
+    )
+
+
+def _overload(found: Mapping[str, Any]) -> Iterable[str]:
+    yield (
+        f"## Overload\n\n{_three(found['offered_per_s'])} requests a second for {found['seconds']:g} s, where "
+        f"{_three(found['sustainable_per_s'])} can be answered: {_three(found['goodput_per_s'])} a second were, "
+        f"{found['goodput_ratio']:.0%}, half of them within {_three(found['p50_ms'])} ms and 99 % within "
+        f"{_three(found['p99_ms'])} ms. {found['refused']} were refused, half of them within "
+        f"{_three(found['refusal_p50_ms'])} ms, 99 % within {_three(found['refusal_p99_ms'])} ms, {found['slow']} "
+        f"later than a second; {found['errors']} ended with another error, {found['lost']} not at all."
+    )
+
+
+def _soak(found: Mapping[str, Any]) -> Iterable[str]:
+    first, last = found["parts"][0], found["parts"][-1]
+    yield (
+        f"## Soak\n\n{found['requests']} requests in {found['seconds']:g} s, {_three(found['offered_per_s'])} a "
+        f"second: {found['not_right']} not answered rightly, {found['worker_deaths']} dead workers; median and 99 % "
+        f"{_three(first['p50_ms'])} and {_three(first['p99_ms'])} ms in the first part, {_three(last['p50_ms'])} and "
+        f"{_three(last['p99_ms'])} ms in the last; memory of the worker after the first tenth and at the end: "
+        f"{_share(found['memory_growth'])}."
+    )
+
+
+def _three(value: float | None) -> str:
+    """Three figures."""
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "not known" if value is None else f"{value:+.1%}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    return (f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def plot(content: Mapping[str, Any], file: Path) -> None:
+    """Latency against offered load, with where servers saturate; and the worker's memory where that was watched."""
+    import matplotlib.figure
+    import matplotlib.ticker
+
+    found = content["saturation"]
+    watched = [(name, content[name]["memory"]) for name in ("hostile", "soak") if content[name] is not None]
+    figure = matplotlib.figure.Figure(figsize=(7.5 + 4 * len(watched), 4.6), layout="constrained")
+    panels = figure.subplots(1, 1 + len(watched), squeeze=False, width_ratios=[1.8, *[1] * len(watched)])[0]
+    rows = found["open_load"]
+    offered = [row["offered_per_s"] for row in rows]
+    lines = (("p99_ms", "99 %", "#b04a3a"), ("p90_ms", "90 %", "#d9a441"), ("p50_ms", "median", "#4878a8"))
+    for name, label, colour in lines:
+        panels[0].plot(offered, [row[name] for row in rows], "o-", color=colour, label=label)
+    styles = {TORCHSERVE: ("black", "--"), IN_PROCESS: ("gray", "-"), LITSERVE: ("gray", ":")}
+    for name, rate in found["median"].items():
+        colour, style = styles[name]
+        panels[0].axvline(rate, color=colour, linestyle=style, linewidth=1.2, label=f"most: {name}, {_three(rate)}/s")
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    panels[0].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    panels[0].grid(axis="y", which="both", alpha=0.25)
+    panels[0].set_xlim(left=0)
+    panels[0].set_xlabel("requests offered a second, at random moments")
+    panels[0].set_ylabel("latency of right answers, ms")
+    panels[0].set_title(f"{content['bundle']}, {content['settings']['samples']} copies an image")
+    panels[0].legend(loc="upper left", fontsize=8)
+    for panel, (name, memory) in zip(panels[1:], watched, strict=True):
+        panel.plot([place for place, _ in memory], [held / 1e6 for _, held in memory], color="#4878a8")
+        panel.set_ylim(0, 1.15 * max(held for _, held in memory) / 1e6)
+        panel.set_xlabel("hostile and valid requests" if name == "hostile" else "seconds of soak")
+        panel.set_title("memory of the worker, MB")
+    figure.savefig(file, dpi=130)

@@ -1,0 +1,65 @@
+"""The workers while they are under load: whether they live, and how much memory they hold."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.server.deployment import Deployment
+
+_INTERVAL = 0.25
+
+
+class Watch:
+    """Looks at the workers of a deployment four times a second.
+
+    Attributes:
+        deaths: workers that have ended so far.
+        memory: (moment of `time.monotonic`, resident bytes of all workers), in order.
+    """
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deaths = 0
+        self.memory: list[tuple[float, int]] = []
+        self._deployment = deployment
+        self._workers: list[Any] = deployment.workers()
+        self._task: asyncio.Task[None] | None = None
+        self.look()
+
+    async def __aenter__(self) -> "Watch":
+        self._task = asyncio.create_task(self._go_on())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        self.look()
+
+    def look(self) -> None:
+        """Look once more."""
+        sizes = [_resident(worker) for worker in self._workers]
+        alive = [size for size in sizes if size is not None]
+        self.memory.append((time.monotonic(), sum(alive)))
+        if len(alive) < len(sizes):
+            self.deaths += len(sizes) - len(alive)
+            self._workers = self._deployment.workers()
+
+    async def _go_on(self) -> None:
+        while True:
+            await asyncio.sleep(_INTERVAL)
+            self.look()
+
+
+def growth(memory: Sequence[tuple[float, int]], since: float) -> float | None:
+    """How much more is held at the end than at the first look from ``since`` on, as a share of that."""
+    first = next((held for moment, held in memory if moment >= since), 0)
+    return memory[-1][1] / first - 1 if first else None
+
+
+def _resident(worker: Any) -> int | None:
+    try:
+        return int(worker.memory_info().rss) if worker.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None

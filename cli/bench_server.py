@@ -1,0 +1,96 @@
+"""``mlvgm bench server``: what a bundle on TorchServe stands."""
+
+import argparse
+import datetime
+import functools
+import signal
+from pathlib import Path
+from types import FrameType
+
+from cli.errors import CliError
+from handlers import runtimes
+
+
+def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the subject's arguments."""
+    parser = subjects.add_parser(
+        "server",
+        help="a bundle on TorchServe: load, hostile requests, kills, overload",
+        description="Archive a bundle, start TorchServe with it on free ports of loopback, and measure: images a "
+        "second against the same pipeline in process and behind LitServe, latency against load, what you ask for.",
+        epilog="Example: mlvgm bench server --bundle build/road-signs --hostile 100000 --kills 10 --overload 120 "
+        "--json build/server.json",
+    )
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--hostile", type=int, default=0, metavar="N", help="requests, half of them hostile")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="times that the worker is killed under load")
+    parser.add_argument("--overload", type=float, default=0, metavar="SECONDS", help="of twice what it can answer")
+    parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="of half of what it can answer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+    parser.add_argument("--seconds", type=float, default=10, help="of each load (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each server at saturation (%(default)s)")
+    parser.add_argument("--samples", type=int, metavar="K", help="copies of an image (default: the bundle's)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch (default: the archive's)")
+    parser.add_argument(
+        "--batch-delay", type=int, metavar="MS", help="to wait for a full batch (default: the archive's)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="of each server (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each worker (default: share every core)")
+    parser.add_argument("--runtime", choices=runtimes.NAMES, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--no-litserve", action="store_true", help="do not compare with LitServe where it is installed")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the report, and write it."""
+    from benchmarks import machine, report
+    from benchmarks.server import litserve, measure
+    from benchmarks.server import report as page
+    from benchmarks.server.subject import Settings
+    from export import archive
+    from handlers.manifest import Manifest
+
+    _check(args)
+    manifest = Manifest.read(args.bundle)
+    samples = args.samples or manifest.samples.default
+    if samples > manifest.samples.max:
+        raise CliError(f"--samples must be 1 to {manifest.samples.max} with this bundle")
+    defaults = archive.Settings()
+    served = archive.Settings(
+        runtime=args.runtime,
+        threads=args.threads,
+        allow_seed=True,  # so that every answer can be compared with the right one
+        batch_size=args.batch_size or archive.fitting_batch(manifest),
+        batch_delay_ms=args.batch_delay or defaults.batch_delay_ms,
+    )
+    compare = litserve.is_installed() and not args.no_litserve
+    plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
+    settings = Settings(args.bundle, samples, served.batch_size, args.runtime, args.threads)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)  # or the servers would be left behind
+    say = functools.partial(print, flush=True)
+    content = {
+        "bundle": f"{manifest.name} {manifest.version}",
+        "machine": machine.describe(),
+        "date": datetime.date.today().isoformat(),
+        **measure.measure(settings, served, args.workers, plan, say),
+    }
+    text = page.markdown(content)
+    print(f"\n{text}")
+    if args.json:
+        report.save(content, text, lambda file: page.plot(content, file), args.json)
+        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("hostile", "kills", "overload", "soak", "threads"):
+        if getattr(args, name) < 0:
+            raise CliError(f"--{name} cannot be negative")
+    for name in ("seconds", "rounds", "workers", "samples", "batch_size", "batch_delay"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise CliError(f"--{name.replace('_', '-')} must be above 0")
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -33,7 +33,7 @@ class Connection:
         if wire is None or not wire.open:
             try:
                 connecting = loop.create_connection(_Wire, *self._address)
-                _, wire = await asyncio.wait_for(connecting, self._timeout)
+                wire = (await asyncio.wait_for(connecting, self._timeout))[1]
             except (TimeoutError, asyncio.TimeoutError):
                 return Reply(SILENT, b"")
             except OSError:

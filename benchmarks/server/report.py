@@ -155,9 +155,10 @@ def plot(content: Mapping[str, Any], file: Path) -> None:
     for name, rate in found["median"].items():
         colour, style = styles[name]
         panels[0].axvline(rate, color=colour, linestyle=style, linewidth=1.2, label=f"most: {name}, {_three(rate)}/s")
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-    panels[0].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    if any(row["p50_ms"] for row in rows):  # there is no logarithmic axis without a value on it
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        panels[0].yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     panels[0].grid(axis="y", which="both", alpha=0.25)
     panels[0].set_xlim(left=0)
     panels[0].set_xlabel("requests offered a second, at random moments")

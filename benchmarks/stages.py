@@ -311,7 +311,7 @@ def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
 
 
 def _runs(runtime: str) -> bool:
-    return (runtime != "onnxruntime-cuda" and not runtime.startswith("tensorrt")) or torch.cuda.is_available()
+    return runtime in runtimes.ON_CPU or torch.cuda.is_available()
 
 
 def _has_bf16() -> bool:

@@ -3,7 +3,12 @@
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from handlers.manifest import Manifest
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +24,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
-    parser.add_argument("--engines", choices=("tensorrt", "tensorrt-rtx"), help="also build engines with this library")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=[],
+        choices=("torch", "tensorrt", "tensorrt-rtx", "torch-tensorrt"),
+        help="also write what these runtimes load: all but tensorrt and torch-tensorrt do without a GPU here",
+    )
     parser.add_argument(
         "--target", nargs="+", default=[], metavar="CC", help="for tensorrt-rtx: compute capabilities (8.6 8.9 12.0)"
     )
@@ -29,7 +40,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace) -> int:
     from export.bundle import export_bundle
     from export.models import load_models
-    from export.tensorrt import build_bundle
     from mlvgm.recipe import Recipe
 
     begun = time.monotonic()
@@ -47,17 +57,36 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
-    manifest = export_bundle(recipe, purifier, classifier, out, progress=say)
+    manifest = export_bundle(
+        recipe,
+        purifier,
+        classifier,
+        out,
+        progress=say,
+        with_programs=bool({"torch", "torch-tensorrt"} & set(args.engines)),
+        keep_engines=bool(set(args.engines) - {"torch"}),
+    )
     say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
     for stage, reason in manifest.report["parity"].get("fp32_stages", {}).items():
         say(f"{stage} stays in fp32: {reason}")
     for report in manifest.report.values():
         worst = max(entry["relative_error"] for entry in report["worst"])
         say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")
-    if args.engines:
-        built = build_bundle(out, args.engines, args.target, progress=say)
-        shares = built.report[args.engines]["half_share"]
-        halves = ", ".join(f"{stage} {'fp32' if share is None else f'{share:.0%}'}" for stage, share in shares.items())
-        say(f"built engines with {args.engines} {built.report[args.engines]['version']}; half products: {halves}")
+    for name in args.engines:
+        if name != "torch":
+            sealed = _build(name, out, args.target, say).report[name]
+            shares = sealed["half_share"].items()
+            halves = ", ".join(f"{stage} {'fp32' if share is None else f'{share:.0%}'}" for stage, share in shares)
+            say(f"built engines with {name} {sealed['version']}; half products: {halves}")
     print(f"Next: mlvgm archive {out}")
     return 0
+
+
+def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> "Manifest":
+    if name == "torch-tensorrt":
+        from export import torch_tensorrt
+
+        return torch_tensorrt.build_bundle(bundle, progress=say)
+    from export import tensorrt
+
+    return tensorrt.build_bundle(bundle, name, targets, progress=say)

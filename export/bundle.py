@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 
 from export import classifier as classify
-from export import families, memory, onnx_classifier, parity
+from export import families, memory, onnx_classifier, parity, programs
 from export.precision import LIMITS, in_half
 from export.stage import Named, Stage
 from export.trace import TraceError, trace
 from handlers import manifest, runtimes
+from handlers.runtimes import built
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
@@ -32,12 +33,17 @@ def export_bundle(
     classifier: nn.Module | Path,
     out: Path,
     progress: Callable[[str], None] = lambda _: None,
+    with_programs: bool = False,
+    keep_engines: bool = False,
 ) -> manifest.Manifest:
     """Write the bundle of ``recipe`` to the folder ``out``, which is replaced where it is a bundle already.
 
     Args:
         classifier: a module that takes images in [0, 1], or an ONNX file that takes normalised ones.
         progress: is told in one line what comes next.
+        with_programs: also write every stage as a program of PyTorch, compared like the graphs.
+        keep_engines: leave what was built for the bundle that is replaced, unsealed, to those who build anew and know
+            what still fits.
 
     Raises:
         ExportError: the models do not fit the recipe, or ``out`` holds something else.
@@ -45,6 +51,10 @@ def export_bundle(
         ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
+    if with_programs and not isinstance(classifier, nn.Module):
+        raise ExportError(
+            f"{classifier}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     stages = (
         *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
@@ -58,8 +68,12 @@ def export_bundle(
             report = _write_half(stages, files, recipe.batch[2], progress)
         else:
             report = _write(stages, files, recipe, progress)
+        if with_programs:
+            report["parity_torch"] = _write_programs(stages, files, recipe, report, progress)
         written = _manifest(recipe, purifier, stages, report, draft).write(draft)
         if out.exists():
+            if keep_engines:
+                _move_engines(out / built.FOLDER, draft / built.FOLDER)
             shutil.rmtree(out)
         draft.rename(out)
     return written
@@ -112,6 +126,30 @@ def _write_half(
             fallbacks[stage.name] = full
     in_single = _compare(stages, fallbacks, _batches(largest), "fp32", "onnxruntime", progress)
     return {"parity": {**report, "fp32_stages": single}, "parity_fallback": in_single}
+
+
+def _write_programs(
+    stages: Sequence[Stage],
+    files: Mapping[str, Path],
+    recipe: Recipe,
+    report: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write the programs, in the precision that each graph has, and compare them with the twins."""
+    for stage in stages:
+        progress(f"writing the program of {stage.name}")
+        in_single = recipe.precision != "fp16" or stage.name in report["parity"]["fp32_stages"]
+        programs.write(stage if in_single else in_half(stage), files[stage.name])
+        memory.release()
+    precision = "fp16" if recipe.precision == "fp16" else "fp32"
+    return _compare(stages, files, _batches(recipe.batch[2]), precision, "torch", progress)
+
+
+def _move_engines(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*"):
+        if not (target / path.name).exists():
+            path.rename(target / path.name)
 
 
 def _fallback(file: Path) -> Path:

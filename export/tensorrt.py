@@ -6,14 +6,15 @@ Each build is proven: a graph in half precision must come out with its convoluti
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from handlers.manifest import Batch, Manifest
-from handlers.runtimes.tensorrt import FOLDER, digest, library
+from handlers.runtimes import built
+from handlers.runtimes.tensorrt import library
 
 HALF_SHARE = 0.5
 """Of the numbers that convolutions and matrix products give, what must be half in a stage of half precision."""
@@ -64,16 +65,31 @@ def build_bundle(
         BuildError: a graph is refused, or an engine is not in the precision of its graph.
     """
     manifest = Manifest.read(bundle)
-    kept, shares = set(), {}
+    engines = {}
     for stage in manifest.stages:
         progress(f"building {stage.name} with {name}")
-        engine = build(bundle / stage.file, bundle / FOLDER, manifest.batch, name, targets)
-        shares[stage.name] = json.loads(engine.with_suffix(".json").read_text())["half_share"]
-        kept |= {engine, engine.with_suffix(".json")}
-    for path in (bundle / FOLDER).glob("*-*.*"):  # engines of graphs that are gone
-        if path not in kept and path.suffix in (".engine", ".json"):
+        engines[stage.name] = build(bundle / stage.file, bundle / built.FOLDER, manifest.batch, name, targets)
+    return sealed(bundle, manifest, name, engines)
+
+
+def sealed(bundle: Path, manifest: Manifest, name: str, engines: Mapping[str, Path]) -> Manifest:
+    """Write into the report which engines (by stage) ``name`` built, drop what is stale, and seal the bundle again."""
+    folder = bundle / built.FOLDER
+    graphs = {built.digest(bundle / stage.file) for stage in manifest.stages}
+    for stem in {path.with_suffix("") for path in folder.glob("*-*.*") if path.suffix != ".cache"}:
+        if stem.with_suffix(".engine") in engines.values():
+            continue
+        try:
+            of = built.card(stem)
+            stale = of["library"] == name or of["graph"] not in graphs
+        except (OSError, ValueError, KeyError):
+            stale = True
+        for path in folder.glob(f"{stem.name}.*") if stale else ():
             path.unlink()
-    report = {**manifest.report, name: {"version": library(name).__version__, "half_share": shares}}
+    cards = {stage: built.card(engine) for stage, engine in engines.items()}
+    shares = {stage: card["half_share"] for stage, card in cards.items()}
+    version = next(iter(cards.values()))["version"]
+    report = {**manifest.report, name: {"version": version, "half_share": shares}}
     return replace(manifest, report=report).write(bundle)
 
 
@@ -89,16 +105,27 @@ def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", ta
         BuildError: the graph is refused, or the engine is not in the precision of its graph.
     """
     trt = library(name)
-    found = (tuple(targets) or TARGETS) if name == "tensorrt-rtx" else (_capability(),)
+    found = (tuple(targets) or TARGETS) if name == "tensorrt-rtx" else (capability(),)
     if name != "tensorrt-rtx" and targets and tuple(targets) != found:
         raise BuildError(f"tensorrt builds for the GPU at hand ({found[0]}), not for {', '.join(targets)}")
-    card = Card(digest(file), name, trt.__version__, found, (batch.min, batch.opt, batch.max), ("STRONGLY_TYPED",))
+    profile = (batch.min, batch.opt, batch.max)
+    card = Card(built.digest(file), name, trt.__version__, found, profile, ("STRONGLY_TYPED", "NO_TF32"))
+    return cached(file, folder, card, lambda: _build(trt, file, card, folder))
+
+
+def cached(file: Path, folder: Path, card: Card, build: Callable[[], tuple[bytes, float | None]], **names: Any) -> Path:
+    """The engine of ``file`` in ``folder`` that ``card`` describes; if it is not there undamaged, it is built first.
+
+    Args:
+        build: gives the engine and its share of half products.
+        names: what else the runtime must know.
+    """
     engine = folder / f"{file.stem}-{card.key}.engine"
     if _is_intact(engine, card):
         return engine
     folder.mkdir(parents=True, exist_ok=True)
-    plan, share = _build(trt, file, card, folder)
-    content = {**asdict(card), "engine": hashlib.sha256(plan).hexdigest(), "half_share": share}
+    plan, share = build()
+    content = {**asdict(card), **names, "engine": hashlib.sha256(plan).hexdigest(), "half_share": share}
     engine.write_bytes(plan)
     engine.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     return engine
@@ -106,7 +133,7 @@ def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", ta
 
 def _is_intact(engine: Path, card: Card) -> bool:
     try:
-        content = json.loads(engine.with_suffix(".json").read_text())
+        content = built.card(engine)
         known = {key: content[key] for key in asdict(card)}
         same = known == json.loads(json.dumps(asdict(card)))
         return same and hashlib.sha256(engine.read_bytes()).hexdigest() == content["engine"]
@@ -130,6 +157,7 @@ def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes
         raise BuildError(_too_little(file, parsed, "parsed network"))
 
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: ten bits for what is fp32 because it needs them
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector names no types
     if card.library == "tensorrt-rtx":
         config.num_compute_capabilities = len(card.targets)
@@ -143,18 +171,35 @@ def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes
     config.add_optimization_profile(profile)
     timings = folder / f"timing-{card.version}-{card.targets[0]}.cache"
     if card.library == "tensorrt":  # TensorRT-RTX tunes on the user's machine, and keeps no timings
-        known = timings.read_bytes() if timings.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        use_timings(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"{file}: {card.library} cannot build it: {'; '.join(logger.errors)[:500]}")
     if card.library == "tensorrt":
         timings.write_bytes(bytes(config.get_timing_cache().serialize()))
     plan = bytes(plan)
-    built = _inspected(trt, logger, plan) if wants_half and card.library == "tensorrt" else None
-    if built is not None and built < HALF_SHARE:
-        raise BuildError(_too_little(file, built, "engine"))
-    return plan, (parsed if built is None else built) if wants_half else None
+    share = proven_half(trt, file, plan) if wants_half and card.library == "tensorrt" else None
+    return plan, (parsed if share is None else share) if wants_half else None
+
+
+def use_timings(config: Any, file: Path) -> None:
+    """Let the builder time no kernel twice: from the cache in ``file``, or a new one if that is of another GPU."""
+    known = file.read_bytes() if file.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def proven_half(trt: ModuleType, file: Path, plan: bytes) -> float | None:
+    """Share of half that the inspector finds in ``plan``, an engine of ``file``; None where it tells none.
+
+    Raises:
+        BuildError: it is too little.
+    """
+    share = _inspected(trt, _logger(trt), plan)
+    if share is not None and share < HALF_SHARE:
+        raise BuildError(_too_little(file, share, "engine"))
+    return share
 
 
 def _too_little(file: Path, share: float, what: str) -> str:
@@ -208,7 +253,7 @@ def inspected_share(layers: Sequence[Any]) -> float | None:
     return half_share(tensors) if tensors else None
 
 
-def _capability() -> str:
+def capability() -> str:
     """Compute capability of the GPU at hand, such as "9.0"."""
     import torch
 

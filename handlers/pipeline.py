@@ -137,6 +137,7 @@ class Pipeline:
         # The images as they came, and behind them their copies: all are classified together.
         known = np.empty((count + count * copies, *job.images.shape[1:]), np.float32)
         known[:count] = job.images
+        on_device: list[Array] = []  # the copies, where a runtime keeps them there
         timing = _Timing()
 
         # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
@@ -151,12 +152,28 @@ class Pipeline:
                     tensors |= job.draw(self.manifest, rows, self._noise_inputs)
                 for stage in self._per_copy:
                     tensors |= self._run_stage(stage, tensors, owners, timing)
-                known[count + rows] = _fetched(self.manifest.stages[-2:][0].name, tensors["images"], owners)
+                if isinstance(tensors["images"], np.ndarray):
+                    known[count + rows] = tensors["images"]
+                else:
+                    _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
+                    on_device.append(tensors["images"])
 
-        logits = self._classify(known, np.append(np.arange(count), np.arange(count * copies) // copies), timing)
+        def purified() -> FloatArray:
+            made = np.concatenate([np.asarray(array) for array in on_device]) if on_device else known[count:]
+            return made.reshape(count, copies, *job.images.shape[1:])
+
+        owners = np.arange(count * copies) // copies
+        if on_device:
+            parts = [self._classify(job.images, np.arange(count), timing)]
+            for array in on_device:
+                parts.append(self._classify(array, owners[: len(array)], timing))
+                owners = owners[len(array) :]
+            logits = np.concatenate(parts)
+        else:
+            logits = self._classify(known, np.append(np.arange(count), owners), timing)
         return Result(
             sample_logits=logits[count:].reshape(count, copies, -1),
-            purified=known[count:].reshape(count, copies, *job.images.shape[1:]),
+            copies=purified,
             unpurified_logits=logits[:count],
             timing_ms=dict(timing.milliseconds),
         )
@@ -194,7 +211,7 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _classify(self, images: FloatArray, owners: IntArray, timing: "_Timing") -> FloatArray:
+    def _classify(self, images: Array, owners: IntArray, timing: "_Timing") -> FloatArray:
         stage = self.manifest.stages[-1]
         parts = []
         for rows in _chunks(0, len(images), self._buckets):
@@ -252,10 +269,16 @@ def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
     return fetched
 
 
-def _check_finite(stage: str, array: FloatArray, owners: IntArray) -> None:
-    if not np.isfinite(array).all():
-        broken = ~np.isfinite(array.reshape(len(owners), -1)).all(axis=1)
-        raise NonFiniteError(stage, np.unique(owners[broken]).tolist())
+def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
+    """Host arrays are looked through here; a device tells of its own, so that they stay there."""
+    if not isinstance(array, np.ndarray):
+        finite = array.finite()
+    elif np.isfinite(array).all():
+        return
+    else:
+        finite = np.isfinite(array.reshape(len(owners), -1)).all(axis=1)
+    if not finite.all():
+        raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
 
 
 def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:

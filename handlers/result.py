@@ -1,5 +1,6 @@
 """What a purified batch says: votes, mean logits, and how far they agree."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,15 +17,20 @@ class Result:
 
     Attributes:
         sample_logits: (B, K, C), the logits of every copy.
-        purified: (B, K, 3, H, W), nominally in [0, 1]; a generator may overshoot a little.
+        copies: the purified images, or what fetches them from where they are; read them as ``purified``.
         unpurified_logits: (B, C), the logits of the images as they came.
         timing_ms: milliseconds spent in each stage, for the whole batch; "noise" is the drawing of it.
     """
 
     sample_logits: FloatArray
-    purified: FloatArray
+    copies: FloatArray | Callable[[], FloatArray]
     unpurified_logits: FloatArray
     timing_ms: dict[str, float]
+
+    @cached_property
+    def purified(self) -> FloatArray:
+        """(B, K, 3, H, W): nominally in [0, 1]; a generator may overshoot a little."""
+        return self.copies() if callable(self.copies) else self.copies
 
     @cached_property
     def logits(self) -> FloatArray:

@@ -15,6 +15,8 @@ IMPORTS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name of a package is 
 # Adapters to one library each, imported when that library is to be used.
 ADAPTERS = {
     "handlers.runtimes.onnxruntime", "handlers.runtimes.onnxruntime_cuda", "handlers.runtimes.openvino",
+    "handlers.runtimes.torch", "handlers.runtimes.pt2", "handlers.runtimes.cuda_graphs",
+    "handlers.runtimes.tensorrt_engine",
 }  # fmt: skip
 
 # An installed package that the core does not require is as good as absent: nothing of it can be imported.

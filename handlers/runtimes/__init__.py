@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``.
+# numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``; its
+# ``finite()`` tells, row by row, whether all of its numbers are.
 Array = Any
 
 
@@ -63,7 +64,9 @@ _RUNTIMES = {
     "onnxruntime-cuda": _Runtime(
         "handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu", "onnxruntime-gpu", True
     ),
+    "torch": _Runtime("handlers.runtimes.torch", "torch", "pip install torch", gpu=True),
     "tensorrt": _Runtime("handlers.runtimes.tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
+    "torch-tensorrt": _Runtime("handlers.runtimes.torch_tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
     "tensorrt-rtx": _Runtime("handlers.runtimes.tensorrt_rtx", "tensorrt_rtx", "pip install tensorrt-rtx", gpu=True),
 }
 _AUTO = ("openvino", "onnxruntime")  # on a CPU, as measured with every recipe: the faster first

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from handlers.runtimes import Options, tensorrt
+from handlers.runtimes import Engine, Options, tensorrt
 
 
-def load(file: Path, options: Options) -> tensorrt.TensorRtEngine:
+def load(file: Path, options: Options) -> Engine:
     """As `handlers.runtimes.tensorrt.load`."""
     return tensorrt.load(file, options, "tensorrt-rtx")

@@ -17,7 +17,8 @@ from export.trace import trace
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
 from handlers.runtimes import EngineError, Options, RuntimeMissing
-from handlers.runtimes.tensorrt import digest, find, load
+from handlers.runtimes.built import digest, find
+from handlers.runtimes.tensorrt import load
 from mlvgm.resnet import read_resnet50
 from tests.export import models
 from tests.export.test_stylegan2 import purifier
@@ -168,7 +169,7 @@ def test_what_is_missing_is_said_in_one_error(tmp_path: Path, monkeypatch: pytes
         assert "tensorrt-rtx" in runtimes.installed()
         assert "tensorrt-rtx" not in runtimes.available()
         with pytest.raises(BuildError, match="for the GPU at hand, and there is none"):
-            tensorrt._capability()
+            tensorrt.capability()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeMissing, match=r"'tensorrt' cannot be imported .*pip install tensorrt"):
         load(file, Options())

@@ -1,7 +1,6 @@
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +12,9 @@ from hypothesis import strategies as st
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import PROGRESS, NonFiniteError, Pipeline
-from handlers.runtimes import EngineError, Options
+from handlers.runtimes import Array, EngineError, Options
 from tests import bundles
+from tests.devices import OnDevice
 
 Floats = npt.NDArray[np.float32]
 
@@ -240,31 +240,41 @@ def test_bf16_is_computed_again_in_fp32(tmp_path: Path, runtime: str, precision:
         assert (pipeline.fallback is not None) == has_one
 
 
-def test_what_a_device_gives_is_checked_when_it_is_fetched(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnDevice:
-        """As a runtime for GPUs has it: numpy sees the values only by asking for them."""
+@pytest.mark.parametrize(("name", "output"), [("decode", "images"), ("classify", "logits")])
+def test_what_a_device_gives_is_checked(
+    nvae: Pipeline, monkeypatch: pytest.MonkeyPatch, name: str, output: str
+) -> None:
+    class Broken(OnDevice):
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            outputs = super().run(inputs)
+            outputs[output].tensor[-1] = np.inf
+            return outputs
 
-        def __init__(self, array: Floats) -> None:
-            self.array = array
-            self.shape = array.shape
+    monkeypatch.setitem(nvae._engines, name, Broken(nvae._engines[name], []))
+    with pytest.raises(NonFiniteError, match=name) as caught:
+        nvae.run(bundles.images(2), 1)
+    assert caught.value.items == [1]
 
-        def __array__(self, dtype: object = None, copy: bool | None = None) -> Floats:
-            return self.array
 
-    for name, output in (("decode", "images"), ("classify", "logits")):
-        engine = nvae._engines[name]
-        original = engine.run
-
-        def broken(feeds: dict[str, Floats], original: Any = original, output: str = output) -> dict[str, OnDevice]:
-            array = original(feeds)[output].copy()
-            array[-1] = np.inf
-            return {output: OnDevice(array)}
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "run", broken)
-            with pytest.raises(NonFiniteError, match=name) as caught:
-                nvae.run(bundles.images(2), 1)
-        assert caught.value.items == [1]
+@pytest.mark.parametrize("family", ["nvae", "style"])
+def test_from_a_device_only_logits_come_until_the_images_are_wanted(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    with Pipeline.load(request.getfixturevalue(f"{family}_bundle"), "onnxruntime") as pipeline:
+        expected = pipeline.run(bundles.images(5), 3, range(5))
+        fetched: list[tuple[int, ...]] = []
+        pipeline._engines.update({name: OnDevice(e, fetched) for name, e in pipeline._engines.items()})
+        result = pipeline.run(bundles.images(5), 3, range(5))
+        assert np.allclose(result.logits, expected.logits, rtol=0, atol=1e-5)
+        assert np.allclose(result.unpurified_logits, expected.unpurified_logits, rtol=0, atol=1e-5)
+        assert {shape[1:] for shape in fetched} == {(len(bundles.CLASSES),)}
+        assert sum(shape[0] for shape in fetched) == 5 + 5 * 3, "each row of logits comes once"
+        fetched.clear()
+        assert np.allclose(result.purified, expected.purified, rtol=0, atol=1e-6)
+        assert sum(shape[0] for shape in fetched) == 5 * 3
+        fetched.clear()
+        assert result.purified is result.purified
+        assert not fetched, "they are fetched once"
 
 
 def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,31 @@
+"""Arrays that stay on a GPU between stages."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DeviceArray:
+    """A PyTorch tensor that is cut to rows where it is, and comes to the host only by ``np.asarray``."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, rows: Any) -> "DeviceArray":
+        return DeviceArray(self.tensor[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self.tensor.cpu().numpy(), dtype)
+
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(rows,): which rows have neither NaN nor infinity. Told by the device: the rows themselves stay there."""
+        found: npt.NDArray[np.bool_] = self.tensor.isfinite().flatten(1).all(1).cpu().numpy()
+        return found

@@ -1,0 +1,80 @@
+"""A TensorRT engine on tensors of PyTorch."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handlers.runtimes import EngineError
+from handlers.runtimes.cuda_graphs import CudaGraphs, Tensors
+
+
+def engine_of(trt: ModuleType, runtime: Any, plan: Any, card: Mapping[str, Any], device: torch.device) -> CudaGraphs:
+    """The engine ``plan``, which stays loaded as long as ``runtime`` does."""
+    names = _names(trt, plan, card)
+    scratch = torch.empty(max(plan.device_memory_size_v2, 1), dtype=torch.uint8, device=device)
+
+    def prepare(inputs: Tensors) -> Execution:
+        return Execution(trt, plan, names, inputs, scratch)
+
+    return CudaGraphs(prepare, device, owner=runtime)
+
+
+def _names(trt: ModuleType, plan: Any, card: Mapping[str, Any]) -> dict[str, str]:
+    """Ours for each tensor of ``plan``: a compiler that names them anew keeps their order, which the card has."""
+    tensors = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
+    names = {tensor: tensor for tensor in tensors}
+    for key, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
+        if key in card:
+            of_mode = [tensor for tensor in tensors if plan.get_tensor_mode(tensor) == mode]
+            names |= dict(zip(of_mode, card[key], strict=True))
+    return names
+
+
+class Execution:
+    """One execution context on tensors that stay where they are, for `CudaGraphs`: one for each number of rows.
+
+    Contexts share the memory ``scratch``, for only one runs at a time.
+    """
+
+    def __init__(
+        self, trt: ModuleType, engine: Any, names: Mapping[str, str], inputs: Tensors, scratch: Tensor
+    ) -> None:
+        self._own_graphs = hasattr(trt, "CudaGraphStrategy")
+        self._context = engine.create_execution_context(_settings(trt, engine, self._own_graphs))
+        if self._context is None:
+            raise EngineError("TensorRT cannot make an execution context: most likely too little GPU memory")
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._outputs: Tensors = {}
+        for tensor in names:
+            if engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT:
+                value = inputs[names[tensor]]
+                if not self._context.set_input_shape(tensor, tuple(value.shape)):
+                    raise EngineError(f"TensorRT: {tensor} cannot have the shape {tuple(value.shape)}")
+                self._context.set_tensor_address(tensor, value.data_ptr())
+        for tensor in names:  # shapes of outputs are known only now
+            if engine.get_tensor_mode(tensor) == trt.TensorIOMode.OUTPUT:
+                value = torch.empty(tuple(self._context.get_tensor_shape(tensor)), device=scratch.device)
+                self._context.set_tensor_address(tensor, value.data_ptr())
+                self._outputs[names[tensor]] = value
+
+    def start(self) -> Tensors:
+        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise EngineError("TensorRT: the engine could not be run")
+        return self._outputs
+
+    def may_record(self) -> bool:
+        return not self._own_graphs
+
+
+def _settings(trt: ModuleType, engine: Any, own_graphs: bool) -> Any:
+    """For a context whose memory is ours; TensorRT-RTX, which compiles for new shapes as it goes, records by itself."""
+    ours = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if not own_graphs:
+        return ours
+    settings = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(ours)
+    settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    return settings

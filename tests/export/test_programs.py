@@ -1,0 +1,224 @@
+"""Programs of PyTorch: what they compute, which is taken for which graph, and that nothing in one is ever executed."""
+
+import hashlib
+import io
+import json
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export import classifier, families, programs
+from export.bundle import ExportError, export_bundle
+from export.precision import in_half
+from export.stage import Stage
+from export.trace import example, trace
+from handlers import runtimes
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
+from handlers.runtimes import EngineError, Options, RuntimeMissing, built
+from handlers.runtimes import torch as runtime
+from handlers.runtimes.cuda_graphs import CudaGraphs
+from mlvgm.resnet import read_resnet50
+from tests.devices import record_on_cpu
+from tests.export import models
+from tests.export.test_stylegan2 import purifier
+from tests.mlvgm import small
+
+CLOSE = {"fp32": 1e-5, "fp16": 2e-3}
+
+
+def stages_of(family: str, folder: Path) -> list[Stage]:
+    if family == "nvae":
+        return [*families.stages(models.purifier(), False, 0.0), classifier.stage(models.classifier(), 32, 3)]
+    model = purifier(family, folder)
+    last = read_resnet50(small.save(small.resnet(), folder), 3)
+    return [*families.stages(model, False, 0.0), classifier.stage(last, model.image_size, 3)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", ["nvae", "e4e", "style_transformer"])
+def test_programs_and_graphs_agree_in_every_batch(
+    family: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also as they run on a GPU, recorded for each number of rows, with recordings on the CPU."""
+    record_on_cpu(monkeypatch)
+    for stage in stages_of(family, tmp_path):
+        made = in_half(stage) if precision == "fp16" else stage
+        file = tmp_path / f"{stage.name}.onnx"
+        trace(made, file)
+        programs.write(made, file)
+        graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
+        assert isinstance(program, runtime.CpuProgram)
+        function = program._function
+        recorded = CudaGraphs(lambda inputs, f=function: runtime.OnDevice(f, inputs), torch.device("cpu"))  # type: ignore[misc]
+        for rows in (1, 3):
+            feeds = {named[0]: example(named, rows, seed=i).numpy() for i, named in enumerate(stage.inputs)}
+            expected = graph.run(feeds)
+            for found in (program.run(feeds), recorded.run(feeds)):
+                for name, array in expected.items():
+                    error = np.linalg.norm(np.asarray(found[name]) - array) / np.linalg.norm(array)
+                    assert error < CLOSE[precision], (stage.name, name, rows)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("programs") / "tiny"
+    export_bundle(models.recipe(), models.purifier(), models.classifier(), out, with_programs=True)
+    return out
+
+
+def test_a_bundle_with_programs_is_sealed_compared_and_served(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    assert sorted(Path(name).suffix for name in manifest.files if name.startswith("engines/")) == [
+        *[".json"] * len(manifest.stages),
+        *[".pt2"] * len(manifest.stages),
+    ]
+    assert manifest.report["parity_torch"]["runtime"] == "torch"
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    with Pipeline.load(bundle, "torch") as fast, Pipeline.load(bundle, "onnxruntime") as plain:
+        found, expected = (p.run(images, 4, [1, 2, 3]) for p in (fast, plain))
+    assert np.allclose(found.purified, expected.purified, rtol=0, atol=1e-5)
+    assert np.array_equal(found.votes, expected.votes)
+
+
+def test_no_foreign_or_damaged_program_is_loaded(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "decode.onnx"
+    file.write_bytes((bundle / "decode.onnx").read_bytes())
+    with pytest.raises(EngineError, match=r"no engine of it by torch .*; mlvgm export --engines torch builds one"):
+        runtimes.load("torch", file, Options())
+    monkeypatch.setattr(runtime, "version", lambda: "2.99.0")
+    with pytest.raises(EngineError, match=r"no engine of it by torch 2\.99\.0; "):
+        runtimes.load("torch", bundle / "decode.onnx", Options())
+
+
+class Evil:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.file), "w")
+
+
+Records = dict[str, bytes]
+
+
+def sample_inputs(records: Records, evil: bytes) -> None:
+    records["data/sample_inputs/model.pt"] = evil
+
+
+def pickled_weight(records: Records, evil: bytes) -> None:
+    config = json.loads(records["data/weights/model_weights_config.json"])
+    entry = next(iter(config["config"].values()))
+    entry["use_pickle"] = True
+    records[f"data/weights/{entry['path_name']}"] = evil
+    records["data/weights/model_weights_config.json"] = json.dumps(config).encode()
+
+
+def opaque_object(records: Records, evil: bytes) -> None:
+    config = {
+        "config": {"x": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}
+    }
+    records["data/constants/opaque_obj_0"] = evil
+    records["data/constants/model_constants_config.json"] = json.dumps(config).encode()
+
+
+def older_format(records: Records, evil: bytes) -> None:
+    records["data/weights/model.pt"] = evil
+
+
+def compiled_code(records: Records, evil: bytes) -> None:
+    records["data/aotinductor/model/wrapper.so"] = evil
+
+
+def shape(records: Records, evil: bytes) -> None:
+    model = records["models/model.json"].decode()
+    at = model.index("Symbol(")
+    records["models/model.json"] = (model[:at] + "open('evil','w')" + model[model.index(")", at) + 1 :]).encode()
+
+
+def function(records: Records, evil: bytes) -> None:
+    model = json.loads(records["models/model.json"])
+    model["graph_module"]["graph"]["nodes"][0]["target"] = "torch.hub.load"
+    records["models/model.json"] = json.dumps(model).encode()
+
+
+ATTACKS: Mapping[str, tuple[Callable[[Records, bytes], None], str]] = {
+    "sample inputs": (sample_inputs, "it has sample inputs, which are pickled"),
+    "a pickled weight": (pickled_weight, "is pickled: pickles are never loaded"),
+    "an opaque object": (opaque_object, "opaque_obj_0 has no place in an archive"),
+    "an older format": (older_format, r"data/weights/model\.pt has no place"),
+    "compiled code": (compiled_code, r"wrapper\.so has no place"),
+    "a shape that is code": (shape, "is no plain shape"),
+    "a function": (function, r"it calls 'torch\.hub\.load', which is no operator"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nothing_in_an_archive_is_executed(
+    name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, reason = ATTACKS[name]
+    file, trap = bundle / "decode.onnx", tmp_path / "trap"
+    archive = built.find(file, "torch", runtime.version(), suffix=".pt2")
+    with zipfile.ZipFile(archive) as source:
+        root = source.namelist()[0].partition("/")[0]
+        records = {info.filename.removeprefix(f"{root}/"): source.read(info) for info in source.infolist()}
+    change(records, pickle.dumps(Evil(trap)))
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "decode.onnx").write_bytes(file.read_bytes())
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    for record, content in records.items():
+        if not record.startswith(".data/") and record != "byteorder":
+            writer.write_record(record, content, len(content))
+    writer.write_end_of_file()
+    changed = tmp_path / "engines" / archive.name
+    changed.write_bytes(buffer.getvalue())
+    sealed = {**built.card(archive), "engine": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    changed.with_suffix(".json").write_text(json.dumps(sealed))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match=reason):
+        runtimes.load("torch", tmp_path / "decode.onnx", Options())
+    assert not trap.exists()
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_damaged_archive_is_one_error(bundle: Path, tmp_path: Path) -> None:
+    from handlers.runtimes import pt2
+
+    archive = built.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
+    for size in (0, 10, archive.stat().st_size // 2):
+        broken = tmp_path / "broken.pt2"
+        broken.write_bytes(archive.read_bytes()[:size])
+        with pytest.raises(EngineError, match=r"broken\.pt2: PyTorch cannot load it"):
+            pt2.read(broken)
+
+
+def test_wrong_inputs_are_an_engine_error(bundle: Path) -> None:
+    program = runtimes.load("torch", bundle / "encode.onnx", Options(threads=1))
+    for wrong in ({"images": np.zeros((1, 3, 9, 32), np.float32)}, {}):
+        with pytest.raises(EngineError, match="PyTorch"):
+            program.run(wrong)
+
+
+def test_a_classifier_in_onnx_is_refused_before_anything_is_traced(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"own\.onnx: a classifier in ONNX cannot become a program"):
+        export_bundle(models.recipe(), models.purifier(), tmp_path / "own.onnx", tmp_path / "out", with_programs=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_torch_tensorrt_says_what_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from export import torch_tensorrt
+
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(RuntimeMissing, match=r"torch-tensorrt cannot be imported .*pip install torch-tensorrt"):
+        torch_tensorrt.build_bundle(bundle)

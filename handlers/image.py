@@ -99,7 +99,7 @@ def _pixels(image: Image.Image, exif: bytes, size: tuple[int, int]) -> Pixels:
         side = 2 * max(size)
         image.draft(image.mode, (side, side))
     image = _rgb(image)
-    if turn := _TURNS.get(_orientation(exif)):
+    if (turn := _TURNS.get(_orientation(exif))) is not None:
         image = image.transpose(turn)
     return _fitted(image, size)
 

@@ -15,7 +15,7 @@ from benchmarks.server.deployment import Deployment
 from benchmarks.server.subject import Subject
 from benchmarks.server.watch import Watch, growth
 
-CLIENTS = 24
+MOST_CLIENTS = 24
 
 
 def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, An
         ``per_second``, ``statuses``, and the first that were ``wrong`` as (kind, status, body).
     """
     hostile = hostile_calls(deployment.model, subject.manifest.samples.max)
-    outcomes, memory, deaths = asyncio.run(_run(deployment, _mixed(subject, hostile, count)))
+    clients = min(MOST_CLIENTS, 4 * subject.settings.batch)  # more would not fit the queue, and be refused for that
+    outcomes, memory, deaths = asyncio.run(_run(deployment, _mixed(subject, hostile, count), clients))
     right, valid, status = (np.array(column) for column in (outcomes.right, outcomes.valid, outcomes.status))
     done = np.array(outcomes.done)
     is_4xx = (status >= 400) & (status < 500)
@@ -49,9 +50,11 @@ def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, An
     }
 
 
-async def _run(deployment: Deployment, calls: Iterator[Call]) -> tuple[load.Outcomes, list[tuple[float, int]], int]:
+async def _run(
+    deployment: Deployment, calls: Iterator[Call], clients: int
+) -> tuple[load.Outcomes, list[tuple[float, int]], int]:
     async with Watch(deployment) as watch:
-        outcomes = await load.closed(deployment, calls, CLIENTS, timeout=60)
+        outcomes = await load.closed(deployment, calls, clients, timeout=60)
     return outcomes, watch.memory, watch.deaths
 
 

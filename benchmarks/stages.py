@@ -348,7 +348,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         cells += [f"{row['images_per_s']:.3g}", f"{row['ratio']:.1f}", stages, f"{row['memory_mb']:.0f}"]
         cells += ["" if row["gflops"] is None else f"{row['gflops']:.4g}"]
         cells += ["" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"]
-        cells += [f"{row['relative_error']:.1e}", f"{row['label_agreement']:.1%}"]
+        cells += [f"{row['relative_error']:.1e}", f"{row['label_agreement']:.1%} of {row['compared']}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

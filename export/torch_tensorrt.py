@@ -15,6 +15,7 @@ from export import tensorrt
 from export.tensorrt import BuildError, Card
 from handlers.manifest import Batch, Manifest, Stage
 from handlers.runtimes import RuntimeMissing, built, pt2
+from handlers.runtimes.tensorrt import library
 from handlers.runtimes.torch import SUFFIX, version
 
 NAME = "torch-tensorrt"
@@ -46,7 +47,7 @@ def _compiler() -> Any:
 
 
 def _build(compiler: Any, bundle: Path, stage: Stage, batch: Batch) -> Path:
-    file, trt = bundle / stage.file, tensorrt.library("tensorrt")
+    file, trt = bundle / stage.file, library("tensorrt")
     archive = built.find(file, "torch", version(), suffix=SUFFIX)
     rows = (batch.min, batch.opt, batch.max)
     flags = ("STRONGLY_TYPED", "NO_TF32", f"{NAME} {compiler.__version__}")

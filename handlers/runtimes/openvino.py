@@ -66,7 +66,7 @@ class OpenVinoEngine:
             failed = _wait(requests)
         if failed:
             raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
-        outputs = {}
+        outputs: dict[str, Array] = {}
         for i, port in enumerate(requests[0].model_outputs):
             parts = [request.get_output_tensor(i).data for request in requests]
             array = np.concatenate(parts) if len(parts) > 1 else parts[0].copy()

@@ -39,7 +39,7 @@ def load(file: Path, options: Options) -> Engine:
         return CpuProgram(Function(program.module(check_guards=False), card["inputs"], card["outputs"]))
     # TF32 keeps ten bits: less than fp32, and less than the fp32 islands of a half-precision program are there for.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     device = torch.device("cuda", options.device)
     module = move_to_device_pass(program, str(device)).module(check_guards=False)
     function = Function(module, card["inputs"], card["outputs"])

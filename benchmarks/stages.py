@@ -133,7 +133,11 @@ def measure(
     counted: dict[tuple[str, int], float | None] = {}
     for technique in chosen or techniques():
         say(f"{subject.recipe}: {technique.label}")
-        peak, results = _apart(_run, subject, technique, images, loads, seconds, threads)
+        try:
+            peak, results = _apart(_run, subject, technique, images, loads, seconds, threads)
+        except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
+            say(f"  not measured: {error}")
+            continue
         baseline = baseline or results
         for load, result, reference in zip(loads, results, baseline, strict=True):
             whole = baseline[first[load.samples]]

@@ -36,6 +36,8 @@ KEY_DAYS = 366
 RENEW_BEFORE = timedelta(hours=1)
 LOOK_EVERY_S = 0.5
 
+_stopping = threading.Event()
+
 
 class Back(Server):
     """TorchServe as a child of ours, java run directly: its log is our output, and no launcher can leave it behind."""
@@ -194,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stay(back: Back, front: Front, only: str | None) -> int:
     complaint = ""
-    while True:
+    while not _stopping.is_set():
         if back.ended() or front.ended():
             _say(f"{'TorchServe' if back.ended() else 'nginx'} has ended by itself")
             return 1
@@ -209,6 +211,7 @@ def _stay(back: Back, front: Front, only: str | None) -> int:
             if complaint != (complaint := str(error)):
                 _say(complaint)
         time.sleep(LOOK_EVERY_S)
+    return 0
 
 
 def _await_key(back: Back, timeout: float) -> None:
@@ -260,7 +263,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Once: a second signal must not cut the drain short."""
+    """Once: a second signal must not cut the drain short. An exception can get lost in a destructor; the event stays."""
+    _stopping.set()
     for number in STOPS:
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt

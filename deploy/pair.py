@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Once: a second signal must not cut the drain short. An exception can get lost in a destructor; the event stays."""
+    """Once: a second signal must not cut the drain short. The event, as exceptions can get lost in a destructor."""
     _stopping.set()
     for number in STOPS:
         signal.signal(number, lambda *_: None)

@@ -1,0 +1,102 @@
+"""Coverage-guided fuzzing of the request parser (`make fuzz`): whatever the body and headers, a bounded request or a
+`RequestError`.
+
+The first byte says how the body comes: by which name and content type, parsed as TorchServe may do it or not.
+"""
+
+import base64
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["handlers"]):
+    from handlers.manifest import Manifest
+    from handlers.request import MOST_IMAGES, OPTIONS, parse
+    from handlers.wire import RequestError
+
+from tests import bundles
+from tests.fuzz.image import fuzz
+
+IMAGE = base64.b64encode(b"\x89PNG...").decode()
+TENSOR = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 128, 255]}
+ENTRIES: list[dict[str, Any]] = [
+    {"image": IMAGE, "samples": 3, "top_k": 2, "return": "purified", "alphas": "none", "seed": 7},
+    {"images": [IMAGE, IMAGE], "samples": 2},
+    {"id": "x", "inputs": [TENSOR], "parameters": {"samples": 2}, "outputs": [{"name": "label"}]},
+    {"inputs": [{**TENSOR, "datatype": "FP32", "shape": [1, 3, 1, 1], "data": [[[0.5]], [[1]], [[0]]]}]},
+    {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [IMAGE]}]},
+]
+BINARY = json.dumps({"inputs": [{**TENSOR, "data": 0, "parameters": {"binary_data_size": 3}}]}).replace(
+    '"data": 0, ', ""
+)
+TYPES = ("", "application/json", "image/png", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x")
+WORDS = [
+    "image",
+    "images",
+    "inputs",
+    "outputs",
+    "parameters",
+    "datatype",
+    "shape",
+    "data",
+    "binary_data_size",
+    "id",
+    "name",
+]
+WORDS += [*OPTIONS, "BYTES", "UINT8", "FP32", "purified", "none", "linear", "NaN", "-Infinity", "1e999", "\\\\ud800"]
+
+
+def seeds() -> list[bytes]:
+    bodies = [json.dumps(entries).encode() for entries in ENTRIES]
+    made = [bytes([way]) + body for body in bodies for way in (0, 1, 16, 17)]
+    return [*made, bytes([32]) + bytes([len(BINARY)]) + BINARY.encode() + b"abc", b"\0\x89PNG", bytes([64]) + b"3"]
+
+
+def request(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields and headers, as TorchServe would hand them over."""
+    way, body = data[0] if data else 0, data[1:]
+    headers: dict[str, Any] = {"Content-Type": TYPES[way % len(TYPES)]}
+    fields: dict[str, Any] = {("body", "body", "image", "x")[way % 4]: bytearray(body)}
+    if way & 16:
+        try:
+            fields = {"body": json.loads(body)}
+        except (ValueError, RecursionError):
+            fields = {"body": body.decode("utf-8", "replace")}
+    if way & 32:
+        headers["Inference-Header-Content-Length"] = str(body[0] if body else 0)
+        fields = {"body": bytearray(body[1:])}
+    if way & 64:
+        for name in ("Samples", "Top-K", "Return", "Alphas", "Seed"):
+            headers[f"X-Mlvgm-{name}"] = body.decode("latin-1")
+    return fields, headers
+
+
+def checker(manifest: Manifest) -> Any:
+    def check(data: bytes) -> None:
+        fields, headers = request(data)
+        try:
+            found = parse(fields, headers, manifest, allow_seed=True)
+        except RequestError as error:
+            message = str(error)
+            assert message.isascii()
+            assert 0 < len(message) < 300
+            return
+        assert 1 <= len(found.images) <= MOST_IMAGES
+        assert 1 <= found.samples <= manifest.samples.max
+        assert len(found.images) * found.samples <= 4 * manifest.samples.max
+        assert 1 <= found.top_k <= len(manifest.classes)
+        assert found.alphas in manifest.alphas
+        for image in found.images:
+            assert isinstance(image, bytes) or (image.shape[2:] == (3,) and image.nbytes <= len(data))
+
+    return check
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = bundles.write_nvae(Path(folder))
+    fuzz(checker(manifest), seeds(), sys.argv, WORDS, max_len=2048, timeout=20, rss_limit_mb=2048)

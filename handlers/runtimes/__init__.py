@@ -94,14 +94,14 @@ def choose(name: str) -> str:
         RuntimeMissing: unknown or not installed, with what to install.
     """
     if name == "auto":
-        found = [candidate for candidate in _AUTO if candidate in installed()]
+        found = [candidate for candidate in _AUTO if _is_installed(_RUNTIMES[candidate])]
         if not found:
             cures = " or ".join(_RUNTIMES[candidate].install for candidate in _AUTO)
             raise RuntimeMissing(f"no runtime is installed: {cures}")
         return found[0]
     if name not in _RUNTIMES:
         raise RuntimeMissing(f"no runtime is called {name!r}; there are {', '.join(NAMES)}")
-    if name not in installed():
+    if not _is_installed(_RUNTIMES[name]):
         raise RuntimeMissing(f"runtime {name!r} is not installed: {_RUNTIMES[name].install}")
     return name
 

@@ -69,7 +69,7 @@ def test_an_unknown_runtime_lists_the_known_ones(nvae_bundle: Path) -> None:
 
 
 def test_a_missing_runtime_says_what_to_install(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes, "installed", list)
+    monkeypatch.setattr(runtimes, "_is_installed", lambda _: False)
     with pytest.raises(RuntimeMissing, match="pip install onnxruntime"):
         Pipeline.load(nvae_bundle, "onnxruntime")
     with pytest.raises(RuntimeMissing, match="pip install openvino or pip install onnxruntime"):

@@ -51,7 +51,9 @@ def base64_bytes(text: Any) -> bytes:
 
 def quoted(text: Any) -> str:
     """A client's own word, fit for an answer: short and ASCII."""
-    return ascii(text[:40]) if isinstance(text, str) else f"a {type(text).__name__}"
+    if not isinstance(text, str):
+        return f"a {type(text).__name__}"
+    return ascii(text[: 40 if text.isascii() else 10])
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,17 +1,20 @@
 """Coverage-guided fuzzing of the request parser (`make fuzz`): whatever the body and headers, a bounded request or a
 `RequestError`.
 
-The first byte says how the body comes: by which name and content type, parsed as TorchServe may do it or not.
+The first byte says how the body comes: by which name and content type, parsed as TorchServe may do it or not, or as
+JSON that nearly fits, which the further bytes choose.
 """
 
 import base64
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import atheris
+import numpy as np
 
 with atheris.instrument_imports(include=["handlers"]):
     from handlers.manifest import Manifest
@@ -53,7 +56,18 @@ WORDS += [*OPTIONS, "BYTES", "UINT8", "FP32", "purified", "none", "linear", "NaN
 def seeds() -> list[bytes]:
     bodies = [json.dumps(entries).encode() for entries in ENTRIES]
     made = [bytes([way]) + body for body in bodies for way in (0, 1, 16, 17)]
-    return [*made, bytes([32]) + bytes([len(BINARY)]) + BINARY.encode() + b"abc", b"\0\x89PNG", bytes([64]) + b"3"]
+    return [
+        *made,
+        bytes([32]) + bytes([len(BINARY)]) + BINARY.encode() + b"abc",
+        b"\0\x89PNG",
+        bytes([64]) + b"3",
+        *random(),
+    ]
+
+
+def random() -> list[bytes]:
+    generator = np.random.default_rng(0)
+    return [bytes([128]) + generator.bytes(200) for _ in range(50)]
 
 
 def request(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,7 +86,33 @@ def request(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if way & 64:
         for name in ("Samples", "Top-K", "Return", "Alphas", "Seed"):
             headers[f"X-Mlvgm-{name}"] = body.decode("latin-1")
+    if way & 128:
+        fields = {"body": odd_entries(atheris.FuzzedDataProvider(body))}
     return fields, headers
+
+
+def odd_entries(choices: Any) -> dict[str, Any]:
+    """A request of `ENTRIES` with some of its values exchanged for others, at any depth."""
+
+    def odd(value: Any) -> Any:
+        if choices.ConsumeIntInRange(0, 7) == 0:
+            return odd_value()
+        if isinstance(value, dict):
+            kept = {name: odd(each) for name, each in value.items() if choices.ConsumeIntInRange(0, 15)}
+            more = {choices.PickValueInList(WORDS): odd_value()} if choices.ConsumeIntInRange(0, 7) == 1 else {}
+            return kept | more
+        if isinstance(value, list):
+            return [odd(each) for each in value for _ in range(choices.PickValueInList([1, 1, 1, 0, 2, 20]))]
+        return value
+
+    def odd_value() -> Any:
+        if choices.ConsumeBool():
+            return odd(choices.PickValueInList([*ENTRIES, TENSOR, [1, 2, 2, 3], [[[0.5]], [[1]]], {}]))
+        number = choices.ConsumeIntInRange(-1, 300)
+        numbers = [number, number / 100, math.nan, math.inf, 10**400, True]
+        return choices.PickValueInList([*numbers, str(number), None, IMAGE, choices.ConsumeUnicode(8), *WORDS])
+
+    return {name: odd(each) for name, each in choices.PickValueInList(ENTRIES).items()}
 
 
 def checker(manifest: Manifest) -> Any:
@@ -83,7 +123,7 @@ def checker(manifest: Manifest) -> Any:
         except RequestError as error:
             message = str(error)
             assert message.isascii()
-            assert 0 < len(message) < 300
+            assert 0 < len(message) < 400
             return
         assert 1 <= len(found.images) <= MOST_IMAGES
         assert 1 <= found.samples <= manifest.samples.max

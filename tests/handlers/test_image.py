@@ -316,3 +316,8 @@ def test_png_of_a_purified_image_can_be_read_back() -> None:
     image = np.random.default_rng(0).uniform(-0.1, 1.1, (3, 16, 16)).astype(np.float32)
     pixels = decode(encode_png(image), SIZE)
     assert np.abs(pixels.transpose(2, 0, 1) / 255 - image.clip(0, 1)).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_largest_purified_image_is_no_larger_than_an_answer_may_be() -> None:
+    """1024 x 1024 pixels of noise, which no PNG makes smaller; 6,553,500 bytes is TorchServe's own limit."""
+    assert len(encode_png(np.random.default_rng(0).random((3, 1024, 1024), np.float32))) < 6_553_500

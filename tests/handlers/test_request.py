@@ -1,5 +1,6 @@
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,12 @@ def test_options_out_of_range_name_the_range(option: str, value: object, said: s
 
 def test_unknown_headers_of_ours_are_refused(manifest: Manifest) -> None:
     assert "'sample'" in reason({"body": IMAGE}, {"X-Mlvgm-Sample": "3"}, manifest)
+
+
+def test_an_answer_never_names_more_than_a_thousand_classes(manifest: Manifest) -> None:
+    many = replace(manifest, classes=tuple(f"class {i}" for i in range(20_000)))
+    assert parse({"body": IMAGE}, {"X-Mlvgm-Top-K": "1000"}, many).top_k == 1000
+    assert "1 to 1000" in reason({"body": IMAGE}, {"X-Mlvgm-Top-K": "1001"}, many)
 
 
 def test_seeds_are_the_operators_choice(manifest: Manifest) -> None:

@@ -36,6 +36,8 @@ from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
 
+_LONG = 60.0  # seconds: a call that takes more is not repeated for its time alone
+
 
 @dataclass(frozen=True)
 class Technique:
@@ -62,7 +64,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Load:
-    """Images per call, purified copies of each, and the images, in such calls, that outputs are compared on.
+    """Images per call, purified copies of each, and how many purified images are compared, one call's at least.
 
     An image's noise is its own whatever the call, so loads of one number of copies can be compared with each other.
     """
@@ -114,7 +116,7 @@ def measure(
 
     Args:
         images: uint8 (N, H, W, 3), at least as many as the largest batch.
-        seconds: to go on measuring one row, at least two calls and at most thirty.
+        seconds: to go on measuring one row, at least two calls (one, where it takes more than a minute), at most thirty.
         threads: CPU threads; 0 for every core.
 
     Returns:
@@ -229,12 +231,17 @@ def _measure(
     times: list[float] = []
     jobs = [
         Job.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
-        for start in range(0, max(load.compared // load.batch, 1) * load.batch, load.batch)
+        for start in range(0, max(load.compared // load.batch // load.samples, 1) * load.batch, load.batch)
     ]
     gflops = twin.count(jobs[0]) / load.batch if twin else None
-    run(jobs[0])  # warms up
+    if twin is None:  # the count has warmed the twin up
+        run(jobs[0])
     begun = time.perf_counter()
-    while len(times) < max(2, len(jobs)) or (time.perf_counter() - begun < seconds and len(times) < 30):
+    while (
+        len(times) < len(jobs)
+        or (len(times) < 2 and times[0] < _LONG)
+        or (time.perf_counter() - begun < seconds and len(times) < 30)
+    ):
         started = time.perf_counter()
         found, logits, milliseconds = run(jobs[len(times) % len(jobs)])
         times.append(time.perf_counter() - started)

@@ -3,11 +3,10 @@
 import argparse
 import datetime
 import functools
-import signal
 from pathlib import Path
-from types import FrameType
 
 from cli.errors import CliError
+from cli.signals import stop_once
 from handlers import runtimes
 
 
@@ -65,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     compare = litserve.is_installed() and not args.no_litserve
     plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
     settings = Settings(args.bundle, samples, served.batch_size, args.runtime, args.threads)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)  # or the servers would be left behind
+    stop_once()  # or the servers would be left behind
     say = functools.partial(print, flush=True)
     content = {
         "bundle": f"{manifest.name} {manifest.version}",
@@ -90,7 +88,3 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise CliError(f"--{name.replace('_', '-')} must be above 0")
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

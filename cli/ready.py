@@ -26,22 +26,24 @@ def run(arguments: argparse.Namespace) -> int:
     models = [arguments.model] if arguments.model else server.models
     if not models:
         print(f"no server of mlvgm serve is running on port {server.port}")
-    found = [_ask(server.client(arguments.timeout), model) for model in models]
+    found = []
+    for model in models:
+        ready, words = check(server.client(arguments.timeout), model)
+        print(f"{model}: {words}")
+        found.append(ready)
     return 0 if found and all(found) else 1
 
 
-def _ask(client: Client, model: str) -> bool:
+def check(client: Client, model: str) -> tuple[bool, str]:
+    """Whether ``model`` answers, or is too busy to while a worker of it is up; and that in words."""
     try:
         answer = client.predict(grey_png(), model, samples=1)
     except ServerError as error:
         if error.status == 503 and _has_worker(client, model):
             # The worker has passed its self-test, or it would not be up. A probe that fails under load makes more load.
-            print(f"{model}: ready, and busy: its queue is full")
-            return True
-        print(f"{model}: not ready: {error}")
-        return False
-    print(f"{model}: ready: {sum(answer['timing_ms'].values()):.0f} ms")
-    return True
+            return True, "ready, and busy: its queue is full"
+        return False, f"not ready: {error}"
+    return True, f"ready: {sum(answer['timing_ms'].values()):.0f} ms"
 
 
 def _has_worker(client: Client, model: str) -> bool:

@@ -1,14 +1,13 @@
 """``mlvgm serve``: start TorchServe on loopback, keys required, and stop it again."""
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from cli.errors import CliError
 from cli.server import Server
+from cli.signals import stop_once, stopping
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -57,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
         return 0 if stopped else 1
     archives = _archives(arguments.model_store, arguments.models)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    stop_once()
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     server.start(archives, arguments.workers, arguments.timeout, arguments.threads, _tell)
@@ -96,16 +94,12 @@ def _stay(server: Server) -> int:
     """Wait for Ctrl-C or SIGTERM, then stop the server; 1 if it ends by itself."""
     print("Ctrl-C stops the server", file=sys.stderr, flush=True)
     try:
-        while server.process():
+        while not stopping.is_set():
+            if server.process() is None:
+                raise CliError(f"TorchServe has ended by itself; its log is {server.log}")
             time.sleep(0.5)
-        raise CliError(f"TorchServe has ended by itself; its log is {server.log}")
     except KeyboardInterrupt:
-        return 0
+        pass
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # impatient fingers must not leave the server half stopped
         server.stop()
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    return 0

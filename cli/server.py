@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.errors import CliError
 from cli.java import find_java
+from cli.signals import undisturbed
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
@@ -191,7 +192,7 @@ class Server:
         command += ["--log-config", str(self.folder / "log4j2.xml")]
         command += ["--model-store", str(store.resolve())]
         command += ["--models", *(f"{name}={archive.name}" for name, archive in models.items())]
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as log, undisturbed():
             # A session of its own: Ctrl-C must reach us alone, so that we stop the server in order.
             launcher = subprocess.run(
                 command,

@@ -20,23 +20,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import FrameType
 
 from cli.errors import CliError
 from cli.java import find_java
 from cli.server import Server
+from cli.signals import stop_once, stopping, undisturbed
+from deploy.readiness import Readiness
 from handlers.client import ServerError
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # The key changes when TorchServe starts and when somebody renews it: every change costs the requests of that moment.
 KEY_DAYS = 366
 RENEW_BEFORE = timedelta(hours=1)
 LOOK_EVERY_S = 0.5
-
-_stopping = threading.Event()
 
 
 class Back(Server):
@@ -120,6 +118,7 @@ class Front:
         self._conf, self._server = conf.absolute(), server
         self._key = ""
         self._seen: list[tuple[str, int, int]] = []
+        self._readiness = Readiness(server, server.folder.parent / "ready")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -130,6 +129,7 @@ class Front:
         with undisturbed():
             command = [program, "-c", str(self._conf), "-e", "stderr", "-g", "daemon off;"]
             self._process = subprocess.Popen(command, start_new_session=True)
+        self._readiness.start()
 
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
@@ -142,6 +142,7 @@ class Front:
         """Take nothing new and wait until all is answered; after ``timeout`` seconds end it all the same."""
         if self._process is None:
             return
+        self._readiness.stop()
         self._process.send_signal(signal.SIGQUIT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
@@ -166,8 +167,7 @@ class Front:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the pair until a signal stops it (0), or one of the two ends by itself or cannot be started (1)."""
     options = parser().parse_args(arguments)
-    for number in STOPS:
-        signal.signal(number, _interrupt)
+    stop_once()
     back = Back(options.port)
     front = Front(options.nginx_conf, back)
     try:
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stay(back: Back, front: Front, only: str | None) -> int:
     complaint = ""
-    while not _stopping.is_set():
+    while not stopping.is_set():
         if back.ended() or front.ended():
             _say(f"{'TorchServe' if back.ended() else 'nginx'} has ended by itself")
             return 1
@@ -232,20 +232,6 @@ def _kill_group(leader: "subprocess.Popen[bytes]") -> None:
     leader.wait()
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let signals wait: between the start of a child and its being known, one would leave the child behind."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPS}
-    try:
-        yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-    if came:
-        signal.raise_signal(came[0])
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="deploy.pair", description="TorchServe with nginx in front of it.")
@@ -260,14 +246,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--drain", type=float, default=70, metavar="S", help="to answer what is left (%(default)s)")
     return parser
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Once: a second signal must not cut the drain short. The event, as exceptions can get lost in a destructor."""
-    _stopping.set()
-    for number in STOPS:
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import bundles
-from tests.deploy.pair import KEY, Pair, needs_both, picture, tiny_store
+from tests.deploy.pair import KEY, Pair, needs_both, picture, tiny_store, until
 
 pytestmark = pytest.mark.server
 needs_both()
@@ -47,10 +47,17 @@ def test_torchserves_own_key_is_no_clients_key(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "path", ["/", "/ping", "/models", "/models/tiny", "/metrics", "/token?type=inference", "/predictions/tiny/1.0",
-             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny/ready", "/explanations/tiny"],
+             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny", "/v2/health/live", "/explanations/tiny"],
 )  # fmt: skip
 def test_other_paths_are_not_there(pair: Pair, path: str) -> None:
     assert pair.ask("POST", path)[0] == 404
+
+
+def test_readiness_needs_no_key_and_is_said_of_models_that_answer(pair: Pair) -> None:
+    until(lambda: pair.ask("GET", "/v2/health/ready", headers={}) == (200, {"ready": True}))
+    assert pair.ask("GET", "/v2/models/tiny/ready", headers={}) == (200, {"name": "tiny", "ready": True})
+    assert pair.ask("GET", "/v2/models/other/ready", headers={}) == (503, {"name": "other", "ready": False})
+    assert pair.ask("GET", "/v2/models/../ready", headers={})[0] == 404
 
 
 def test_other_methods_are_refused(pair: Pair) -> None:

@@ -6,7 +6,7 @@ requests that waited for it.
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from benchmarks.server.call import Call, Target
 from benchmarks.server.connection import Connection, Reply
 
 MOST_CONNECTIONS = 1000
+REFUSALS = (429, 503)
+"""Statuses of a server that says at once that it has too much to do."""
 _PAUSE = 0.05  # of a client after a failure: clients that do not wait would measure how fast failures come
 
 
@@ -54,6 +56,18 @@ class Outcomes:
         self.valid.append(call.label is not None)
         if not right and len(self.wrong) < 20:
             self.wrong.append((call.kind, reply.status, reply.body[:200]))
+
+    @property
+    def refused(self) -> int:
+        """Requests that the server had no room for."""
+        return self.right.count(False) - self.failed
+
+    @property
+    def failed(self) -> int:
+        """Requests that were neither answered rightly nor refused."""
+        return sum(
+            not right and status not in REFUSALS for right, status in zip(self.right, self.status, strict=True)
+        )
 
     @property
     def latencies(self) -> NDArray[np.float64]:
@@ -155,6 +169,12 @@ def percentiles(seconds: NDArray[np.float64], prefix: str = "") -> dict[str, Any
         f"{prefix}p{share}_ms": float(np.percentile(seconds, share)) * 1000 if len(seconds) else None
         for share in (50, 90, 99)
     }
+
+
+def show_wrong(outcomes: Outcomes, say: Callable[[str], None]) -> None:
+    """The first request that was neither answered rightly nor refused."""
+    for kind, status, body in [wrong for wrong in outcomes.wrong if wrong[1] not in REFUSALS][:1]:
+        say(f"not the right answer to a {kind} request: {status} {body[:100]!r}")
 
 
 def in_words(row: Mapping[str, Any]) -> str:

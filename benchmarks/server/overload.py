@@ -11,7 +11,6 @@ from benchmarks.server.deployment import Deployment
 from benchmarks.server.subject import Subject
 
 EXCESS = 2.0
-REFUSALS = (429, 503)
 SLOW = 1.0
 """Seconds that no refusal may take."""
 
@@ -29,7 +28,7 @@ def overload(subject: Subject, deployment: Deployment, sustainable: float, secon
     outcomes = asyncio.run(load.open_load(deployment, subject.calls(), arrivals, 120 + 100 / sustainable))
     done, due, status = (np.array(column) for column in (outcomes.done, outcomes.due, outcomes.status))
     right = np.array(outcomes.right, bool)
-    refused = np.isin(status, REFUSALS)
+    refused = np.isin(status, load.REFUSALS)
     waits = (done - due)[refused]
     goodput = float((right & (done <= due.min() + seconds)).sum()) / seconds
     return {

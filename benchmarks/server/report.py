@@ -62,6 +62,7 @@ def _saturation(content: Mapping[str, Any]) -> Iterable[str]:
             "of saturation",
             "answered/s",
             "requests",
+            "refused",
             "not right",
             "median, ms",
             "90 %, ms",
@@ -74,6 +75,7 @@ def _saturation(content: Mapping[str, Any]) -> Iterable[str]:
                 f"{row['fraction']:.0%}",
                 _three(row["achieved_per_s"]),
                 str(row["requests"]),
+                str(row["refused"]),
                 str(row["not_right"]),
                 *(_three(row[name]) for name in ("p50_ms", "p90_ms", "p99_ms", "late_p99_ms")),
             ]
@@ -117,7 +119,7 @@ def _soak(found: Mapping[str, Any]) -> Iterable[str]:
     first, last = found["parts"][0], found["parts"][-1]
     yield (
         f"## Soak\n\n{found['requests']} requests in {found['seconds']:g} s, {_three(found['offered_per_s'])} a "
-        f"second: {found['not_right']} not answered rightly, {found['worker_deaths']} dead workers; median and 99 % "
+        f"second: {found['refused']} refused, {found['not_right']} others not answered rightly, {found['worker_deaths']} dead workers; median and 99 % "
         f"{_three(first['p50_ms'])} and {_three(first['p99_ms'])} ms in the first part, {_three(last['p50_ms'])} and "
         f"{_three(last['p99_ms'])} ms in the last; memory of the worker after the first tenth and at the end: "
         f"{_share(found['memory_growth'])}."

@@ -36,14 +36,14 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
 
     Returns:
         ``clients`` of each server; ``rounds``, by name the images a second of each round, the pipeline's under
-        `IN_PROCESS`; ``median``, the same in one figure; ``not_right`` answers; ``generator_cpu_us``, a request.
+        `IN_PROCESS`; ``median``, the same in one figure; requests ``refused``, and others ``not_right``; ``generator_cpu_us``, a request.
     """
     batch = subject.settings.batch
     slowest = batch / subject.images_per_s(0)  # of one batch, in seconds, before anything is warm
     seconds = max(seconds, 6 * slowest)
     clients = batch * (1 + _QUEUED_BATCHES)
     found: dict[str, list[float]] = {IN_PROCESS: [], **{entrant.name: [] for entrant in entrants}}
-    spent, sent, failed = 0.0, 0, 0
+    spent, sent, refused, failed = 0.0, 0, 0, 0
     for number in range(rounds + 1):  # and one to warm up
         rates = {IN_PROCESS: subject.images_per_s(seconds)}
         for entrant in entrants:
@@ -53,9 +53,8 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
                 outcomes = asyncio.run(load.closed(entrant.target, calls, clients, 120 + 10 * slowest))
             rates[entrant.name] = outcomes.per_second(batch)
             spent, sent = spent + outcomes.cpu_seconds, sent + len(outcomes)
-            failed += outcomes.right.count(False)
-            for kind, status, body in outcomes.wrong[:1]:
-                say(f"{entrant.name}: not the right answer to a {kind} request: {status} {body[:100]!r}")
+            refused, failed = refused + outcomes.refused, failed + outcomes.failed
+            load.show_wrong(outcomes, say)
         named = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
         say(f"saturation, {f'round {number} of {rounds}' if number else 'warming up'}: {named} images/s")
         for name, rate in rates.items() if number else ():
@@ -64,6 +63,7 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
         "clients": clients,
         "rounds": found,
         "median": {name: statistics.median(values) for name, values in found.items()},
+        "refused": refused,
         "not_right": failed,
         "generator_cpu_us": spent / max(sent, 1) * 1e6,
     }
@@ -73,8 +73,8 @@ def curve(subject: Subject, target: Target, saturation: float, seconds: float, s
     """Latency against offered load, at `FRACTIONS` of ``saturation`` images a second, of requests that come at random.
 
     Returns:
-        Rows with ``fraction``, ``offered_per_s``, ``achieved_per_s``, ``requests``, ``not_right``, ``p50_ms``,
-        ``p90_ms``, ``p99_ms``, and of the generator ``late_p99_ms`` and ``cpu_us``, a request.
+        Rows with ``fraction``, ``offered_per_s``, ``achieved_per_s``, ``requests``, ``refused``, ``not_right`` of the
+        others, ``p50_ms``, ``p90_ms``, ``p99_ms``, and of the generator ``late_p99_ms`` and ``cpu_us``, a request.
     """
     rows = []
     for number, fraction in enumerate(FRACTIONS):
@@ -88,11 +88,13 @@ def curve(subject: Subject, target: Target, saturation: float, seconds: float, s
             "offered_per_s": offered,
             "achieved_per_s": sum(outcomes.right) / length,
             "requests": len(outcomes),
-            "not_right": outcomes.right.count(False),
+            "refused": outcomes.refused,
+            "not_right": outcomes.failed,
             **load.percentiles(outcomes.latencies),
             "late_p99_ms": float(np.percentile(lateness, 99)) * 1000 if len(lateness) else None,
             "cpu_us": outcomes.cpu_seconds / max(len(outcomes), 1) * 1e6,
         }
         rows.append(row)
+        load.show_wrong(outcomes, say)
         say(f"open load, {fraction:.0%} of saturation: {load.in_words(row)}")
     return rows

@@ -10,8 +10,17 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from handlers.runtimes import Array, EngineError, Options
 
 
-def load(file: Path, options: Options, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> "OnnxRuntimeEngine":
-    """A session on ``file``; external data is found beside it.
+def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
+    """An engine of ``file``; external data is found beside it.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the file.
+    """
+    return OnnxRuntimeEngine(session_of(file, options, ["CPUExecutionProvider"]))
+
+
+def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
+    """A session on ``file``, with the first of ``providers`` for whatever that can run.
 
     Raises:
         EngineError: ONNX Runtime refuses the file.
@@ -23,7 +32,7 @@ def load(file: Path, options: Options, providers: Sequence[Any] = ("CPUExecution
     # Threads that spin while they wait take the cores from the next stage and from other workers: twice the CPU time.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return OnnxRuntimeEngine(ort.InferenceSession(str(file), settings, providers=list(providers)))
+        return ort.InferenceSession(str(file), settings, providers=list(providers))
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
 
@@ -34,11 +43,6 @@ class OnnxRuntimeEngine:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
-
-    @property
-    def providers(self) -> list[str]:
-        """What the session really runs on."""
-        return list(self._session.get_providers())
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}

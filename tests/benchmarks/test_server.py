@@ -55,7 +55,7 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
-    row = {"fraction": 0.5, "offered_per_s": 1.0, "achieved_per_s": 0.0, "requests": 3, "not_right": 3}
+    row = {"fraction": 0.5, "offered_per_s": 1.0, "achieved_per_s": 0.0, "requests": 3, "refused": 0, "not_right": 3}
     row |= dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "late_p99_ms"))
     machine = {"processor": "P", "cores": 2, "python": "3", "packages": {}}
     settings = {"samples": 1, "batch": 1, "runtime": "r", "precision": "fp32", "workers": 1, "threads": 0}

@@ -115,6 +115,7 @@ def test_what_is_right(body: bytes, status: int, call: Call, right: bool) -> Non
     outcomes, _ = closed(say, [call])
     assert outcomes.right == [right]
     assert bool(outcomes.wrong) is not right
+    assert (outcomes.refused, outcomes.failed) == (status == 503, not right and status != 503)
 
 
 def test_what_never_comes_is_told_from_what_is_cut() -> None:

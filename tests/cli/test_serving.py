@@ -284,7 +284,8 @@ def test_stop_leaves_nothing(server: Server) -> None:
     assert not (server.folder / "tmp").exists()
 
 
-def test_in_the_foreground_sigterm_stops_everything(environment: Path, store: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM, signal.SIGINT]])
+def test_in_the_foreground_signals_stop_everything(environment: Path, store: Path, signals: list[int]) -> None:
     server = Server(free_port())
     words = ["serve", "--model-store", str(store), "--port", str(server.port), "--workers", "2"]
     running = mlvgm(*words)
@@ -294,7 +295,8 @@ def test_in_the_foreground_sigterm_stops_everything(environment: Path, store: Pa
         assert curl.startswith("curl -T IMAGE.png"), running.communicate()[1]
         assert server.client().ready_workers("tiny") == 2
         family = family_of(server)
-        running.send_signal(signal.SIGTERM)
+        for number in signals:
+            running.send_signal(number)
         assert running.wait(timeout=60) == 0
         assert all(is_gone(process) for process in family)
     finally:

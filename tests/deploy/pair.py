@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class Pair:
             "listen 8443": f"listen 127.0.0.1:{self.port}",
             "127.0.0.1:8080": f"127.0.0.1:{self.server.port}",
         }
-        (etc / "nginx.conf").write_text(moving(CONF.read_text(), moved))
+        # Started by root, nginx would go on as nobody, to whom a test's folder is closed.
+        user = "user root;\n" if os.geteuid() == 0 else ""
+        (etc / "nginx.conf").write_text(user + moving(CONF.read_text(), moved))
         if metrics:
             moved = {
                 "listen 9145": f"listen 127.0.0.1:{self.metrics_port}",
@@ -156,6 +159,13 @@ def tiny_store(bundle: Path, folder: Path, batch_delay_ms: int = 800) -> Path:
     settings = Settings(runtime="onnxruntime", threads=1, batch_size=8, batch_delay_ms=batch_delay_ms)
     build_archive(bundle, folder, settings)
     return folder
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def trusting() -> ssl.SSLContext:

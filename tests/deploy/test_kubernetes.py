@@ -107,16 +107,23 @@ def test_the_arguments_are_those_of_the_pair() -> None:
     assert parser().parse_args(NGINX["args"]).only == "nginx"
     options = parser().parse_args(TORCHSERVE["args"])
     assert options.only == "torchserve"
-    probed = TORCHSERVE["readinessProbe"]["exec"]["command"]
+    probed = TORCHSERVE["startupProbe"]["exec"]["command"]
     assert f"{probed[probed.index('--model') + 1]}.mar" in options.models
     assert int(probed[probed.index("--port") + 1]) == options.port
 
 
-@pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
-def test_a_pod_is_ready_when_it_has_answered(probe: str) -> None:
+@pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
+def test_a_pod_lives_while_it_answers(probe: str) -> None:
     program, verb, *_ = TORCHSERVE[probe]["exec"]["command"]
     assert (program, verb) == ("mlvgm", "ready")
     assert verb in VERBS
+
+
+def test_a_pod_is_ready_when_nginx_says_so() -> None:
+    probe = NGINX["readinessProbe"]["httpGet"]
+    assert probe["scheme"] == "HTTPS"
+    assert probe["port"] in {port["name"] for port in NGINX["ports"]}
+    assert f"location = {probe['path']} " in (PROJECT / "deploy" / "nginx.conf").read_text()
 
 
 def test_the_secrets_hold_what_nginx_includes() -> None:

@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import time
+import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from cli.server import port_is_taken
-from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store
+from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store, until
 
 pytestmark = pytest.mark.server
 needs_both()
@@ -55,13 +56,6 @@ def is_gone(process: Any) -> bool:
 
 def named(pair: Pair, name: str) -> Any:
     return next(process for process in family_of(pair) if process.name() == name)
-
-
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(pair: Pair) -> None:
@@ -112,6 +106,21 @@ def test_a_full_disk_under_the_log_stops_nobody(store: Path, tmp_path_factory: p
         assert "No space left on device" in pair.log()
     finally:
         assert pair.stop() == 0
+
+
+def test_readiness_follows_the_worker(pair: Pair) -> None:
+    """A dead worker is seen within seconds, its successor when it has answered; TorchServe says healthy all along."""
+    until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 200)
+    worker = next(process for process in family_of(pair) if "model_service_worker" in str(process.cmdline()))
+    worker.suspend()  # it cannot be replaced: TorchServe knows nothing of it
+    try:
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503, 60)
+        headers = {"Authorization": f"Bearer {pair.server.client().key('inference')}"}
+        ping = urllib.request.Request(f"{pair.server.url}/ping", headers=headers)
+        assert json.loads(urllib.request.urlopen(ping, timeout=10).read()) == {"status": "Healthy"}
+    finally:
+        worker.resume()
+    until(lambda: pair.ask("GET", "/v2/models/tiny/ready", headers={})[0] == 200, 60)
 
 
 @pytest.mark.parametrize("victim", ["java", "nginx"])

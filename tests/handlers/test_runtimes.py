@@ -1,13 +1,20 @@
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from handlers import runtimes
 from handlers.pipeline import Pipeline
-from handlers.runtimes import EngineError, Options, RuntimeMissing
+from handlers.runtimes import EngineError, Options, RuntimeMissing, onnxruntime_cuda
+from handlers.runtimes.device import DeviceArray
+from handlers.runtimes.onnxruntime import session_of
 from tests import bundles
+
+CPU = torch.device("cpu")
 
 NAMES = ["onnxruntime", "openvino"]
 
@@ -84,11 +91,53 @@ def test_a_runtime_that_cannot_be_imported_says_so(nvae_bundle: Path, monkeypatc
 
 
 def test_cuda_is_refused_without_a_gpu(nvae_bundle: Path) -> None:
-    onnxruntime_cuda = pytest.importorskip("handlers.runtimes.onnxruntime_cuda")
     if "CUDAExecutionProvider" in onnxruntime_cuda.ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(RuntimeMissing, match="onnxruntime-gpu"):
         onnxruntime_cuda.load(nvae_bundle / "encode.onnx", Options())
+
+
+def bound(file: Path) -> "onnxruntime_cuda.BoundEngine":
+    """What runs on a GPU, on the CPU."""
+    return onnxruntime_cuda.BoundEngine(session_of(file, Options(threads=1), ["CPUExecutionProvider"]), CPU)
+
+
+@pytest.mark.parametrize("write", [bundles.write_nvae, bundles.write_stylegan])
+def test_a_pipeline_on_bound_tensors_gives_what_arrays_give(
+    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    with Pipeline.load(tmp_path, "onnxruntime", 1) as pipeline:
+        expected = pipeline.run(bundles.images(5), 3, range(5))
+    taken = []
+    run = onnxruntime_cuda.BoundEngine.run
+
+    def watched(engine: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        taken.append({name: isinstance(array, DeviceArray) for name, array in inputs.items()})
+        return run(engine, inputs)
+
+    monkeypatch.setattr(onnxruntime_cuda.BoundEngine, "run", watched)
+    monkeypatch.setattr("handlers.runtimes.onnxruntime.load", lambda file, _: bound(file))
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
+        found = pipeline.run(bundles.images(5), 3, range(5))
+        assert np.array_equal(found.sample_logits, expected.sample_logits)
+        assert np.array_equal(found.purified, expected.purified)
+    fetched = {name for inputs in taken for name, stayed in inputs.items() if not stayed}
+    assert {name for name in fetched if "noise" not in name} == {"images", "alphas"}, "what stages gave has left"
+    assert {"images": True} in taken, "the classifier takes purified images where they are"
+
+
+def test_bound_outputs_are_kept_and_wrong_inputs_one_error(nvae_bundle: Path) -> None:
+    engine = bound(nvae_bundle / "encode.onnx")
+    images = np.random.default_rng(0).random((5, 3, 8, 8), np.float32)
+    first = engine.run({"images": images})["feature_1"]
+    kept = np.array(first)
+    engine.run({"images": images / 2})
+    assert np.array_equal(np.asarray(first), kept)
+    for wrong in ({"images": np.zeros((1, 3, 9, 8, 2), np.float32)}, {}):
+        with pytest.raises(EngineError, match="ONNX Runtime"):
+            engine.run(wrong)
+    engine.close()
 
 
 def test_a_bundle_names_its_runtime(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """What a figure was measured on: hardware and versions, for every report."""
 
 import importlib.metadata
-import os
 import platform
 from typing import Any
+
+from handlers import cores
 
 PACKAGES = (
     *("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"),
@@ -21,7 +22,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores.usable(),
         "system": platform.system(),
         "python": platform.python_version(),
         "packages": versions,

@@ -28,7 +28,7 @@ from export import families
 from export.models import load_models
 from export.parity import relative_error
 from export.stage import Stage, as_tuple
-from handlers import runtimes
+from handlers import cores, runtimes
 from handlers.job import Job
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.pipeline import Pipeline
@@ -116,7 +116,7 @@ def measure(
 
     Args:
         images: uint8 (N, H, W, 3), at least as many as the largest batch.
-        seconds: to go on measuring one row, at least two calls (one, where it takes more than a minute), at most thirty.
+        seconds: to go on measuring one row, two calls to thirty; one, if that takes a minute.
         threads: CPU threads; 0 for every core.
 
     Returns:
@@ -200,7 +200,7 @@ def _run(
     seconds: float,
     threads: int,
 ) -> tuple[float, list[Measured]]:
-    torch.set_num_threads(threads or _cores())
+    torch.set_num_threads(threads or cores.usable())
     manifest = Manifest.read(subject.bundle)
     if technique.runtime == "eager":
         twin = _Twin(subject, technique.name == REWRITTEN)
@@ -338,10 +338,6 @@ def _peak_mb() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def markdown(content: Mapping[str, Any]) -> str:

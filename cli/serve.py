@@ -8,6 +8,7 @@ from pathlib import Path
 from cli.errors import CliError
 from cli.server import Server
 from cli.signals import stop_once, stopping
+from cli.workers import CORES_EACH, fitting
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,9 +31,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--workers",
         type=int,
-        default=1,
-        help="per model, each with a copy of it in memory; the cores are shared out (%(default)s: measured fastest "
-        "for a few clients, docs/metrics.md)",
+        help="per model, each with a copy of it in memory; the cores are shared out (default: one for every "
+        f"{CORES_EACH} cores, as memory allows)",
     )
     parser.add_argument(
         "--threads", type=int, default=0, help="of each worker (default: the cores shared out among the workers)"
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Start, stay and stop; or with --detach and --stop one of these alone."""
     if not 1 <= arguments.port <= 65531:
         raise CliError("--port must be 1 to 65531: the server needs the four ports after it too")
-    if arguments.workers < 1:
+    if arguments.workers is not None and arguments.workers < 1:
         raise CliError("--workers must be 1 or more")
     if arguments.threads < 0:
         raise CliError("--threads must be 1 or more, or 0 to share the cores out")
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     stop_once()
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    server.start(archives, arguments.workers, arguments.timeout, arguments.threads, _tell)
+    workers = arguments.workers or fitting(archives)
+    server.start(archives, workers, arguments.timeout, arguments.threads, _tell)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:
         print(_curl(server, model), flush=True)

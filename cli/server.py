@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cli.errors import CliError
 from cli.java import find_java
 from cli.signals import undisturbed
+from handlers import cores
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
@@ -218,7 +219,7 @@ class Server:
         if self._threads:
             environment[THREADS_VARIABLE] = str(self._threads)
         elif workers > 1:
-            environment.setdefault(THREADS_VARIABLE, str(max(1, len(os.sched_getaffinity(0)) // workers)))
+            environment.setdefault(THREADS_VARIABLE, str(max(1, cores.usable() // workers)))
         return environment
 
     def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:

@@ -28,6 +28,7 @@ from cli.errors import CliError
 from cli.java import find_java
 from cli.server import Server
 from cli.signals import stop_once, stopping, undisturbed
+from cli.workers import fitting
 from deploy.readiness import Readiness
 from handlers.client import ServerError
 
@@ -175,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = options.models or sorted(path.name for path in options.model_store.glob("*.mar"))
             if not names:
                 raise CliError(f"{options.model_store}: no archive there")
-            back.start([options.model_store / name for name in names], options.workers, options.timeout)
+            archives = [options.model_store / name for name in names]
+            back.start(archives, options.workers or fitting(archives), options.timeout)
             _say("TorchServe answers")
         if options.only != "torchserve":
             _await_key(back, options.timeout)
@@ -239,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="folder of archives")
     parser.add_argument("--models", nargs="+", metavar="NAME.mar", help="archives in the store (default: all)")
     parser.add_argument("--port", type=int, default=8080, help="of TorchServe's inference on loopback (%(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="per model (%(default)s)")
+    parser.add_argument("--workers", type=int, help="per model (default: as mlvgm serve)")
     parser.add_argument("--timeout", type=float, default=1200, metavar="S", help="to wait for an answer (%(default)s)")
     parser.add_argument(
         "--nginx-conf", type=Path, default=Path("/etc/mlvgm/nginx.conf"), metavar="FILE", help="(%(default)s)"

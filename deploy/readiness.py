@@ -1,4 +1,4 @@
-"""Whether models answer, as files for nginx, which cannot ask by itself: TorchServe's own health check says yes too early.
+"""Whether models answer, as files for nginx, which cannot ask: TorchServe's own health check says yes too early.
 
 There is a file of a model's name while it is ready, and `ALL` while every model is: it has answered a prediction, which
 is asked for again every `PREDICT_EVERY_S`, and has a worker, which is looked for every `LOOK_EVERY_S`.

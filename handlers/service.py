@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from handlers import metrics, open_inference
+from handlers import cores, metrics, open_inference
 from handlers.arrival import waited
 from handlers.image import ImageError, decode, encode_png
 from handlers.noise import fresh_seeds
@@ -74,7 +73,7 @@ class Service:
         self._allow_seed = allow_seed
         self._max_wait_s = max_wait_s
         self._measure = sink
-        self._readers = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_READERS), "reader")
+        self._readers = ThreadPoolExecutor(min(cores.usable(), _MOST_READERS), "reader")
         for measure, labels in self._counters().items():
             for label in labels:
                 sink(measure, 0, label)

@@ -47,7 +47,8 @@ def test_torchserves_own_key_is_no_clients_key(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "path", ["/", "/ping", "/models", "/models/tiny", "/metrics", "/token?type=inference", "/predictions/tiny/1.0",
-             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny", "/v2/health/live", "/explanations/tiny"],
+             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny", "/v2/health/live",
+             "/explanations/tiny"],
 )  # fmt: skip
 def test_other_paths_are_not_there(pair: Pair, path: str) -> None:
     assert pair.ask("POST", path)[0] == 404

@@ -65,9 +65,7 @@ class Outcomes:
     @property
     def failed(self) -> int:
         """Requests that were neither answered rightly nor refused."""
-        return sum(
-            not right and status not in REFUSALS for right, status in zip(self.right, self.status, strict=True)
-        )
+        return sum(not right and status not in REFUSALS for right, status in zip(self.right, self.status, strict=True))
 
     @property
     def latencies(self) -> NDArray[np.float64]:

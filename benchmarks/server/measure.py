@@ -1,7 +1,6 @@
 """The whole measurement: servers up, load, hostile requests, kills, overload, and everything down again."""
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from benchmarks.server.saturation import HALF, IN_PROCESS, Entrant, Say, curve, 
 from benchmarks.server.soak import soak
 from benchmarks.server.subject import Settings, Subject
 from export import archive
+from handlers import cores
 
 TORCHSERVE, LITSERVE = "TorchServe", "LitServe"
 
@@ -53,7 +53,7 @@ def measure(settings: Settings, served: archive.Settings, workers: int, plan: Pl
         None for what was not done.
     """
     # As `mlvgm serve` shares the cores out.
-    threads = settings.threads or (max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 else 0)
+    threads = settings.threads or (max(1, cores.usable() // workers) if workers > 1 else 0)
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")
         subject = stack.enter_context(Subject(settings))

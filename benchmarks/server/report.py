@@ -119,10 +119,10 @@ def _soak(found: Mapping[str, Any]) -> Iterable[str]:
     first, last = found["parts"][0], found["parts"][-1]
     yield (
         f"## Soak\n\n{found['requests']} requests in {found['seconds']:g} s, {_three(found['offered_per_s'])} a "
-        f"second: {found['refused']} refused, {found['not_right']} others not answered rightly, {found['worker_deaths']} dead workers; median and 99 % "
-        f"{_three(first['p50_ms'])} and {_three(first['p99_ms'])} ms in the first part, {_three(last['p50_ms'])} and "
-        f"{_three(last['p99_ms'])} ms in the last; memory of the worker after the first tenth and at the end: "
-        f"{_share(found['memory_growth'])}."
+        f"second: {found['refused']} refused, {found['not_right']} others not answered rightly, "
+        f"{found['worker_deaths']} dead workers; median and 99 % {_three(first['p50_ms'])} and "
+        f"{_three(first['p99_ms'])} ms in the first part, {_three(last['p50_ms'])} and {_three(last['p99_ms'])} ms in "
+        f"the last; memory of the worker after the first tenth and at the end: {_share(found['memory_growth'])}."
     )
 
 

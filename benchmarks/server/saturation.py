@@ -36,7 +36,8 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
 
     Returns:
         ``clients`` of each server; ``rounds``, by name the images a second of each round, the pipeline's under
-        `IN_PROCESS`; ``median``, the same in one figure; requests ``refused``, and others ``not_right``; ``generator_cpu_us``, a request.
+        `IN_PROCESS`; ``median``, the same in one figure; requests ``refused``, and others ``not_right``;
+        ``generator_cpu_us``, a request.
     """
     batch = subject.settings.batch
     slowest = batch / subject.images_per_s(0)  # of one batch, in seconds, before anything is warm

@@ -18,8 +18,9 @@ def soak(subject: Subject, deployment: Deployment, sustainable: float, seconds: 
     """Offer half of the ``sustainable`` images a second.
 
     Returns:
-        ``seconds``, ``offered_per_s``, ``requests``, ``refused``, ``not_right`` of the others, ``worker_deaths``, ``memory_growth`` after the
-        first tenth, ``memory`` as (seconds, bytes), and ``parts``, each with ``requests`` and percentiles.
+        ``seconds``, ``offered_per_s``, ``requests``, ``refused``, ``not_right`` of the others, ``worker_deaths``,
+        ``memory_growth`` after the first tenth, ``memory`` as (seconds, bytes), and ``parts``, each with ``requests``
+        and percentiles.
     """
     return asyncio.run(_run(subject, deployment, HALF * sustainable, seconds, say))
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
+from handlers import cores
 from handlers.runtimes import Array, EngineError, Options
 
 
@@ -26,7 +27,7 @@ def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
         EngineError: ONNX Runtime refuses the file.
     """
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads
+    settings.intra_op_num_threads = options.threads or cores.granted() or 0
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     # Threads that spin while they wait take the cores from the next stage and from other workers: twice the CPU time.

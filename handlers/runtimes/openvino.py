@@ -5,7 +5,6 @@ layers. So a small graph is compiled once for each number of rows it meets, and 
 which then never wait for each other. A large one is compiled once: its layers are the time, its weights gigabytes.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
+from handlers import cores
 from handlers.runtimes import Array, EngineError, Options
 
 SMALL_BYTES = 64_000_000
@@ -30,7 +30,7 @@ def load(file: Path, options: Options) -> "OpenVinoEngine":
         "ENABLE_CPU_PINNING": False,
         # Left alone, OpenVINO computes in bf16 wherever the CPU can, and the answers drift away from the reference.
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
-        "INFERENCE_NUM_THREADS": options.threads or _cores(),
+        "INFERENCE_NUM_THREADS": options.threads or cores.usable(),
     }
     weights = sum(path.stat().st_size for path in (file, file.with_name(f"{file.name}.data")) if path.is_file())
     try:
@@ -135,7 +135,3 @@ def _wait(requests: list[ov.InferRequest]) -> list[RuntimeError]:
         except RuntimeError as error:
             failed.append(error)
     return failed
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

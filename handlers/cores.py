@@ -1,0 +1,57 @@
+"""How many cores this process may use: a container's share of them is not what the machine has."""
+
+import os
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable() -> int:
+    """Cores that this process is allowed on, or whose time its control groups grant it, whichever are fewer."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, granted() or allowed)
+
+
+def granted() -> int | None:
+    """Whole cores of the time that control groups grant (``docker --cpus``, a limit of Kubernetes), 1 at least.
+
+    None without a limit. A thread more than these would be stopped, with all the others waiting for it.
+    """
+    shares = [share for share in map(_share, _folders()) if share is not None]
+    return max(1, int(min(shares))) if shares else None
+
+
+def _folders() -> list[Path]:
+    """Of this process's control group and all that it lies in, in both layouts of Linux."""
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = _CGROUPS
+        elif "cpu" in controllers.split(","):
+            top = _CGROUPS / controllers
+        else:
+            continue
+        group = top / path.lstrip("/")
+        found += [group, *(parent for parent in group.parents if parent.is_relative_to(top))]
+    return found
+
+
+def _share(folder: Path) -> float | None:
+    """Cores' worth of time that one control group has; version 2 has it in one file, version 1 in two."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="ascii")
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="ascii")
+        except OSError:
+            return None
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except ValueError:  # "max"
+        return None

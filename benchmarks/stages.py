@@ -271,30 +271,38 @@ class _Twin:
         self.manifest = Manifest.read(subject.bundle)
         self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
         self.functions = [_rewritten(stage) if rewritten else stage.twin for stage in self.stages]
+        inputs = [[name for name, _ in stage.inputs] for stage in self.stages]
+        self.noise = {name for names in inputs for name in names if "noise" in name}
+        self.per_image = next(i for i, names in enumerate(inputs) if self.noise & set(names))
 
     def run(self, job: Job) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
         """As the pipeline runs them, its look at the unpurified images included; what needs no noise once per image."""
-        known: dict[str, Tensor] = {"images": torch.from_numpy(job.images), "alphas": torch.from_numpy(job.weights)}
-        wanted = {name for stage in self.stages for name, _ in stage.inputs if "noise" in name}
-        drawn = job.draw(self.manifest, np.arange(len(job.images) * job.copies), wanted)
-        copied, timing = False, {}
+        timing = dict.fromkeys((stage.name for stage in self.stages), 0.0)
         with torch.inference_mode():
-            for stage, function in zip(self.stages, self.functions, strict=True):
-                if not copied and any(name in wanted for name, _ in stage.inputs):
-                    known = {
-                        name: tensor if name == "alphas" else tensor.repeat_interleave(job.copies, dim=0)
-                        for name, tensor in known.items()
-                    }
-                    known |= {name: torch.from_numpy(array) for name, array in drawn.items()}
-                    copied = True
-                begun = time.perf_counter()
-                outputs = as_tuple(function(*(known[name] for name, _ in stage.inputs)))
-                timing[stage.name] = (time.perf_counter() - begun) * 1000
-                known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
-            begun = time.perf_counter()
-            self.functions[-1](torch.from_numpy(job.images))
-            timing["classify"] += (time.perf_counter() - begun) * 1000
-        return known["images"].numpy(), known["logits"].numpy(), timing
+            known = {"images": torch.from_numpy(job.images), "alphas": torch.from_numpy(job.weights)}
+            for index in range(self.per_image):
+                self._run_stage(index, known, timing)
+            parts = []
+            # Never more rows than images: with all copies at once, the published operators run out of memory.
+            for rows in np.split(np.arange(len(job.images) * job.copies), job.copies):
+                owners = torch.from_numpy(rows // job.copies)
+                part = {name: tensor if name == "alphas" else tensor[owners] for name, tensor in known.items()}
+                drawn = job.draw(self.manifest, rows, self.noise)
+                part |= {name: torch.from_numpy(array) for name, array in drawn.items()}
+                for index in range(self.per_image, len(self.stages)):
+                    self._run_stage(index, part, timing)
+                parts.append(part)
+            self._run_stage(len(self.stages) - 1, {"images": torch.from_numpy(job.images)}, timing)
+        purified, logits = (torch.cat([part[name] for part in parts]).numpy() for name in ("images", "logits"))
+        return purified, logits, timing
+
+    def _run_stage(self, index: int, known: dict[str, Tensor], timing: dict[str, float]) -> None:
+        """Add the stage's outputs to ``known`` and its milliseconds to ``timing``."""
+        stage = self.stages[index]
+        begun = time.perf_counter()
+        outputs = as_tuple(self.functions[index](*(known[name] for name, _ in stage.inputs)))
+        timing[stage.name] += (time.perf_counter() - begun) * 1000
+        known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
 
     def count(self, job: Job) -> float:
         """10^9 floating-point operations of ``job``; a multiplication and an addition are two."""

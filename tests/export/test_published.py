@@ -16,13 +16,16 @@ import pytest
 from numpy.typing import NDArray
 
 from cli.server import Server
-from export import families
+from export import classifier, families
+from export.precision import in_half
+from export.tensorrt import HALF_SHARE, build
 from export.trace import trace
 from handlers import runtimes
 from handlers.image import encode_png
-from handlers.manifest import Manifest
+from handlers.manifest import Batch, Manifest
 from handlers.pipeline import Pipeline
-from mlvgm.load import load_purifier
+from mlvgm.load import load_classifier, load_purifier
+from mlvgm.recipe import Recipe
 from tests import reference
 from tests.cli.machine import free_port
 from tests.reference import relative_error
@@ -119,6 +122,31 @@ def test_pipeline_agrees_with_the_official_modules(published: Published, bundle:
         result = pipeline.run(expected["images_u8"].transpose(0, 2, 3, 1), samples=1, noise=noise, alphas=list(alphas))
     assert relative_error(result.purified[:, 0], expected["purified"]) < 1e-4
     assert relative_error(result.sample_logits[:, 0], expected["logits"]) < 1e-4
+
+
+@pytest.mark.full
+def test_every_graph_becomes_an_engine_of_half_precision(published: Published, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    recipe = Recipe.read(published.recipe)
+    stages = families.stages(load_purifier(published.family, reference.checkpoint(published.purifier)), False, 0.0)
+    names = [stage.name for stage in stages] + ["classify"]
+    for name in names:  # one model in memory at a time
+        if name == "classify":
+            model = load_classifier(recipe.classifier.architecture, reference.checkpoint(published.classifier))
+            stage = classifier.stage(model, recipe.image_size, len(recipe.classes))
+        else:
+            stage = next(stage for stage in stages if stage.name == name)
+        file = tmp_path / f"{name}.onnx"
+        trace(in_half(stage), file)
+        del stage
+        begun = time.monotonic()
+        engine = build(file, tmp_path / "engines", Batch(*recipe.batch))
+        share = json.loads(engine.with_suffix(".json").read_text())["half_share"]
+        size = engine.stat().st_size / 1e6
+        print(f"{published.recipe}, {name}: {size:.0f} MB in {time.monotonic() - begun:.0f} s, half: {share:.1%}")
+        assert share >= HALF_SHARE
+        for path in tmp_path.rglob("*.*"):
+            path.unlink()
 
 
 @pytest.mark.full

@@ -159,6 +159,35 @@ def test_a_bundle_with_engines_is_sealed(tmp_path: Path) -> None:
     assert sum(name.startswith("engines/") for name in Manifest.read(out).files) == 2 * len(manifest.stages)
 
 
+class Config:
+    """A builder's configuration that takes the timings of one GPU alone."""
+
+    def __init__(self, gpu: bytes) -> None:
+        self.gpu, self.cache = gpu, b"none"
+
+    def create_timing_cache(self, known: bytes) -> bytes | None:
+        return None if known == b"damaged" else known
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache not in (b"", self.gpu):
+            return False
+        self.cache = cache
+        return True
+
+
+@pytest.mark.parametrize(
+    ("known", "taken"), [(b"H100", b"H100"), (b"A10", b""), (b"damaged", b""), (None, b"")], ids=str
+)
+def test_only_timings_of_this_gpu_are_taken(known: bytes | None, taken: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "timing.cache"
+    if known is not None:
+        file.write_bytes(known)
+    config = Config(b"H100")
+    tensorrt.use_timings(config, file)
+    assert config.cache == taken
+
+
 def test_what_is_missing_is_said_in_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -298,6 +299,14 @@ def model_name(archive: Path) -> str:
 def missing_settings() -> list[str]:
     """TorchServe's settings that are not where they should be, in `DEPLOY`."""
     return [name for name in ("config.properties", "log4j2.xml", "metrics.yaml") if not (DEPLOY / name).is_file()]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system hands out by itself."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        if not any(port_is_taken(port + i) for i in range(count)):
+            return port
 
 
 def port_is_taken(port: int) -> bool:

@@ -1,6 +1,5 @@
 """A bundle on a TorchServe of its own: archived, started on free ports, watched, and gone without a trace."""
 
-import random
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +8,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, head
-from cli.server import Server, port_is_taken
+from cli.server import Server, free_ports
 from export import archive
 from handlers.manifest import Manifest
 
@@ -77,11 +76,3 @@ class Deployment:
 
     def _read_key(self) -> bytes:
         return f"Authorization: Bearer {self.server.client().key('inference')}\r\n".encode()
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row, below those that the system hands out by itself."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        if not any(port_is_taken(port + i) for i in range(count)):
-            return port

@@ -14,10 +14,9 @@ from types import TracebackType
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, head
-from benchmarks.server.deployment import free_ports
 from benchmarks.server.subject import Settings
 from cli.errors import CliError
-from cli.server import PROJECT
+from cli.server import PROJECT, free_ports
 
 
 def is_installed() -> bool:

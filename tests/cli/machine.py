@@ -1,20 +1,16 @@
 """The machine as a test wants it: ports that are free, packages that are not installed."""
 
 import importlib.util
-import random
 from importlib.machinery import ModuleSpec
 
 import pytest
 
-from cli.server import port_is_taken
+from cli.server import free_ports
 
 
 def free_port() -> int:
-    """The first of five free ports in a row, below those that the system hands out by itself."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        if not any(port_is_taken(port + i) for i in range(5)):
-            return port
+    """The first of the five that a server takes."""
+    return free_ports(5)
 
 
 def uninstall(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, EngineError, Options
+from handlers.runtimes import Array, Engine, EngineError, Options
 
 SMALL_BYTES = 64_000_000
 """Of weights: at most these are held once for each number of rows."""
 
 
-def load(file: Path, options: Options) -> "OpenVinoEngine":
+def load(file: Path, options: Options) -> Engine:
     """An engine of ``file`` (ONNX); external data is found beside it.
 
     Raises:
@@ -43,95 +43,98 @@ def load(file: Path, options: Options) -> "OpenVinoEngine":
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
 
 
-class OpenVinoEngine:
-    """What both kinds share; inputs and outputs are numpy arrays."""
+class DynamicEngine:
+    """One compiled model for any number of rows, with every thread on it; inputs and outputs are numpy arrays."""
+
+    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
+        self._request = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1}).create_infer_request()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        try:
+            self._request.infer(feeds, share_inputs=True)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO: {error}") from error
+        outputs: dict[str, Array] = {}
+        for port in self._request.model_outputs:
+            outputs |= dict.fromkeys(port.names, self._request.get_tensor(port).data.copy())
+        return outputs
+
+    def close(self) -> None:
+        del self._request
+
+
+class StaticEngine:
+    """A compiled model for each number of rows; where the cores can have equal shares, one stream each.
+
+    Inputs and outputs are numpy arrays.
+    """
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
         self._core, self._model, self._settings = core, model, settings
         self._batched = {port.any_name for port in model.inputs if port.partial_shape[0].is_dynamic}
+        self._compiled: dict[int, list[_Share]] = {}
+        self._shares(1)  # a graph that cannot be compiled is refused when it is loaded
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        rows = next(len(array) for name, array in feeds.items() if name in self._batched)
-        requests = self._requests(rows)
-        share = rows // len(requests)
+        rows = next(len(array) for name, array in inputs.items() if name in self._batched)
+        shares = self._shares(rows)
+        each = rows // len(shares)
         try:
-            for i, request in enumerate(requests):
-                part = slice(i * share, (i + 1) * share)
-                cut = {name: array[part] if name in self._batched else array for name, array in feeds.items()}
-                request.start_async(cut, share_inputs=True)
-        except RuntimeError as error:
+            for i, share in enumerate(shares):
+                part = slice(i * each, (i + 1) * each)
+                share.start({name: array[part] if name in self._batched else array for name, array in inputs.items()})
+        except (RuntimeError, ValueError, KeyError) as error:
             raise EngineError(f"OpenVINO: {error}") from error
         finally:
-            failed = _wait(requests)
+            failed = [failure for share in shares if (failure := share.failure())]
         if failed:
             raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
         outputs: dict[str, Array] = {}
-        for i, port in enumerate(requests[0].model_outputs):
-            parts = [request.get_output_tensor(i).data for request in requests]
-            array = np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
-            outputs |= dict.fromkeys(port.names, array)  # an output can go by several names
+        for i, names in enumerate(shares[0].output_names):  # an output can go by several names
+            outputs |= dict.fromkeys(names, np.concatenate([share.outputs[i] for share in shares]))
         return outputs
 
     def close(self) -> None:
         del self._model
-
-    def _requests(self, rows: int) -> list[ov.InferRequest]:
-        """Those that compute ``rows`` rows together, in equal shares."""
-        raise NotImplementedError
-
-    def _compile(self, model: ov.Model, streams: int) -> ov.CompiledModel:
-        return self._core.compile_model(model, "CPU", {**self._settings, "NUM_STREAMS": streams})
-
-
-class DynamicEngine(OpenVinoEngine):
-    """One compiled model for any number of rows, with every thread on it."""
-
-    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
-        super().__init__(core, model, settings)
-        self._request = self._compile(model, 1).create_infer_request()
-
-    def close(self) -> None:
-        super().close()
-        del self._request
-
-    def _requests(self, rows: int) -> list[ov.InferRequest]:
-        return [self._request]
-
-
-class StaticEngine(OpenVinoEngine):
-    """A compiled model for each number of rows; where the cores can have equal shares, one stream each."""
-
-    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
-        super().__init__(core, model, settings)
-        self._compiled: dict[int, list[ov.InferRequest]] = {}
-        self._requests(1)  # a graph that cannot be compiled is refused when it is loaded
-
-    def close(self) -> None:
-        super().close()
         self._compiled.clear()
 
-    def _requests(self, rows: int) -> list[ov.InferRequest]:
+    def _shares(self, rows: int) -> "list[_Share]":
+        """Those that compute ``rows`` rows together, in equal parts."""
         if rows not in self._compiled:
             cores = self._settings["INFERENCE_NUM_THREADS"]
             streams = 1 if rows % cores else cores
             model = self._model.clone()
             model.reshape({port.any_name: _with_rows(port.partial_shape, rows // streams) for port in model.inputs})
-            compiled = self._compile(model, streams)
-            self._compiled[rows] = [compiled.create_infer_request() for _ in range(streams)]
+            compiled = self._core.compile_model(model, "CPU", {**self._settings, "NUM_STREAMS": streams})
+            self._compiled[rows] = [_Share(compiled.create_infer_request()) for _ in range(streams)]
         return self._compiled[rows]
+
+
+class _Share:
+    """A request of fixed shape. Its arrays stay where they are: to hand new ones over takes as long as a small layer."""
+
+    def __init__(self, request: ov.InferRequest) -> None:
+        self._request = request
+        self._inputs = {port.any_name: request.get_tensor(port).data for port in request.model_inputs}
+        self.outputs = [request.get_tensor(port).data for port in request.model_outputs]
+        self.output_names = [port.names for port in request.model_outputs]
+
+    def start(self, inputs: Mapping[str, Array]) -> None:
+        for name, own in self._inputs.items():
+            if inputs[name].shape != own.shape:
+                raise ValueError(f"{name} has shape {inputs[name].shape}, not {own.shape}")
+            own[...] = inputs[name]
+        self._request.start_async()
+
+    def failure(self) -> RuntimeError | None:
+        """Wait until it is done, if it was started, and tell what went wrong."""
+        try:
+            self._request.wait()
+        except RuntimeError as error:
+            return error
+        return None
 
 
 def _with_rows(shape: ov.PartialShape, rows: int) -> list[int]:
     return [rows if size.is_dynamic else size.get_length() for size in shape]
-
-
-def _wait(requests: list[ov.InferRequest]) -> list[RuntimeError]:
-    """Wait for all of them, whatever becomes of each; gives what went wrong."""
-    failed = []
-    for request in requests:
-        try:
-            request.wait()
-        except RuntimeError as error:
-            failed.append(error)
-    return failed

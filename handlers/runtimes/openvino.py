@@ -112,7 +112,7 @@ class StaticEngine:
 
 
 class _Share:
-    """A request of fixed shape. Its arrays stay where they are: to hand new ones over takes as long as a small layer."""
+    """A request of fixed shape. Its arrays stay where they are: new ones take as long to hand over as a small layer."""
 
     def __init__(self, request: ov.InferRequest) -> None:
         self._request = request

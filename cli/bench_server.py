@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cli.errors import CliError
 from cli.signals import stop_once
+from cli.workers import chosen
 from handlers import runtimes
 
 
@@ -33,8 +34,8 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--batch-delay", type=int, metavar="MS", help="to wait for a full batch (default: the archive's)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="of each server (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each worker (default: share every core)")
+    parser.add_argument("--workers", type=int, help="of each server (default: as mlvgm serve)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each worker (default: as mlvgm serve)")
     parser.add_argument("--runtime", choices=runtimes.NAMES, default="auto", help="(default: %(default)s)")
     parser.add_argument("--no-litserve", action="store_true", help="do not compare with LitServe where it is installed")
 
@@ -56,21 +57,22 @@ def run(args: argparse.Namespace) -> int:
     defaults = archive.Settings()
     served = archive.Settings(
         runtime=args.runtime,
-        threads=args.threads,
         allow_seed=True,  # so that every answer can be compared with the right one
         batch_size=args.batch_size or archive.fitting_batch(manifest),
         batch_delay_ms=args.batch_delay or defaults.batch_delay_ms,
     )
     compare = litserve.is_installed() and not args.no_litserve
     plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
-    settings = Settings(args.bundle, samples, served.batch_size, args.runtime, args.threads)
+    settings = Settings(args.bundle, samples, served.batch_size, args.runtime)
+    size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
+    workers, threads = chosen(args.workers, args.threads, [size])
     stop_once()  # or the servers would be left behind
     say = functools.partial(print, flush=True)
     content = {
         "bundle": f"{manifest.name} {manifest.version}",
         "machine": machine.describe(),
         "date": datetime.date.today().isoformat(),
-        **measure.measure(settings, served, args.workers, plan, say),
+        **measure.measure(settings, served, workers, threads, plan, say),
     }
     text = page.markdown(content)
     print(f"\n{text}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from cli.errors import CliError
 from cli.server import Server
 from cli.signals import stop_once, stopping
-from cli.workers import CORES_EACH, fitting
+from cli.workers import chosen, sizes_of
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,11 +31,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--workers",
         type=int,
-        help="per model, each with a copy of it in memory; the cores are shared out (default: one for every "
-        f"{CORES_EACH} cores, as memory allows)",
+        help="per model, each with a copy of it in memory (default: as cores, memory and the size of the model "
+        "suggest, docs/metrics.md)",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, help="of each worker (default: the cores shared out among the workers)"
+        "--threads", type=int, default=0, help="of each worker (default: the cores shared out among --workers)"
     )
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="to wait for an answer (%(default)s)")
     parser.add_argument("--detach", action="store_true", help="return once the server answers")
@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     stop_once()
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    workers = arguments.workers or fitting(archives)
-    server.start(archives, workers, arguments.timeout, arguments.threads, _tell)
+    workers, threads = chosen(arguments.workers, arguments.threads, sizes_of(archives))
+    server.start(archives, workers, arguments.timeout, threads, _tell)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:
         print(_curl(server, model), flush=True)

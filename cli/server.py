@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from cli.errors import CliError
 from cli.java import find_java
 from cli.signals import undisturbed
-from handlers import cores
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
@@ -84,10 +83,9 @@ class Server:
         """Start TorchServe with ``archives``, all of one folder, and wait until every model has answered a prediction.
 
         Args:
-            workers: per model; the cores are shared out among them.
+            workers: per model.
             timeout: seconds to wait.
-            threads: of each worker; 0 shares the cores out where there are several workers, and leaves the number to
-                the archive where there is one.
+            threads: of each worker; 0 leaves the number to $MLVGM_THREADS or the archive.
             progress: is told in one line how far a worker is.
 
         Raises:
@@ -98,7 +96,7 @@ class Server:
         self._check()
         self._prepare(models)
         try:
-            self._launch(archives[0].parent, models, workers)
+            self._launch(archives[0].parent, models)
             deadline = time.monotonic() + timeout
             for model in models:
                 self._await_answer(model, deadline, progress)
@@ -188,7 +186,7 @@ class Server:
             shutil.copyfile(DEPLOY / name, self.folder / name)
         (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": list(models)}))
 
-    def _launch(self, store: Path, models: dict[str, Path], workers: int) -> None:
+    def _launch(self, store: Path, models: dict[str, Path]) -> None:
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
         command += ["--ts-config", str(self.folder / "config.properties")]
         command += ["--log-config", str(self.folder / "log4j2.xml")]
@@ -199,7 +197,7 @@ class Server:
             launcher = subprocess.run(
                 command,
                 cwd=self.folder,
-                env=self._environment(workers),
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -208,7 +206,7 @@ class Server:
         if launcher.returncode != 0:
             raise CliError(f"TorchServe does not start: {self._last_words()}")
 
-    def _environment(self, workers: int) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         environment |= {
             "JAVA_HOME": str(find_java().home),
@@ -219,8 +217,6 @@ class Server:
         }
         if self._threads:
             environment[THREADS_VARIABLE] = str(self._threads)
-        elif workers > 1:
-            environment.setdefault(THREADS_VARIABLE, str(max(1, cores.usable() // workers)))
         return environment
 
     def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:

@@ -1,26 +1,58 @@
-"""How many workers suit a machine, where nobody says."""
+"""How many workers suit a machine, where nobody says, and how they share its cores."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from handlers import cores
+from handlers.torchserve import THREADS_VARIABLE
 
 CORES_EACH = 8
-"""Below that one worker with all cores answers sooner and takes less memory (docs/metrics.md)."""
+"""Below that, further workers take turns instead of cores (docs/metrics.md)."""
+SMALL = 64_000_000
+"""Bytes: two workers of such an archive take turns on the same cores, and one reads requests while the other computes.
+Where a batch takes seconds, that is not worth a second copy of the model."""
 
 _MEMORY_EACH = 3.0  # of its archive: the model, what is computed with it, and what OpenVINO makes of it
-_MEMORY_MORE = 400e6  # bytes, whatever the model
+_MEMORY_MORE = 600e6  # bytes, whatever the model
 
 
-def fitting(archives: Sequence[Path]) -> int:
-    """Workers for each of ``archives``, served together: one for every `CORES_EACH` cores, as memory allows."""
-    by_cores = cores.usable() // (CORES_EACH * len(archives))
-    needed = sum(_MEMORY_EACH * archive.stat().st_size + _MEMORY_MORE for archive in archives if archive.is_file())
-    return max(1, min(by_cores, int(available_memory() / max(needed, 1))))
+def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int, int]:
+    """Workers of each model, and threads of each worker: those given, or those that suit models of these ``sizes``.
+
+    Threads are 0 where that is to be left to the archive, or to $MLVGM_THREADS.
+    """
+    if workers:
+        suited = max(1, cores.usable() // workers) if workers > 1 else 0
+    else:
+        workers, suited = fitting(list(sizes))
+    return workers, threads or (0 if THREADS_VARIABLE in os.environ else suited)
+
+
+def fitting(sizes: list[int]) -> tuple[int, int]:
+    """The same for archives of these ``sizes`` in bytes, served together, where nothing is given."""
+    models = max(len(sizes), 1)
+    groups = max(1, cores.usable() // (CORES_EACH * models))
+    in_turns = 2 if max(sizes, default=0) <= SMALL else 1
+    needed = sum(_MEMORY_EACH * size + _MEMORY_MORE for size in sizes)
+    workers = max(1, min(groups * in_turns, int(available_memory() / max(needed, 1))))
+    return workers, cores.usable() // (groups * models) if groups > 1 else 0
 
 
 def available_memory() -> float:
-    """Bytes that can still be had."""
+    """Bytes that can still be had, on the machine and within this process's control groups."""
     import psutil  # type: ignore[import-untyped]
 
-    return float(psutil.virtual_memory().available)
+    available = float(psutil.virtual_memory().available)
+    for group in cores.groups("memory"):
+        for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                available = min(available, float((group / most).read_text()) - float((group / used).read_text()))
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+    return max(available, 0.0)
+
+
+def sizes_of(archives: Iterable[Path]) -> list[int]:
+    """In bytes; 0 of what is missing, which the server will say."""
+    return [archive.stat().st_size if archive.exists() else 0 for archive in archives]

@@ -28,7 +28,7 @@ from cli.errors import CliError
 from cli.java import find_java
 from cli.server import Server
 from cli.signals import stop_once, stopping, undisturbed
-from cli.workers import fitting
+from cli.workers import chosen, sizes_of
 from deploy.readiness import Readiness
 from handlers.client import ServerError
 
@@ -69,7 +69,7 @@ class Back(Server):
         with (self.folder / "config.properties").open("a") as settings:
             settings.write(f"token_expiration_min={KEY_DAYS * 24 * 60}\n")
 
-    def _launch(self, store: Path, models: dict[str, Path], workers: int) -> None:
+    def _launch(self, store: Path, models: dict[str, Path]) -> None:
         from ts import model_server  # type: ignore[import-untyped]
 
         site = Path(model_server.__file__).parents[1]
@@ -84,7 +84,7 @@ class Back(Server):
             self.java = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self._environment(workers),
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not names:
                 raise CliError(f"{options.model_store}: no archive there")
             archives = [options.model_store / name for name in names]
-            back.start(archives, options.workers or fitting(archives), options.timeout)
+            workers, threads = chosen(options.workers, 0, sizes_of(archives))
+            back.start(archives, workers, options.timeout, threads)
             _say("TorchServe answers")
         if options.only != "torchserve":
             _await_key(back, options.timeout)

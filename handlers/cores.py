@@ -17,12 +17,15 @@ def granted() -> int | None:
 
     None without a limit. A thread more than these would be stopped, with all the others waiting for it.
     """
-    shares = [share for share in map(_share, _folders()) if share is not None]
+    shares = [share for share in map(_share, groups("cpu")) if share is not None]
     return max(1, int(min(shares))) if shares else None
 
 
-def _folders() -> list[Path]:
-    """Of this process's control group and all that it lies in, in both layouts of Linux."""
+def groups(resource: str) -> list[Path]:
+    """Folders of this process's control group for "cpu" or "memory", and of all groups around it.
+
+    In both layouts of Linux: version 2 has one tree for all resources.
+    """
     found = []
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -32,7 +35,7 @@ def _folders() -> list[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top = _CGROUPS
-        elif "cpu" in controllers.split(","):
+        elif resource in controllers.split(","):
             top = _CGROUPS / controllers
         else:
             continue

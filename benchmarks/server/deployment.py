@@ -20,8 +20,8 @@ class Deployment:
     ...     deployment.memory()
     """
 
-    def __init__(self, bundle: str | Path, settings: archive.Settings, workers: int = 1) -> None:
-        self._bundle, self._settings, self._workers = bundle, settings, workers
+    def __init__(self, bundle: str | Path, settings: archive.Settings, workers: int = 1, threads: int = 0) -> None:
+        self._bundle, self._settings, self._workers, self._threads = bundle, settings, workers, threads
         self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-")
         self.model = Manifest.read(bundle).name
         self.server = Server(free_ports(5), self._folder.name)
@@ -31,7 +31,7 @@ class Deployment:
     def __enter__(self) -> "Deployment":
         try:
             built = archive.build_archive(self._bundle, Path(self._folder.name) / "store", self._settings)
-            self.server.start([built], self._workers)
+            self.server.start([built], self._workers, threads=self._threads)
             self._key = self._read_key()
         except BaseException:
             self.__exit__(None, None, None)

@@ -14,7 +14,6 @@ from benchmarks.server.saturation import HALF, IN_PROCESS, Entrant, Say, curve, 
 from benchmarks.server.soak import soak
 from benchmarks.server.subject import Settings, Subject
 from export import archive
-from handlers import cores
 
 TORCHSERVE, LITSERVE = "TorchServe", "LitServe"
 
@@ -40,26 +39,27 @@ class Plan:
     soak: float = 0.0
 
 
-def measure(settings: Settings, served: archive.Settings, workers: int, plan: Plan, say: Say) -> dict[str, Any]:
+def measure(
+    settings: Settings, served: archive.Settings, workers: int, threads: int, plan: Plan, say: Say
+) -> dict[str, Any]:
     """Serve a bundle on free ports of loopback, measure it as ``plan`` says, and leave nothing behind.
 
     Args:
         settings: of the pipeline in process; LitServe gets the same.
         served: of the archive.
         workers: of each server.
+        threads: of each worker; 0 for every core.
 
     Returns:
         ``settings``, ``saturation``, ``litserve`` images a second, ``hostile``, ``kills``, ``overload`` and ``soak``;
         None for what was not done.
     """
-    # As `mlvgm serve` shares the cores out.
-    threads = settings.threads or (max(1, cores.usable() // workers) if workers > 1 else 0)
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")
         subject = stack.enter_context(Subject(settings))
         subject.images_per_s(0)
         say("starting TorchServe")
-        deployment = stack.enter_context(Deployment(settings.bundle, served, workers))
+        deployment = stack.enter_context(Deployment(settings.bundle, served, workers, threads))
         entrants = [Entrant(TORCHSERVE, deployment)]
         if plan.litserve:
             say("starting LitServe")

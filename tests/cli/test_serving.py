@@ -62,7 +62,7 @@ def mlvgm(*words: str) -> subprocess.Popen[str]:
 def server(environment: Path, store: Path) -> Iterator[Server]:
     """A server that `mlvgm serve --detach` has started."""
     port = free_port()
-    words = ["serve", "--model-store", str(store), "--port", str(port), "--detach"]
+    words = ["serve", "--model-store", str(store), "--port", str(port), "--workers", "1", "--detach"]
     out, err = (started := mlvgm(*words)).communicate(timeout=WAIT)
     assert started.returncode == 0, err
     assert out.startswith("curl -T IMAGE.png -H 'Authorization: Bearer ")

@@ -3,25 +3,57 @@ from pathlib import Path
 import pytest
 
 from cli import workers
+from cli.workers import chosen, sizes_of
 from handlers import cores
+from tests.handlers.test_cores import grant
+
+SMALL, LARGE = 20_000_000, 1_300_000_000
 
 
 @pytest.mark.parametrize(
-    ("usable", "models", "gigabytes", "expected"),
-    [(2, 1, 64, 1), (15, 1, 64, 1), (16, 1, 64, 2), (64, 1, 64, 8), (64, 2, 64, 4), (64, 1, 3, 2), (64, 1, 0.1, 1)],
+    ("usable", "sizes", "gigabytes", "expected"),
+    [
+        (2, [SMALL], 64, (2, 0)),
+        (2, [LARGE], 64, (1, 0)),
+        (2, [SMALL], 1, (1, 0)),
+        (15, [LARGE], 64, (1, 0)),
+        (16, [SMALL], 64, (4, 8)),
+        (16, [LARGE], 64, (2, 8)),
+        (64, [SMALL], 64, (16, 8)),
+        (64, [SMALL, SMALL], 64, (8, 8)),
+        (64, [LARGE], 10, (2, 8)),
+        (64, [LARGE], 0.1, (1, 8)),
+    ],
 )
-def test_workers_by_cores_and_memory(
-    usable: int, models: int, gigabytes: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_suits_a_machine(
+    usable: int, sizes: list[int], gigabytes: float, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archives = []
-    for i in range(models):
-        archives.append(tmp_path / f"{i}.mar")
-        with archives[-1].open("wb") as file:
-            file.truncate(300_000_000)  # 1.3 GB for a worker
     monkeypatch.setattr(cores, "usable", lambda: usable)
     monkeypatch.setattr(workers, "available_memory", lambda: gigabytes * 1e9)
-    assert workers.fitting(archives) == expected
+    monkeypatch.delenv("MLVGM_THREADS", raising=False)
+    assert chosen(None, 0, sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "environment", "expected"),
+    [(1, 0, None, (1, 0)), (3, 0, None, (3, 2)), (3, 8, None, (3, 8)), (3, 0, "5", (3, 0)), (3, 8, "5", (3, 8))],
+)
+def test_what_is_given_counts(
+    given: int, threads: int, environment: str | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "usable", lambda: 6)
+    monkeypatch.delenv("MLVGM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("MLVGM_THREADS", environment)
+    assert chosen(given, threads, [SMALL]) == expected
 
 
 def test_an_archive_that_is_missing_is_for_the_server_to_say(tmp_path: Path) -> None:
-    assert workers.fitting([tmp_path / "absent.mar"]) >= 1
+    (tmp_path / "a.mar").write_bytes(b"12345")
+    assert sizes_of([tmp_path / "a.mar", tmp_path / "absent.mar"]) == [5, 0]
+
+
+def test_memory_is_what_the_container_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"pod/memory.max": "900\n", "pod/memory.current": "200\n", "pod/box/memory.max": "max\n"}
+    grant(monkeypatch, tmp_path, "0::/pod/box\n", files)
+    assert workers.available_memory() == 700

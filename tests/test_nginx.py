@@ -88,6 +88,13 @@ def test_requests_with_doubtful_framing_are_refused(pair: Pair, framing: bytes) 
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
+def test_an_image_as_curl_sends_it_by_default_is_an_image(pair: Pair) -> None:
+    """``curl --data-binary @sign.png`` says that it is a web form."""
+    headers = KEY | {"Content-Type": "application/x-www-form-urlencoded"}
+    assert pair.ask("POST", "/predictions/tiny", picture(), headers)[0] == 200
+    assert pair.ask("POST", "/predictions/tiny", b"image=hello", headers)[0] == 400
+
+
 def test_a_refused_image_keeps_its_reason(pair: Pair) -> None:
     status, answer = pair.ask("POST", "/predictions/tiny", b"no image")
     assert status == 400

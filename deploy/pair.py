@@ -113,13 +113,14 @@ class Front:
     Args:
         conf: nginx's configuration; a change in its folder reloads it.
         server: whose key nginx shows TorchServe; written to ``upstream.conf`` in the folder of the servers.
+        timeout: seconds after which a model that does not answer is not ready.
     """
 
-    def __init__(self, conf: Path, server: Server) -> None:
+    def __init__(self, conf: Path, server: Server, timeout: float) -> None:
         self._conf, self._server = conf.absolute(), server
         self._key = ""
         self._seen: list[tuple[str, int, int]] = []
-        self._readiness = Readiness(server, server.folder.parent / "ready")
+        self._readiness = Readiness(server, server.folder.parent / "ready", timeout)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     stop_once()
     back = Back(options.port)
-    front = Front(options.nginx_conf, back)
+    front = Front(options.nginx_conf, back, options.ready_timeout)
     try:
         if options.only != "nginx":
             names = options.models or sorted(path.name for path in options.model_store.glob("*.mar"))
@@ -246,6 +247,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=1200, metavar="S", help="to wait for an answer (%(default)s)")
     parser.add_argument(
         "--nginx-conf", type=Path, default=Path("/etc/mlvgm/nginx.conf"), metavar="FILE", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--ready-timeout",
+        type=float,
+        default=60,
+        metavar="S",
+        help="a model that takes longer is not ready (%(default)s)",
     )
     parser.add_argument("--drain", type=float, default=70, metavar="S", help="to answer what is left (%(default)s)")
     return parser

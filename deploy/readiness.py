@@ -16,14 +16,17 @@ from handlers.client import ServerError
 ALL = " all"  # no model is called so
 PREDICT_EVERY_S = 15.0
 LOOK_EVERY_S = 2.0
-TIMEOUT_S = 20.0
 
 
 class Readiness:
-    """Looks, in a thread of its own, at the models of ``server``, and keeps the files in ``folder``."""
+    """Looks, in a thread of its own, at the models of ``server``, and keeps the files in ``folder``.
 
-    def __init__(self, server: Server, folder: Path) -> None:
-        self._server, self._folder = server, folder
+    Args:
+        timeout: seconds that an answer may take: longer than requests wait in the queue of a busy server.
+    """
+
+    def __init__(self, server: Server, folder: Path, timeout: float) -> None:
+        self._server, self._folder, self._timeout = server, folder, timeout
         self._answered: dict[str, float] = {}  # when each ready model was last asked
         self._ended = threading.Event()
 
@@ -49,7 +52,7 @@ class Readiness:
 
     def _is_ready(self, model: str) -> bool:
         asked = self._answered.pop(model, None)
-        client = self._server.client(TIMEOUT_S)
+        client = self._server.client(self._timeout)
         try:
             if asked is not None and time.monotonic() < asked + PREDICT_EVERY_S:
                 ready = client.ready_workers(model) > 0

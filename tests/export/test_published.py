@@ -132,8 +132,9 @@ def test_every_graph_becomes_an_engine_of_half_precision(published: Published, t
     names = [stage.name for stage in stages] + ["classify"]
     for name in names:  # one model in memory at a time
         if name == "classify":
-            model = load_classifier(recipe.classifier.architecture, reference.checkpoint(published.classifier))
-            stage = classifier.stage(model, recipe.image_size, len(recipe.classes))
+            file, classes = reference.checkpoint(published.classifier), len(recipe.classes)
+            model = load_classifier(recipe.classifier.architecture, file, classes)
+            stage = classifier.stage(model, recipe.image_size, classes)
         else:
             stage = next(stage for stage in stages if stage.name == name)
         file = tmp_path / f"{name}.onnx"

@@ -45,7 +45,6 @@ class Server:
 
     def __init__(self, port: int = 8080, state: str | Path | None = None) -> None:
         self.port = port
-        self._threads = 0
         parent = Path(state or os.environ.get(STATE_VARIABLE) or PROJECT / "build" / "serve")
         self.folder = parent.absolute() / str(port)
 
@@ -92,11 +91,10 @@ class Server:
             CliError: something is missing, a port is taken, or the server or a bundle does not come up.
         """
         models = {model_name(archive): archive for archive in archives}
-        self._threads = threads
         self._check()
         self._prepare(models)
         try:
-            self._launch(archives[0].parent, models)
+            self._launch(archives[0].parent, models, threads)
             deadline = time.monotonic() + timeout
             for model in models:
                 self._await_answer(model, deadline, progress)
@@ -186,7 +184,7 @@ class Server:
             shutil.copyfile(DEPLOY / name, self.folder / name)
         (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": list(models)}))
 
-    def _launch(self, store: Path, models: dict[str, Path]) -> None:
+    def _launch(self, store: Path, models: dict[str, Path], threads: int) -> None:
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
         command += ["--ts-config", str(self.folder / "config.properties")]
         command += ["--log-config", str(self.folder / "log4j2.xml")]
@@ -197,7 +195,7 @@ class Server:
             launcher = subprocess.run(
                 command,
                 cwd=self.folder,
-                env=self._environment(),
+                env=self._environment(threads),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -206,7 +204,7 @@ class Server:
         if launcher.returncode != 0:
             raise CliError(f"TorchServe does not start: {self._last_words()}")
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, threads: int) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         environment |= {
             "JAVA_HOME": str(find_java().home),
@@ -215,8 +213,8 @@ class Server:
             "LOG_LOCATION": str(self.folder / "logs"),
             "METRICS_LOCATION": str(self.folder / "logs"),
         }
-        if self._threads:
-            environment[THREADS_VARIABLE] = str(self._threads)
+        if threads:
+            environment[THREADS_VARIABLE] = str(threads)
         return environment
 
     def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:

@@ -69,7 +69,7 @@ class Back(Server):
         with (self.folder / "config.properties").open("a") as settings:
             settings.write(f"token_expiration_min={KEY_DAYS * 24 * 60}\n")
 
-    def _launch(self, store: Path, models: dict[str, Path]) -> None:
+    def _launch(self, store: Path, models: dict[str, Path], threads: int) -> None:
         from ts import model_server  # type: ignore[import-untyped]
 
         site = Path(model_server.__file__).parents[1]
@@ -84,7 +84,7 @@ class Back(Server):
             self.java = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=self._environment(),
+                env=self._environment(threads),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

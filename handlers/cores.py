@@ -46,15 +46,10 @@ def groups(resource: str) -> list[Path]:
 
 def _share(folder: Path) -> float | None:
     """Cores' worth of time that one control group has; version 2 has it in one file, version 1 in two."""
-    try:
-        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
-            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="ascii")
-            period = (folder / "cpu.cfs_period_us").read_text(encoding="ascii")
-        except OSError:
-            return None
-    try:
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except ValueError:  # "max"
-        return None
+            quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+            return int(quota) / int(period) if int(quota) > 0 else None
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None

@@ -5,11 +5,19 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cli.server import Server
+from handlers.client import Client
 from tests import bundles
 
 # Properties say what must hold, not how fast: a busy machine must not fail them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Client:
+    """Of the server that the module has started."""
+    return server.client(60)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from handlers.image import encode_png
 from handlers.pipeline import Pipeline
 from handlers.service import Service
 from tests import bundles
-from tests.cli.machine import free_port
+from tests.cli.machine import free_port, stopped
 from tests.handlers.hostile import COSTLY, encoded, little_png, png
 
 pytestmark = pytest.mark.server
@@ -52,17 +52,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = tmp_path_factory.mktemp("store")
     build_archive(bundle, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
-    server = Server(free_port(), tmp_path_factory.mktemp("s"))
-    server.start([store / f"{MODEL}.mar"])
-    try:
+    with stopped(Server(free_port(), tmp_path_factory.mktemp("s"))) as server:
+        server.start([store / f"{MODEL}.mar"])
         yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Client:
-    return server.client(60)
 
 
 @pytest.fixture(scope="module")

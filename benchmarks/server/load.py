@@ -169,10 +169,10 @@ def percentiles(seconds: NDArray[np.float64], prefix: str = "") -> dict[str, Any
     }
 
 
-def show_wrong(outcomes: Outcomes, say: Callable[[str], None]) -> None:
+def show_wrong(where: str, outcomes: Outcomes, say: Callable[[str], None]) -> None:
     """The first request that was neither answered rightly nor refused."""
     for kind, status, body in [wrong for wrong in outcomes.wrong if wrong[1] not in REFUSALS][:1]:
-        say(f"not the right answer to a {kind} request: {status} {body[:100]!r}")
+        say(f"{where}: not the right answer to a {kind} request: {status} {body[:100]!r}")
 
 
 def in_words(row: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
             rates[entrant.name] = outcomes.per_second(batch)
             spent, sent = spent + outcomes.cpu_seconds, sent + len(outcomes)
             refused, failed = refused + outcomes.refused, failed + outcomes.failed
-            load.show_wrong(outcomes, say)
+            load.show_wrong(entrant.name, outcomes, say)
         named = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
         say(f"saturation, {f'round {number} of {rounds}' if number else 'warming up'}: {named} images/s")
         for name, rate in rates.items() if number else ():
@@ -96,6 +96,6 @@ def curve(subject: Subject, target: Target, saturation: float, seconds: float, s
             "cpu_us": outcomes.cpu_seconds / max(len(outcomes), 1) * 1e6,
         }
         rows.append(row)
-        load.show_wrong(outcomes, say)
+        load.show_wrong("open load", outcomes, say)
         say(f"open load, {fraction:.0%} of saturation: {load.in_words(row)}")
     return rows

@@ -37,7 +37,7 @@ async def _run(subject: Subject, deployment: Deployment, offered: float, seconds
             parts.append({"requests": len(outcomes), **load.percentiles(outcomes.latencies)})
             said = f"{len(outcomes)} requests; so far {refused} refused, {not_right} others not answered rightly"
             say(f"soak, part {number + 1} of {len(lengths)}: {said}")
-            load.show_wrong(outcomes, say)
+            load.show_wrong("soak", outcomes, say)
     begun = watch.memory[0][0]
     return {
         "seconds": seconds,

@@ -1,16 +1,27 @@
 """The machine as a test wants it: ports that are free, packages that are not installed."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 
 import pytest
 
-from cli.server import free_ports
+from cli.server import Server, free_ports
 
 
 def free_port() -> int:
     """The first of the five that a server takes."""
     return free_ports(5)
+
+
+@contextlib.contextmanager
+def stopped(server: Server) -> Iterator[Server]:
+    """``server``, to be started within, and stopped whatever becomes of it."""
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def uninstall(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:

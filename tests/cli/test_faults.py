@@ -20,7 +20,7 @@ from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
 from tests import bundles
-from tests.cli.machine import free_port
+from tests.cli.machine import free_port, stopped
 
 pytest.importorskip("ts", reason="needs TorchServe")
 psutil = pytest.importorskip("psutil")
@@ -44,21 +44,13 @@ def archive(half_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def server(environment: None, archive: Path) -> Iterator[Server]:
-    server = Server(free_port())
     steps: list[str] = []
-    try:
+    with stopped(Server(free_port())) as server:
         server.start([archive], progress=steps.append)
         assert all(step.startswith(PROGRESS) for step in steps)
         assert "encode.onnx loaded in onnxruntime (1 of 3)" in steps[0]
         assert "8 rows at once" in steps[3]
         yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Client:
-    return server.client(60)
 
 
 def picture(number: int = 0, colour: str = "") -> bytes:

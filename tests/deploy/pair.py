@@ -53,18 +53,8 @@ class Pair:
 
     def run(self, store: Path, *words: str, stdout: str = "") -> "subprocess.Popen[bytes]":
         """deploy/pair.py, with its output in the log, or that of the two in ``stdout``."""
-        command = [
-            sys.executable,
-            "-m",
-            "deploy.pair",
-            "--model-store",
-            str(store),
-            "--workers",
-            "1",
-            "--ready-timeout",
-            "5",
-        ]
-        command += ["--port", str(self.server.port)]
+        command = [sys.executable, "-m", "deploy.pair", "--model-store", str(store), "--port", str(self.server.port)]
+        command += ["--workers", "1", "--ready-timeout", "5"]
         command += ["--nginx-conf", str(self.folder / "etc" / "nginx.conf"), *words]
         environment = os.environ | {"MLVGM_STATE": str(self.state)}
         with (self.folder / "log").open("ab") as log, open(stdout or os.devnull, "wb") as other:

@@ -27,7 +27,7 @@ from handlers.pipeline import Pipeline
 from mlvgm.load import load_classifier, load_purifier
 from mlvgm.recipe import Recipe
 from tests import reference
-from tests.cli.machine import free_port
+from tests.cli.machine import free_port, stopped
 from tests.reference import relative_error
 
 VARIANTS = {"no_preprocessing": (False, 0.0), "blur": (True, 0.0), "noise": (False, None)}
@@ -128,23 +128,17 @@ def test_pipeline_agrees_with_the_official_modules(published: Published, bundle:
 def test_every_graph_becomes_an_engine_of_half_precision(published: Published, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     recipe = Recipe.read(published.recipe)
-    stages = families.stages(load_purifier(published.family, reference.checkpoint(published.purifier)), False, 0.0)
-    names = [stage.name for stage in stages] + ["classify"]
-    for name in names:  # one model in memory at a time
-        if name == "classify":
-            file, classes = reference.checkpoint(published.classifier), len(recipe.classes)
-            model = load_classifier(recipe.classifier.architecture, file, classes)
-            stage = classifier.stage(model, recipe.image_size, classes)
-        else:
-            stage = next(stage for stage in stages if stage.name == name)
-        file = tmp_path / f"{name}.onnx"
+    purifier = load_purifier(published.family, reference.checkpoint(published.purifier))
+    size, classes = recipe.image_size, len(recipe.classes)
+    model = load_classifier(recipe.classifier.architecture, reference.checkpoint(published.classifier), classes)
+    for stage in (*families.stages(purifier, False, 0.0), classifier.stage(model, size, classes)):
+        file = tmp_path / f"{stage.name}.onnx"
         trace(in_half(stage), file)
-        del stage
         begun = time.monotonic()
         engine = build(file, tmp_path / "engines", Batch(*recipe.batch))
         share = json.loads(engine.with_suffix(".json").read_text())["half_share"]
-        size = engine.stat().st_size / 1e6
-        print(f"{published.recipe}, {name}: {size:.0f} MB in {time.monotonic() - begun:.0f} s, half: {share:.1%}")
+        seconds, megabytes = time.monotonic() - begun, engine.stat().st_size / 1e6
+        print(f"{published.recipe}, {stage.name}: {megabytes:.0f} MB in {seconds:.0f} s, half: {share:.1%}")
         assert share >= HALF_SHARE
         for path in tmp_path.rglob("*.*"):
             path.unlink()
@@ -157,15 +151,12 @@ def test_archive_is_served(published: Published, bundle: Path, tmp_path: Path, m
     _run([sys.executable, "-m", "cli.main", "archive", str(bundle), "--out", str(tmp_path)])
     size = Manifest.read(bundle).image_size
     picture = np.random.default_rng(0).random((3, *size), np.float32)
-    server = Server(port=free_port())
-    server.start([tmp_path / f"{published.recipe}.mar"])
-    try:
+    with stopped(Server(port=free_port())) as server:
+        server.start([tmp_path / f"{published.recipe}.mar"])
         answer = server.client(timeout=300).predict(encode_png(picture), published.recipe, samples=1)
         print(published.recipe, answer["timing_ms"])
         assert answer["samples"] == 1
         assert sum(entry["votes"] for entry in answer["top_k"]) == 1
-    finally:
-        server.stop()
 
 
 def latent_noise(draws: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:

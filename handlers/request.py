@@ -2,13 +2,14 @@
 
 Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas`` and ``seed``. A form has them as
 fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples, X-Mlvgm-Top-K and so on.
-JSON may hold several images: a list under "images".
+JSON may hold several images: a list under "images". So may a form that comes through nginx: several fields "image".
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from handlers import form
 from handlers.manifest import Manifest
 from handlers.noise import SEED_BITS
 from handlers.open_inference import JSON_LENGTH_HEADER, Envelope, Image, read
@@ -63,7 +64,11 @@ def parse(
         RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
     """
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    content = _content(fields, headers)
+    body = fields.get("body")
+    if form.HEADER in headers and isinstance(body, bytes | bytearray):
+        content = _form(form.read(body, headers[form.HEADER]), headers)
+    else:
+        content = _content(fields, headers)
     options = _header_options(headers) | content.options
     if unknown := [name for name in options if name not in OPTIONS]:
         raise RequestError(f"unknown option {quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
@@ -93,6 +98,20 @@ class _Content:
     options: dict[str, Any]
     listed: bool = False
     envelope: Envelope | None = None
+
+
+def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Content:
+    """What a form says: one image, as TorchServe's own reader would have it, or several of one name."""
+    by_name = dict(fields)
+    if len(by_name) == len(fields):
+        return _content(by_name, headers)
+    images = tuple(content for name, content in fields if name in _IMAGE_FIELDS)
+    options = {name: content for name, content in by_name.items() if name not in _IMAGE_FIELDS}
+    if len(by_name) != len(options) + 1 or len(fields) != len(options) + len(images):
+        raise RequestError("a form can have several fields 'image', and any other once")
+    if len(images) > MOST_IMAGES:
+        raise RequestError(f"a form can have {MOST_IMAGES} images at most")
+    return _Content(images, options, listed=True)
 
 
 def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:

@@ -7,11 +7,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import bundles
 from tests.deploy.pair import KEY, Pair, needs_both, picture, tiny_store, until
+from tests.handlers import forms
 
 pytestmark = pytest.mark.server
 needs_both()
@@ -93,6 +95,25 @@ def test_an_image_as_curl_sends_it_by_default_is_an_image(pair: Pair) -> None:
     headers = KEY | {"Content-Type": "application/x-www-form-urlencoded"}
     assert pair.ask("POST", "/predictions/tiny", picture(), headers)[0] == 200
     assert pair.ask("POST", "/predictions/tiny", b"image=hello", headers)[0] == 400
+
+
+def test_forms_are_read_by_the_handler(pair: Pair) -> None:
+    """TorchServe's own reader answers the last two with 500, and keeps only the last of several images."""
+    headers = KEY | {"Content-Type": forms.TYPE}
+
+    def ask(body: bytes) -> tuple[int, dict[str, Any]]:
+        return pair.ask("POST", "/predictions/tiny", body, headers)
+
+    assert ask(forms.written(("image", picture()), ("samples", b"2")))[1]["samples"] == 2
+    status, answer = ask(forms.written(("image", picture()), ("image", b"no image"), ("image", picture())))
+    assert [status, *("label" in each for each in answer["answers"])] == [200, True, False, True]
+    assert ask(b"--x\r\n\r\n--x--\r\n") == (400, {"error": "the form is malformed, or broken off", "status": 400})
+    assert ask(b"--x")[0] == 400
+
+
+def test_what_a_client_calls_a_form_by_our_own_header_is_none(pair: Pair) -> None:
+    headers = KEY | {"X-Form-Type": forms.TYPE}
+    assert pair.ask("POST", "/predictions/tiny", picture(), headers)[0] == 200
 
 
 def test_a_refused_image_keeps_its_reason(pair: Pair) -> None:

@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of the request parser (`make fuzz`): whatever the body and headers, a bounded request or a
 `RequestError`.
 
-The first byte says how the body comes: by which name and content type, parsed as TorchServe may do it or not, or as
-JSON that nearly fits, which the further bytes choose.
+The first byte says how the body comes: by which name and content type, parsed as TorchServe may do it or not, as a form
+that nginx passes on, or as JSON that nearly fits, which the further bytes choose.
 """
 
 import base64
@@ -16,13 +16,14 @@ from typing import Any
 import atheris
 import numpy as np
 
-with atheris.instrument_imports(include=["handlers"]):
+with atheris.instrument_imports(include=["handlers", "multipart"]):
     from handlers.manifest import Manifest
     from handlers.request import MOST_IMAGES, OPTIONS, parse
     from handlers.wire import RequestError
 
 from tests import bundles
 from tests.fuzz.image import fuzz
+from tests.handlers import forms
 
 IMAGE = base64.b64encode(b"\x89PNG...").decode()
 TENSOR = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 128, 255]}
@@ -51,6 +52,7 @@ WORDS = [
     "name",
 ]
 WORDS += [*OPTIONS, "BYTES", "UINT8", "FP32", "purified", "none", "linear", "NaN", "-Infinity", "1e999", "\\\\ud800"]
+WORDS += ["\\x0D\\x0A--x", "Content-Disposition: form-data; name="]
 
 
 def seeds() -> list[bytes]:
@@ -61,6 +63,8 @@ def seeds() -> list[bytes]:
         bytes([32]) + bytes([len(BINARY)]) + BINARY.encode() + b"abc",
         b"\0\x89PNG",
         bytes([64]) + b"3",
+        bytes([8]) + forms.written(("image", b"\x89PNG..."), ("samples", b"3")),
+        bytes([8]) + forms.written(("image", b"a"), ("image", b"b")),
         *random(),
     ]
 
@@ -86,6 +90,9 @@ def request(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if way & 64:
         for name in ("Samples", "Top-K", "Return", "Alphas", "Seed"):
             headers[f"X-Mlvgm-{name}"] = body.decode("latin-1")
+    if way & 8:
+        headers["X-Form-Type"] = forms.TYPE
+        fields = {"body": bytearray(body)}
     if way & 128:
         fields = {"body": odd_entries(atheris.FuzzedDataProvider(body))}
     return fields, headers

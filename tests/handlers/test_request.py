@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from handlers.manifest import Manifest
 from handlers.request import MOST_IMAGES, OPTIONS, Request, parse
 from handlers.wire import RequestError
+from tests.handlers import forms
 
 IMAGE = b"\x89PNG..."
 BASE64 = base64.b64encode(IMAGE).decode()
@@ -33,6 +34,7 @@ EXPECTED = Request((IMAGE,), samples=3, top_k=2, wants_image=True, alphas="none"
 VALUES = {"samples": 3, "top_k": 2, "return": "purified", "alphas": "none", "seed": 7}
 HEADERS = {f"x-MLVGM-{name.replace('_', '-')}": str(value) for name, value in VALUES.items()}
 FORM = {name: bytearray(str(value).encode()) for name, value in VALUES.items()}
+THROUGH_NGINX = {"X-Form-Type": forms.TYPE, "Content-Type": "application/octet-stream"}
 JSON = {"image": BASE64, **VALUES}
 
 
@@ -43,6 +45,8 @@ JSON = {"image": BASE64, **VALUES}
         ({"data": IMAGE}, HEADERS),
         ({"image": bytearray(IMAGE), **FORM}, {"Content-Type": "multipart/form-data; boundary=x"}),
         ({"image": bytearray(IMAGE), **FORM}, {"image": {"content-type": "image/png"}}),
+        ({"body": bytearray(forms.written(("image", IMAGE), *FORM.items()))}, THROUGH_NGINX),
+        ({"body": forms.written(("image", json.dumps(JSON).encode()))}, THROUGH_NGINX),
         ({"body": JSON}, {"content-type": "application/json"}),
         ({"body": bytearray(json.dumps(JSON).encode())}, {"Content-Type": "application/json; charset=utf-8"}),
         ({"body": bytearray(json.dumps(JSON).encode())}, {}),
@@ -159,6 +163,31 @@ def test_several_images_keep_their_order(manifest: Manifest) -> None:
     assert not parse({"body": {"image": BASE64}}, {}, manifest).listed
 
 
+def test_a_form_through_nginx_can_have_several_images(manifest: Manifest) -> None:
+    fields = [("image", b"1"), ("samples", b"2"), ("image", b"{2}"), ("image", b"3")]
+    request = parse({"body": forms.written(*fields)}, THROUGH_NGINX, manifest)
+    assert (request.images, request.samples, request.listed) == ((b"1", b"{2}", b"3"), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ([], "one image"),
+        ([("samples", b"2")], "one image"),
+        ([("", IMAGE)], "one image"),
+        ([("image", IMAGE), ("data", IMAGE)], "one image"),
+        ([("image", IMAGE), ("image", IMAGE), ("data", IMAGE)], "any other once"),
+        ([("image", IMAGE), ("samples", b"1"), ("samples", b"1")], "any other once"),
+        ([("samples", b"1"), ("samples", b"1")], "any other once"),
+        ([("image", IMAGE), ("sample", b"1")], "unknown option 'sample'"),
+        ([("image", IMAGE)] * 17, "16 images at most"),
+        ([("image", IMAGE)] * 5 + [("samples", b"16")], "64 at most"),
+    ],
+)
+def test_forms_through_nginx_have_bounds(fields: list[tuple[str, bytes]], said: str, manifest: Manifest) -> None:
+    assert said in reason({"body": forms.written(*fields)}, THROUGH_NGINX, manifest)
+
+
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
@@ -183,7 +212,8 @@ json_values = st.recursive(
 )
 names = st.sampled_from(["image", "images", "data", "body", *OPTIONS]) | st.text(max_size=10)
 headers = st.dictionaries(
-    st.sampled_from(["Accept", "content-type", *(f"X-Mlvgm-{o.title()}" for o in OPTIONS)]) | st.text(max_size=10),
+    st.sampled_from(["Accept", "content-type", "X-Form-Type", *(f"X-Mlvgm-{o.title()}" for o in OPTIONS)])
+    | st.text(max_size=10),
     st.text(max_size=20) | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=1),
     max_size=4,
 )

@@ -7,233 +7,144 @@
 SIGTERM and Ctrl-C stop it: nginx takes nothing new and answers what it has, then TorchServe is stopped. If either of
 the two ends by itself, so does the other, and the exit code is 1: start it again. nginx is reloaded whenever its
 folder changes (certificate, clients' keys), and whenever TorchServe's key does.
+
+SIGUSR2 upgrades it: the archives are read anew by a second TorchServe on the five ports after those of the first (and
+the next time the other way round). When it has answered, nginx sends what comes to it, and when the first has answered
+what it still had, it is stopped. If the new one does not come up, the old one goes on.
 """
 
 import argparse
-import contextlib
-import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from cli.errors import CliError
-from cli.java import find_java
-from cli.server import Server
-from cli.signals import stop_once, stopping, undisturbed
+from cli.signals import stop_once, stopping
 from cli.workers import chosen, sizes_of
-from deploy.readiness import Readiness
+from deploy.back import Back
+from deploy.front import Front
 from handlers.client import ServerError
 
-# The key changes when TorchServe starts and when somebody renews it: every change costs the requests of that moment.
-KEY_DAYS = 366
-RENEW_BEFORE = timedelta(hours=1)
 LOOK_EVERY_S = 0.5
+PORTS = 5
+"""Of one TorchServe."""
+
+upgrading = threading.Event()
+"""Set when SIGUSR2 has come."""
 
 
-class Back(Server):
-    """TorchServe as a child of ours, java run directly: its log is our output, and no launcher can leave it behind."""
+class Pair:
+    """Both, or one of them beside the other, as the ``options`` of `parser` say."""
 
-    java: "subprocess.Popen[bytes] | None" = None
-
-    @property
-    def log(self) -> Path:
-        return Path("/dev/stdout")
-
-    def stop(self, timeout: float = 60) -> bool:
-        """As `Server.stop`, and the workers of a java that was killed."""
-        stopped = super().stop(timeout)
-        if self.java:
-            _kill_group(self.java)
-        return stopped
-
-    def ended(self) -> bool:
-        return self.java is not None and self.java.poll() is not None
-
-    def renew_if_due(self) -> None:
-        """Long before the key expires, or after a jump of the clock."""
-        text = json.loads(self.key_file.read_text())["inference"]["expiration time"]
-        expires = datetime.fromisoformat(text[:19]).replace(tzinfo=timezone.utc)
-        if expires - datetime.now(timezone.utc) < RENEW_BEFORE:
-            self.client().renew_key("inference")
-
-    def _prepare(self, models: dict[str, Path]) -> None:
-        super()._prepare(models)
-        with (self.folder / "config.properties").open("a") as settings:
-            settings.write(f"token_expiration_min={KEY_DAYS * 24 * 60}\n")
-
-    def _launch(self, store: Path, models: dict[str, Path], threads: int) -> None:
-        from ts import model_server  # type: ignore[import-untyped]
-
-        site = Path(model_server.__file__).parents[1]
-        config, temporary = self.folder / "config.properties", self.folder / "tmp"
-        command = [str(find_java().home / "bin" / "java"), f"-Dmodel_server_home={site}"]
-        command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile=file://{self.folder}/log4j2.xml"]
-        command += model_server.load_properties(str(config)).get("vmargs", "").split()
-        command += ["-cp", f"{site}/ts/frontend/*"]
-        command += ["org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", str(config), "-ncs"]
-        command += ["-s", str(store.resolve()), "-m", *(f"{name}={path.name}" for name, path in models.items())]
-        with undisturbed():
-            self.java = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self._environment(threads),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            (temporary / ".model_server.pid").write_text(str(self.java.pid))
-        self._lines: deque[str] = deque(maxlen=200)
-        threading.Thread(target=self._pass_on, daemon=True).start()
-
-    def _pass_on(self) -> None:
-        """What java says goes on to our output; if that is full or closed, java must not wait for it."""
-        assert self.java
-        assert self.java.stdout
-        for line in self.java.stdout:
-            self._lines.append(line.decode(errors="replace").rstrip())
-            with contextlib.suppress(OSError):
-                os.write(1, line)
-
-    def _said(self) -> list[str]:
-        return list(self._lines)
-
-
-class Front:
-    """nginx, in front of the TorchServe of ``server``.
-
-    Args:
-        conf: nginx's configuration; a change in its folder reloads it.
-        server: whose key nginx shows TorchServe; written to ``upstream.conf`` in the folder of the servers.
-        timeout: seconds after which a model that does not answer is not ready.
-    """
-
-    def __init__(self, conf: Path, server: Server, timeout: float) -> None:
-        self._conf, self._server = conf.absolute(), server
-        self._key = ""
-        self._seen: list[tuple[str, int, int]] = []
-        self._readiness = Readiness(server, server.folder.parent / "ready", timeout)
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._back = Back(options.port)
+        self._backs = [self._back]  # and the one that replaces it, or is being replaced by it
+        self._front = Front(options.nginx_conf, self._back, options.ready_timeout)
 
     def start(self) -> None:
-        program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-        if program is None:
-            raise CliError("nginx is not installed (Debian: apt install nginx-light)")
-        self._changed()
-        with undisturbed():
-            command = [program, "-c", str(self._conf), "-e", "stderr", "-g", "daemon off;"]
-            self._process = subprocess.Popen(command, start_new_session=True)
-        self._readiness.start()
+        if self._options.only != "nginx":
+            self._start(self._back)
+            _say("TorchServe answers")
+        if self._options.only != "torchserve":
+            self._await_key()
+            self._front.start()
+            _say("nginx is started")
 
-    def ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
+    def stay(self) -> int:
+        """Look after both until a signal comes (0) or one of them ends (1)."""
+        complaint = ""
+        while not stopping.is_set():
+            if self._back.ended() or self._front.ended():
+                _say(f"{'TorchServe' if self._back.ended() else 'nginx'} has ended by itself")
+                return 1
+            try:
+                self._look_after()
+                complaint = ""
+            except (ServerError, OSError, ValueError, KeyError) as error:
+                # TorchServe is starting anew beside us, or a file is being replaced.
+                if complaint != (complaint := str(error)):
+                    _say(complaint)
+            if upgrading.is_set():
+                upgrading.clear()
+                self._upgrade()
+            time.sleep(LOOK_EVERY_S)
+        return 0
 
-    def reload_if_changed(self) -> None:
-        if self._changed() and self._process:
-            self._process.send_signal(signal.SIGHUP)
+    def stop(self) -> None:
+        self._front.drain(self._options.drain)
+        if self._options.only != "nginx":
+            for back in self._backs:
+                back.stop()
+        _say("stopped")
 
-    def drain(self, timeout: float) -> None:
-        """Take nothing new and wait until all is answered; after ``timeout`` seconds end it all the same."""
-        if self._process is None:
+    def _start(self, back: Back) -> None:
+        options = self._options
+        names = options.models or sorted(path.name for path in options.model_store.glob("*.mar"))
+        if not names:
+            raise CliError(f"{options.model_store}: no archive there")
+        archives = [options.model_store / name for name in names]
+        workers, threads = chosen(options.workers, 0, sizes_of(archives))
+        back.start(archives, workers, options.timeout, threads)
+
+    def _await_key(self) -> None:
+        deadline = time.monotonic() + self._options.timeout
+        while True:
+            try:
+                self._back.client().key("inference")
+                return
+            except ServerError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_EVERY_S)
+
+    def _look_after(self) -> None:
+        if self._options.only != "nginx":
+            self._back.renew_if_due()
+        if self._options.only != "torchserve":
+            self._front.reload_if_changed()
+
+    def _upgrade(self) -> None:
+        if self._options.only:
+            _say("only a pair can be upgraded: start this container anew")
             return
-        self._readiness.stop()
-        self._process.send_signal(signal.SIGQUIT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        _kill_group(self._process)  # a master that was killed leaves its workers behind, and they go on listening
-
-    def _changed(self) -> bool:
-        """Whether anything nginx reads is new; TorchServe's key is then where nginx reads it."""
-        files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
-        seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
-        key = self._server.client().key("inference")
-        if key != self._key:
-            path = self._server.folder.parent / "upstream.conf"
-            fresh = path.with_suffix(".new")
-            fresh.touch(0o600)
-            fresh.write_text(f'set $inference_key "{key}";\n')
-            fresh.replace(path)
-        changed = (key, seen) != (self._key, self._seen)
-        self._key, self._seen = key, seen
-        return changed
+        _say("upgrading: TorchServe is started with the archives as they are now")
+        first = self._options.port
+        old, new = self._back, Back(first + PORTS if self._back.port == first else first)
+        self._backs.append(new)
+        try:
+            self._start(new)
+            self._front.switch(new, self._options.drain)
+        except (CliError, ServerError) as error:
+            outcome = f"not upgraded, the old one goes on: {error}"
+            old, new = new, old
+        else:
+            outcome = "upgraded"
+        self._back = new
+        old.stop()
+        self._backs.remove(old)
+        _say(outcome)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the pair until a signal stops it (0), or one of the two ends by itself or cannot be started (1)."""
     options = parser().parse_args(arguments)
     stop_once()
-    back = Back(options.port)
-    front = Front(options.nginx_conf, back, options.ready_timeout)
+    signal.signal(signal.SIGUSR2, lambda *_: upgrading.set())
+    pair = Pair(options)
     try:
-        if options.only != "nginx":
-            names = options.models or sorted(path.name for path in options.model_store.glob("*.mar"))
-            if not names:
-                raise CliError(f"{options.model_store}: no archive there")
-            archives = [options.model_store / name for name in names]
-            workers, threads = chosen(options.workers, 0, sizes_of(archives))
-            back.start(archives, workers, options.timeout, threads)
-            _say("TorchServe answers")
-        if options.only != "torchserve":
-            _await_key(back, options.timeout)
-            front.start()
-            _say("nginx is started")
-        return _stay(back, front, options.only)
+        pair.start()
+        return pair.stay()
     except KeyboardInterrupt:
         return 0
     except (CliError, ServerError) as error:
         _say(str(error))
         return 1
     finally:
-        front.drain(options.drain)
-        if options.only != "nginx":
-            back.stop()
-        _say("stopped")
-
-
-def _stay(back: Back, front: Front, only: str | None) -> int:
-    complaint = ""
-    while not stopping.is_set():
-        if back.ended() or front.ended():
-            _say(f"{'TorchServe' if back.ended() else 'nginx'} has ended by itself")
-            return 1
-        try:
-            if only != "nginx":
-                back.renew_if_due()
-            if only != "torchserve":
-                front.reload_if_changed()
-            complaint = ""
-        except (ServerError, OSError, ValueError, KeyError) as error:
-            # TorchServe is starting anew beside us, or a file is being replaced.
-            if complaint != (complaint := str(error)):
-                _say(complaint)
-        time.sleep(LOOK_EVERY_S)
-    return 0
-
-
-def _await_key(back: Back, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            back.client().key("inference")
-            return
-        except ServerError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(LOOK_EVERY_S)
-
-
-def _kill_group(leader: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait()
+        pair.stop()
 
 
 def parser() -> argparse.ArgumentParser:

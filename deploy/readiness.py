@@ -4,6 +4,7 @@ There is a file of a model's name while it is ready, and `ALL` while every model
 is asked for again every `PREDICT_EVERY_S`, and has a worker, which is looked for every `LOOK_EVERY_S`.
 """
 
+import logging
 import shutil
 import threading
 import time
@@ -16,6 +17,8 @@ from handlers.client import ServerError
 ALL = " all"  # no model is called so
 PREDICT_EVERY_S = 15.0
 LOOK_EVERY_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class Readiness:
@@ -35,6 +38,10 @@ class Readiness:
         self._folder.mkdir()
         threading.Thread(target=self._look_on, daemon=True).start()
 
+    def follow(self, server: Server) -> None:
+        """From now on look at the models of another server, which has answered."""
+        self._server = server
+
     def stop(self) -> None:
         """From now on no model is ready."""
         self._ended.set()
@@ -42,17 +49,15 @@ class Readiness:
 
     def look(self) -> None:
         """Look at every model once."""
-        models = self._server.models
-        ready = {model for model in models if self._is_ready(model)}
-        wanted = ready | {ALL} if models and ready == set(models) else ready
-        for name in {path.name for path in self._folder.iterdir()} - wanted:
-            (self._folder / name).unlink(missing_ok=True)
-        for name in wanted:
-            (self._folder / name).touch()
+        server = self._server
+        models = server.models
+        ready = {model for model in models if self._is_ready(server, model)}
+        if server is self._server:
+            self._show(ready | {ALL} if models and ready == set(models) else ready)
 
-    def _is_ready(self, model: str) -> bool:
+    def _is_ready(self, server: Server, model: str) -> bool:
         asked = self._answered.pop(model, None)
-        client = self._server.client(self._timeout)
+        client = server.client(self._timeout)
         try:
             if asked is not None and time.monotonic() < asked + PREDICT_EVERY_S:
                 ready = client.ready_workers(model) > 0
@@ -65,9 +70,18 @@ class Readiness:
             self._answered[model] = asked
         return ready
 
+    def _show(self, names: set[str]) -> None:
+        for name in {path.name for path in self._folder.iterdir()} - names:
+            (self._folder / name).unlink(missing_ok=True)
+        for name in names:
+            (self._folder / name).touch()
+
     def _look_on(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
             try:
                 self.look()
-            except OSError:  # the folder is gone: we are being stopped
-                return
+            except Exception:
+                if not self._ended.is_set():
+                    logger.exception("no model counts as ready")
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                    self._folder.mkdir(exist_ok=True)

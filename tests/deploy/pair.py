@@ -1,4 +1,4 @@
-"""TorchServe and nginx as deploy/pair.py runs them, with the paths and ports of deploy/nginx.conf moved to a test's."""
+"""TorchServe and nginx as deploy/pair.py runs them, with a folder of deploy/trial.py."""
 
 import http.client
 import io
@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cli.server import PROJECT, Server, port_is_taken
+from cli.server import PROJECT, Server, free_ports, port_is_taken
+from deploy import trial
 from export.archive import Settings, build_archive
 from tests import bundles
-from tests.cli.machine import free_port
 
-CONF = PROJECT / "deploy" / "nginx.conf"
 KEY = {"X-Api-Key": "open-sesame"}
 WAIT = 300  # seconds; a pair is up in six on an idle machine
 
@@ -46,8 +45,8 @@ class Pair:
     def __init__(self, folder: Path, metrics: bool = False) -> None:
         self.folder = folder
         self.state = folder / "s"
-        self.server = Server(free_port(), self.state)
-        self.port, self.metrics_port = free_port(), free_port()
+        self.server = Server(free_ports(10), self.state)
+        self.port, self.metrics_port = free_ports(1), free_ports(1)
         self.process: subprocess.Popen[bytes] | None = None
         self._write_conf(metrics)
 
@@ -113,46 +112,22 @@ class Pair:
 
     def _write_conf(self, metrics: bool) -> None:
         etc = self.folder / "etc"
-        (etc / "extra").mkdir(parents=True)
-        (etc / "private").mkdir()
-        self.state.mkdir(exist_ok=True)
-        moved = {
-            "/run/mlvgm": str(self.state),
-            "listen 8443": f"listen 127.0.0.1:{self.port}",
-            "127.0.0.1:8080": f"127.0.0.1:{self.server.port}",
-        }
-        # Started by root, nginx would go on as nobody, to whom a test's folder is closed.
-        user = "user root;\n" if os.geteuid() == 0 else ""
-        (etc / "nginx.conf").write_text(user + moving(CONF.read_text(), moved))
-        if metrics:
-            moved = {
-                "listen 9145": f"listen 127.0.0.1:{self.metrics_port}",
-                "127.0.0.1:8082": f"127.0.0.1:{self.server.port + 2}",
-            }
-            conf = CONF.with_name("nginx-metrics.conf").read_text()
-            (etc / "extra" / "metrics.conf").write_text(moving(conf, moved))
+        trial.write(etc, self.port, self.state, {"open-sesame": "tester"})
         self.clients = etc / "private" / "clients.map"
-        self.clients.write_text('"open-sesame" tester;\n')
-        self.certify()
+        (etc / "extra").mkdir()
+        if metrics:
+            conf = trial.CONF.with_name("nginx-metrics.conf").read_text()
+            moved = {"listen 9145": f"listen 127.0.0.1:{self.metrics_port}"}
+            (etc / "extra" / "metrics.conf").write_text(trial.moving(conf, moved))
 
     def certify(self) -> None:
         """Another key and certificate for nginx."""
-        private = self.clients.parent
-        words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-        words += ["-keyout", str(private / "tls.key"), "-out", str(private / "tls.crt")]
-        subprocess.run(["openssl", *words], check=True, capture_output=True)
+        trial.certify(self.clients.parent)
 
     def certificate(self) -> bytes:
         """The one that nginx shows."""
         with self.connect() as stream:
             return stream.getpeercert(binary_form=True) or b""
-
-
-def moving(text: str, moved: dict[str, str]) -> str:
-    for ours, here in moved.items():
-        assert ours in text
-        text = text.replace(ours, here)
-    return text
 
 
 def tiny_store(bundle: Path, folder: Path, batch_delay_ms: int = 800) -> Path:

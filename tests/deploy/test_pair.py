@@ -1,19 +1,24 @@
 """deploy/pair.py, really run: nothing in flight is lost, no key is ever stale for long, nothing is left behind."""
 
+import itertools
 import json
+import shutil
 import signal
 import subprocess
+import threading
 import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cli.server import port_is_taken
+from handlers.manifest import Manifest
 from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store, until
 
 pytestmark = pytest.mark.server
@@ -121,6 +126,85 @@ def test_readiness_follows_the_worker(pair: Pair) -> None:
     finally:
         worker.resume()
     until(lambda: pair.ask("GET", "/v2/models/tiny/ready", headers={})[0] == 200, 60)
+
+
+def renamed(bundle: Path, folder: Path) -> Path:
+    """A bundle that calls its classes otherwise."""
+    shutil.copytree(bundle, folder)
+    manifest = Manifest.read(folder)
+    replace(manifest, classes=tuple(name.upper() for name in manifest.classes)).write(folder)
+    return folder
+
+
+def test_an_upgrade_under_load_loses_nothing(
+    nvae_bundle: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Twice, so that the second one comes back to the first one's ports; readiness holds all along."""
+    store = tiny_store(nvae_bundle, tmp_path / "store", batch_delay_ms=20)
+    bundles = [renamed(nvae_bundle, tmp_path / "renamed"), nvae_bundle]
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    pair.start(store)
+    ended = threading.Event()
+
+    def ask() -> list[tuple[int, str]]:
+        answers = []
+        while not ended.is_set():
+            status, answer = pair.predict()
+            answers.append((status, answer.get("label", str(answer))))
+        return answers
+
+    def watch() -> set[int]:
+        statuses = set()
+        while not ended.wait(0.2):
+            statuses.add(pair.ask("GET", "/v2/health/ready", headers={})[0])
+        return statuses
+
+    try:
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 200)
+        with ThreadPoolExecutor(5) as pool:
+            asking, watching = [pool.submit(ask) for _ in range(4)], pool.submit(watch)
+            for count, bundle in enumerate(bundles, 1):
+                tiny_store(bundle, store, batch_delay_ms=20)
+                assert pair.process
+                pair.process.send_signal(signal.SIGUSR2)
+                until(lambda count=count: pair.log().count("pair: upgraded") == count, WAIT)  # type: ignore[misc]
+            ended.set()
+            answers = [future.result(60) for future in asking]
+        assert watching.result() == {200}
+        assert {status for each in answers for status, _ in each} == {200}
+        for each in answers:  # of one client, in order: from one bundle to the next, and never back
+            spellings = itertools.groupby(label.isupper() for _, label in each)
+            assert [is_upper for is_upper, _ in spellings] == [False, True, False]
+        assert [process.name() for process in family_of(pair)].count("java") == 1
+    finally:
+        pair.stop()
+    assert not any(port_is_taken(port) for port in range(pair.server.port, pair.server.port + 10))
+
+
+def test_an_upgrade_that_fails_changes_nothing(
+    nvae_bundle: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A damaged archive; then a good one, and a configuration that nginx does not take."""
+    store = tiny_store(nvae_bundle, tmp_path / "store", batch_delay_ms=20)
+    good = (store / "tiny.mar").read_bytes()
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    pair.start(store)
+    try:
+        (store / "tiny.mar").write_bytes(good[: len(good) // 2])
+        assert pair.process
+        pair.process.send_signal(signal.SIGUSR2)
+        until(lambda: "not upgraded, the old one goes on" in pair.log(), WAIT)
+        assert not pair.predict()[1]["label"].isupper()
+
+        tiny_store(renamed(nvae_bundle, tmp_path / "renamed"), store)
+        conf = pair.folder / "etc" / "nginx.conf"
+        conf.write_text(conf.read_text() + "nonsense;\n")
+        pair.process.send_signal(signal.SIGUSR2)
+        until(lambda: "nginx does not take its configuration" in pair.log(), WAIT)
+        until(lambda: [process.name() for process in family_of(pair)].count("java") == 1)
+        assert not pair.predict()[1]["label"].isupper()
+    finally:
+        pair.stop()
 
 
 @pytest.mark.parametrize("victim", ["java", "nginx"])

@@ -1,0 +1,94 @@
+"""nginx's folder for a trial: deploy/nginx.conf on a free port of loopback, with a certificate and keys of its own.
+
+    python -m deploy.trial build/pair
+
+writes it and says how to start the pair with it and how to ask. It needs no root.
+"""
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cli.errors import CliError
+from cli.server import free_ports
+
+CONF = Path(__file__).with_name("nginx.conf")
+
+
+def write(folder: Path, port: int, state: Path, clients: Mapping[str, str]) -> Path:
+    """Write everything that nginx needs below ``folder``.
+
+    Args:
+        port: of loopback, to listen on.
+        state: what the pair gets as $MLVGM_STATE.
+        clients: names by their keys.
+
+    Returns:
+        The configuration file.
+
+    Raises:
+        CliError: openssl is missing, or cannot make a certificate.
+    """
+    private = folder / "private"
+    private.mkdir(parents=True)
+    state.mkdir(parents=True, exist_ok=True)
+    moved = {"/run/mlvgm": str(state.absolute()), "listen 8443": f"listen 127.0.0.1:{port}"}
+    # Started by root, nginx would go on as nobody, to whom the folder may be closed.
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    conf = folder / "nginx.conf"
+    conf.write_text(user + moving(CONF.read_text(), moved))
+    (private / "clients.map").touch(0o600)
+    (private / "clients.map").write_text("".join(f'"{key}" {name};\n' for key, name in clients.items()))
+    certify(private)
+    return conf
+
+
+def certify(private: Path) -> None:
+    """Another key and self-signed certificate in the folder ``private``."""
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    words += ["-keyout", str(private / "tls.key"), "-out", str(private / "tls.crt")]
+    try:
+        subprocess.run(["openssl", *words], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise CliError("openssl is not installed (Debian: apt install openssl)") from None
+    except subprocess.CalledProcessError as error:
+        raise CliError(f"openssl makes no certificate: {error.stderr.strip()}") from None
+
+
+def moving(text: str, moved: Mapping[str, str]) -> str:
+    """``text`` with other paths and ports; each must be there."""
+    for ours, here in moved.items():
+        assert ours in text
+        text = text.replace(ours, here)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the folder, and say what can be done with it."""
+    parser = argparse.ArgumentParser(prog="deploy.trial", description="A folder to try the pair with, on loopback.")
+    parser.add_argument("folder", type=Path, help="to write, a new one")
+    folder = parser.parse_args(arguments).folder.absolute()
+    key, port = secrets.token_hex(24), free_ports(1)
+    try:
+        conf = write(folder, port, folder / "state", {key: "me"})
+    except FileExistsError:
+        print(f"{folder} is there already: choose another one, or remove it", file=sys.stderr)
+        return 1
+    except (CliError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"""\
+Start it, with the archives of model_store (Ctrl-C stops it):
+  MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {free_ports(10)}
+Ask it:
+  curl --cacert {folder}/private/tls.crt -H "X-Api-Key: {key}" -T sign.png https://localhost:{port}/predictions/MODEL""")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

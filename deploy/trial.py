@@ -19,13 +19,14 @@ from cli.server import free_ports
 CONF = Path(__file__).with_name("nginx.conf")
 
 
-def write(folder: Path, port: int, state: Path, clients: Mapping[str, str]) -> Path:
+def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quiet: bool = False) -> Path:
     """Write everything that nginx needs below ``folder``.
 
     Args:
         port: of loopback, to listen on.
         state: what the pair gets as $MLVGM_STATE.
         clients: names by their keys.
+        quiet: without a line for each request.
 
     Returns:
         The configuration file.
@@ -37,6 +38,8 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str]) -> P
     private.mkdir(parents=True)
     state.mkdir(parents=True, exist_ok=True)
     moved = {"/run/mlvgm": str(state.absolute()), "listen 8443": f"listen 127.0.0.1:{port}"}
+    if quiet:
+        moved |= {"access_log /dev/stdout json": "access_log off", "error_log stderr error": "error_log stderr crit"}
     # Started by root, nginx would go on as nobody, to whom the folder may be closed.
     user = "user root;\n" if os.geteuid() == 0 else ""
     conf = folder / "nginx.conf"

@@ -1,6 +1,7 @@
 """nginx in front of TorchServe, as deploy/nginx.conf has it: what passes, what does not, and how fast it says so."""
 
 import contextlib
+import json
 import ssl
 import time
 import urllib.error
@@ -54,6 +55,16 @@ def test_torchserves_own_key_is_no_clients_key(pair: Pair) -> None:
 )  # fmt: skip
 def test_other_paths_are_not_there(pair: Pair, path: str) -> None:
     assert pair.ask("POST", path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "line", [b"POST /predictions/..%2f..%2fetc HTTP/1.1", b"POST  HTTP/1.1", b"nonsense", b"\x16\x03\x01"]
+)
+def test_malformed_requests_are_told_so(pair: Pair, line: bytes) -> None:
+    head, _, body = pair.raw(line + b"\r\nHost: x\r\nConnection: close\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert json.loads(body) == {"error": "malformed request"}
+    assert pair.ask("POST", "/malformed")[0] == 404
 
 
 def test_readiness_needs_no_key_and_is_said_of_models_that_answer(pair: Pair) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +45,7 @@ class Target(Protocol):
     """Where calls go."""
 
     address: tuple[str, int]
+    tls: ssl.SSLContext | None
 
     def request(self, call: Call) -> bytes:
         """``call`` as bytes of HTTP/1.1."""

@@ -1,6 +1,7 @@
 """HTTP/1.1 on one kept connection, as cheaply as Python can: the generator shares its cores with what it measures."""
 
 import asyncio
+import ssl
 from typing import NamedTuple
 
 CLOSED, SILENT = 0, -1
@@ -20,10 +21,11 @@ class Connection:
     Args:
         address: host and port.
         timeout: seconds to wait for a connection, and for an answer.
+        tls: None for a plain connection.
     """
 
-    def __init__(self, address: tuple[str, int], timeout: float) -> None:
-        self._address, self._timeout = address, timeout
+    def __init__(self, address: tuple[str, int], timeout: float, tls: ssl.SSLContext | None = None) -> None:
+        self._address, self._timeout, self._tls = address, timeout, tls
         self._wire: _Wire | None = None
 
     async def ask(self, request: bytes) -> Reply:
@@ -32,7 +34,7 @@ class Connection:
         wire = self._wire
         if wire is None or not wire.open:
             try:
-                connecting = loop.create_connection(_Wire, *self._address)
+                connecting = loop.create_connection(_Wire, *self._address, ssl=self._tls)
                 wire = (await asyncio.wait_for(connecting, self._timeout))[1]
             except (TimeoutError, asyncio.TimeoutError):
                 return Reply(SILENT, b"")

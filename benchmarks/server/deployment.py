@@ -1,5 +1,6 @@
 """A bundle on a TorchServe of its own: archived, started on free ports, watched, and gone without a trace."""
 
+import ssl
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ class Deployment:
         self.model = Manifest.read(bundle).name
         self.server = Server(free_ports(5), self._folder.name)
         self.address = ("127.0.0.1", self.server.port)
+        self.tls: ssl.SSLContext | None = None
         self._key = b""
 
     def __enter__(self) -> "Deployment":

@@ -8,33 +8,43 @@ from typing import Any
 import numpy as np
 
 from benchmarks.progress import track
-from benchmarks.server import load
-from benchmarks.server.call import Call
+from benchmarks.server import load, nginx
+from benchmarks.server.call import Call, Target
 from benchmarks.server.corpus import hostile_calls
 from benchmarks.server.deployment import Deployment
+from benchmarks.server.saturation import Say
 from benchmarks.server.subject import Subject
 from benchmarks.server.watch import Watch, growth
 
 MOST_CLIENTS = 24
 
 
-def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, Any]:
+def attack(subject: Subject, deployment: Deployment, count: int, say: Say) -> dict[str, Any]:
     """Send ``count`` requests from many clients at once, half of them hostile, and look what became of each.
 
-    Valid ones ask for one copy: what is tried here is the reading of requests.
+    They go through nginx where it is installed. Valid ones ask for one copy: what is tried here is the reading of
+    requests.
 
     Returns:
-        ``requests``, ``valid``, ``valid_wrong``, ``hostile_not_4xx``, ``torchserve_500`` (see `Call.also`), ``kinds``
-        of hostile requests, ``worker_deaths``, ``memory_growth`` after the first tenth, ``memory`` as (request, bytes),
-        ``per_second``, ``statuses``, and the first that were ``wrong`` as (kind, status, body).
+        ``through``: "nginx" or "TorchServe" alone; ``requests``, ``valid``, ``valid_wrong``, ``hostile_not_4xx``,
+        ``torchserve_500`` (see `Call.also`), ``kinds`` of hostile requests, ``worker_deaths``, ``memory_growth`` after
+        the first tenth, ``memory`` as (request, bytes), ``per_second``, ``statuses``, and the first that were ``wrong``
+        as (kind, status, body).
     """
     hostile = hostile_calls(deployment.model, subject.manifest.samples.max)
     clients = min(MOST_CLIENTS, 4 * subject.settings.batch)  # more would not fit the queue, and be refused for that
-    outcomes, memory, deaths = asyncio.run(_run(deployment, _mixed(subject, hostile, count), clients))
+    calls = _mixed(subject, hostile, count)
+    if through_nginx := nginx.is_installed():
+        with nginx.Nginx(deployment) as front:
+            outcomes, memory, deaths = asyncio.run(_run(deployment, front, calls, clients))
+    else:
+        say("nginx is not installed: hostile requests go to TorchServe itself, which answers some forms with 500")
+        outcomes, memory, deaths = asyncio.run(_run(deployment, deployment, calls, clients))
     right, valid, status = (np.array(column) for column in (outcomes.right, outcomes.valid, outcomes.status))
     done = np.array(outcomes.done)
     is_4xx = (status >= 400) & (status < 500)
     return {
+        "through": "nginx" if through_nginx else "TorchServe",
         "requests": len(outcomes),
         "valid": int(valid.sum()),
         "valid_wrong": int((valid & ~right).sum()),
@@ -51,10 +61,10 @@ def attack(subject: Subject, deployment: Deployment, count: int) -> dict[str, An
 
 
 async def _run(
-    deployment: Deployment, calls: Iterator[Call], clients: int
+    deployment: Deployment, target: Target, calls: Iterator[Call], clients: int
 ) -> tuple[load.Outcomes, list[tuple[float, int]], int]:
     async with Watch(deployment) as watch:
-        outcomes = await load.closed(deployment, calls, clients, timeout=60)
+        outcomes = await load.closed(target, calls, clients, timeout=60)
     return outcomes, watch.memory, watch.deaths
 
 

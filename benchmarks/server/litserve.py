@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import importlib.util
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ class LitServe:
 
     def __init__(self, settings: Settings, workers: int, threads: int, delay_ms: float, timeout: float = 600) -> None:
         self.address = ("127.0.0.1", free_ports(1))
+        self.tls: ssl.SSLContext | None = None
         self._command = [sys.executable, "-m", "benchmarks.server.litserve_app", "--bundle", str(settings.bundle)]
         self._command += ["--port", str(self.address[1]), "--batch", str(settings.batch), "--runtime", settings.runtime]
         self._command += ["--workers", str(workers), "--threads", str(threads), "--delay", str(delay_ms / 1000)]

@@ -91,7 +91,7 @@ async def closed(
     remaining = iter(calls)
 
     async def client() -> None:
-        connection = Connection(target.address, timeout)
+        connection = Connection(target.address, timeout, target.tls)
         for call in remaining:
             due = time.monotonic()
             reply = await ask(target, connection, call)
@@ -116,7 +116,7 @@ async def open_load(
 
     async def send(call: Call, due: float) -> None:
         async with places:
-            connection = idle.pop() if idle else Connection(target.address, timeout)
+            connection = idle.pop() if idle else Connection(target.address, timeout, target.tls)
             sent = time.monotonic()
             reply = await ask(target, connection, call)
             idle.append(connection)

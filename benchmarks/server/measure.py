@@ -93,7 +93,7 @@ def measure(
                 "open_load": rows,
             },
             "litserve": found["median"].get(LITSERVE),
-            "hostile": attack(subject, deployment, plan.hostile) if plan.hostile else None,
+            "hostile": attack(subject, deployment, plan.hostile, say) if plan.hostile else None,
             "overload": overload(subject, deployment, sustainable, plan.overload) if plan.overload else None,
             "soak": soak(subject, deployment, sustainable, plan.soak, say) if plan.soak else None,
             "kills": kill(subject, deployment, plan.kills, say) if plan.kills else None,

@@ -86,13 +86,15 @@ def _saturation(content: Mapping[str, Any]) -> Iterable[str]:
 
 def _hostile(found: Mapping[str, Any]) -> Iterable[str]:
     yield (
-        f"## Hostile requests\n\n{found['requests']} requests, {found['valid']} of them valid, the others of "
-        f"{found['kinds']} hostile kinds, {_three(found['per_second'])} a second: {found['valid_wrong']} valid ones "
-        f"not answered rightly, {found['hostile_not_4xx']} hostile ones without a status of 400 to 499, "
+        f"## Hostile requests\n\n{found['requests']} requests through {found['through']}, {found['valid']} of them "
+        f"valid, the others of {found['kinds']} hostile kinds, {_three(found['per_second'])} a second: "
+        f"{found['valid_wrong']} valid ones not answered rightly, "
+        f"{found['hostile_not_4xx']} hostile ones without a status of 400 to 499, "
         f"{found['worker_deaths']} dead workers; memory of the worker after the first tenth and at the end: "
-        f"{_share(found['memory_growth'])}. TorchServe's own reader of forms refused "
-        f"{found['torchserve_500']} with 500."
+        f"{_share(found['memory_growth'])}."
     )
+    if found["torchserve_500"]:
+        yield f"\n{found['torchserve_500']} forms were refused with 500 by TorchServe's own reader; nginx asks ours."
 
 
 def _kills(found: Mapping[str, Any]) -> Iterable[str]:

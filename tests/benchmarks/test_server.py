@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server import report
+from benchmarks.server import nginx, report
 from cli.main import main
 
 psutil = pytest.importorskip("psutil")
@@ -38,6 +38,9 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
     assert hostile["requests"] == 400
     assert 150 < hostile["valid"] < 250
     assert (hostile["valid_wrong"], hostile["hostile_not_4xx"], hostile["worker_deaths"]) == (0, 0, 0), hostile["wrong"]
+    assert (hostile["through"], hostile["torchserve_500"] == 0) == (
+        ("nginx", True) if nginx.is_installed() else ("TorchServe", False)
+    )
     assert hostile["memory_growth"] < 0.5
 
     assert [0 < seconds < 60 for seconds in content["kills"]["recovery_s"]] == [True]

@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self, behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> None:
         self._behave = behave
-        self.connections = 0
+        self.connections, self.tls = 0, None
         self.key = b"old"
 
     async def __aenter__(self) -> "Server":

@@ -1,0 +1,73 @@
+"""nginx in front of a deployment, as deploy/pair.py puts it there: the shape that faces clients."""
+
+import shutil
+import ssl
+import tempfile
+import time
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.server.call import Call, head
+from benchmarks.server.deployment import Deployment
+from cli.errors import CliError
+from cli.server import free_ports, port_is_taken
+from deploy import trial
+from deploy.front import Front
+
+_CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
+_WAIT = 30.0
+
+
+class Nginx:
+    """The `Target` that asks a ``deployment`` through nginx, over TLS."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-")
+        self._keys = [f"client-{i}" for i in range(_CLIENTS)]
+        self._sent = count()
+        self.address = ("127.0.0.1", free_ports(1))
+        self.tls: ssl.SSLContext | None = None
+        self._front: Front | None = None
+
+    def __enter__(self) -> "Nginx":
+        server, etc = self._deployment.server, Path(self._folder.name) / "etc"
+        try:
+            clients = {key: f"c{i}" for i, key in enumerate(self._keys)}
+            conf = trial.write(etc, self.address[1], server.folder.parent, clients, quiet=True)
+            server.client().renew_key("inference")  # nginx has it for an hour
+            self.tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
+            self._front = Front(conf, server, timeout=60)
+            self._front.start()
+            deadline = time.monotonic() + _WAIT
+            while not port_is_taken(self.address[1]):
+                if self._front.ended() or time.monotonic() > deadline:
+                    raise CliError("nginx does not start")
+                time.sleep(0.05)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._front is not None:
+            self._front.drain(timeout=10)
+        self._folder.cleanup()
+
+    def request(self, call: Call) -> bytes:
+        key = f"X-Api-Key: {self._keys[next(self._sent) % _CLIENTS]}\r\n".encode()
+        if call.start is not None:
+            return call.start.replace(b"{authorization}", key) + call.body
+        line = f"POST /predictions/{self._deployment.model} HTTP/1.1"
+        return head(line, "localhost", key, call.headers, len(call.body)) + call.body
+
+    def renewed(self, request: bytes, body: bytes) -> bool:
+        return False
+
+
+def is_installed() -> bool:
+    """Whether nginx is there, and openssl, which makes its certificate."""
+    return all(shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin") for name in ("nginx", "openssl"))

@@ -134,10 +134,7 @@ class Pipeline:
         """
         job = Job.of(self.manifest, images, samples, seeds, noise, input_noise, alphas)
         count, copies = len(job.images), job.copies
-        # The images as they came, and behind them their copies: all are classified together.
-        known = np.empty((count + count * copies, *job.images.shape[1:]), np.float32)
-        known[:count] = job.images
-        on_device: list[Array] = []  # the copies, where a runtime keeps them there
+        made: list[Array] = []  # the copies, in their order
         timing = _Timing()
 
         # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
@@ -152,25 +149,23 @@ class Pipeline:
                     tensors |= job.draw(self.manifest, rows, self._noise_inputs)
                 for stage in self._per_copy:
                     tensors |= self._run_stage(stage, tensors, owners, timing)
-                if isinstance(tensors["images"], np.ndarray):
-                    known[count + rows] = tensors["images"]
-                else:
+                if not isinstance(tensors["images"], np.ndarray):
                     _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
-                    on_device.append(tensors["images"])
+                made.append(tensors["images"])
+
+        # The images as they came, and behind them their copies: all at once, but for what is kept on a device.
+        batches = [job.images, *made]
+        if all(isinstance(batch, np.ndarray) for batch in batches):
+            batches = [np.concatenate(batches)]
+            made = [batches[0][count:]]
+        owners = np.append(np.arange(count), np.arange(count * copies) // copies)
+        parts = np.split(owners, np.cumsum([len(batch) for batch in batches[:-1]]))
+        logits = np.concatenate([self._classify(*each, timing) for each in zip(batches, parts, strict=True)])
 
         def purified() -> FloatArray:
-            made = np.concatenate([np.asarray(array) for array in on_device]) if on_device else known[count:]
-            return made.reshape(count, copies, *job.images.shape[1:])
+            fetched = np.concatenate([np.asarray(array) for array in made])
+            return fetched.reshape(count, copies, *job.images.shape[1:])
 
-        owners = np.arange(count * copies) // copies
-        if on_device:
-            parts = [self._classify(job.images, np.arange(count), timing)]
-            for array in on_device:
-                parts.append(self._classify(array, owners[: len(array)], timing))
-                owners = owners[len(array) :]
-            logits = np.concatenate(parts)
-        else:
-            logits = self._classify(known, np.append(np.arange(count), owners), timing)
         return Result(
             sample_logits=logits[count:].reshape(count, copies, -1),
             copies=purified,

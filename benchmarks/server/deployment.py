@@ -3,18 +3,18 @@
 import ssl
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, head
+from benchmarks.server.started import Started
 from cli.server import Server, free_ports
 from export import archive
 from handlers.manifest import Manifest
 
 
-class Deployment:
+class Deployment(Started):
     """The `Target` that is measured.
 
     >>> with Deployment("build/road-signs", archive.Settings(allow_seed=True)) as deployment:
@@ -30,19 +30,12 @@ class Deployment:
         self.tls: ssl.SSLContext | None = None
         self._key = b""
 
-    def __enter__(self) -> "Deployment":
-        try:
-            built = archive.build_archive(self._bundle, Path(self._folder.name) / "store", self._settings)
-            self.server.start([built], self._workers, threads=self._threads)
-            self._key = self._read_key()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+    def start(self) -> None:
+        built = archive.build_archive(self._bundle, Path(self._folder.name) / "store", self._settings)
+        self.server.start([built], self._workers, threads=self._threads)
+        self._key = self._read_key()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         self.server.stop()
         self._folder.cleanup()
 

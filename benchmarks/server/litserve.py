@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, head
+from benchmarks.server.started import Started
 from benchmarks.server.subject import Settings
 from cli.errors import CliError
 from cli.server import PROJECT, free_ports
@@ -25,7 +25,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec("litserve") is not None
 
 
-class LitServe:
+class LitServe(Started):
     """The `Target` that TorchServe is compared with."""
 
     def __init__(self, settings: Settings, workers: int, threads: int, delay_ms: float, timeout: float = 600) -> None:
@@ -35,37 +35,33 @@ class LitServe:
         self._command += ["--port", str(self.address[1]), "--batch", str(settings.batch), "--runtime", settings.runtime]
         self._command += ["--workers", str(workers), "--threads", str(threads), "--delay", str(delay_ms / 1000)]
         self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-litserve-")
+        self._log = Path(self._folder.name) / "log"
+        self._process: psutil.Popen | None = None
 
-    def __enter__(self) -> "LitServe":
-        self._log = tempfile.NamedTemporaryFile(prefix="mlvgm-litserve-")
-        self._process = psutil.Popen(
-            self._command,
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-        )
-        try:
-            self._await()
-            self._signal(psutil.Process.suspend)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+    def start(self) -> None:
+        with self._log.open("wb") as log:
+            self._process = psutil.Popen(
+                self._command,
+                cwd=PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._await()
+        self._signal(psutil.Process.suspend)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         family = self._family()
         self._signal(psutil.Process.resume)
-        if family:
-            self._process.terminate()
+        for process in family[:1]:
+            process.terminate()
         for process in psutil.wait_procs(family, timeout=10)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(family, timeout=10)
-        self._log.close()
+        self._folder.cleanup()
 
     def request(self, call: Call) -> bytes:
         return head("POST /predict HTTP/1.1", "127.0.0.1", b"", call.headers, len(call.body)) + call.body
@@ -83,6 +79,8 @@ class LitServe:
             self._signal(psutil.Process.suspend)
 
     def _family(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
         try:
             return [self._process, *self._process.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -95,7 +93,7 @@ class LitServe:
 
     def _await(self) -> None:
         deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self._process and self._process.poll() is None:
             connection = http.client.HTTPConnection(*self.address, timeout=5)
             try:
                 connection.request("GET", "/health")
@@ -106,7 +104,7 @@ class LitServe:
             finally:
                 connection.close()
             time.sleep(0.25)
-        lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(errors="replace").strip().splitlines()
         raise CliError(
             f"LitServe does not start (leave it out with --no-litserve): {(lines or ['it said nothing'])[-1]}"
         )

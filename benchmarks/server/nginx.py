@@ -6,10 +6,10 @@ import tempfile
 import time
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 
 from benchmarks.server.call import Call, head
 from benchmarks.server.deployment import Deployment
+from benchmarks.server.started import Started
 from cli.errors import CliError
 from cli.server import free_ports, port_is_taken
 from deploy import trial
@@ -19,7 +19,7 @@ _CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf l
 _WAIT = 30.0
 
 
-class Nginx:
+class Nginx(Started):
     """The `Target` that asks a ``deployment`` through nginx, over TLS."""
 
     def __init__(self, deployment: Deployment) -> None:
@@ -31,28 +31,21 @@ class Nginx:
         self.tls: ssl.SSLContext | None = None
         self._front: Front | None = None
 
-    def __enter__(self) -> "Nginx":
+    def start(self) -> None:
         server, etc = self._deployment.server, Path(self._folder.name) / "etc"
-        try:
-            clients = {key: f"c{i}" for i, key in enumerate(self._keys)}
-            conf = trial.write(etc, self.address[1], server.folder.parent, clients, quiet=True)
-            server.client().renew_key("inference")  # nginx has it for an hour
-            self.tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
-            self._front = Front(conf, server, timeout=60)
-            self._front.start()
-            deadline = time.monotonic() + _WAIT
-            while not port_is_taken(self.address[1]):
-                if self._front.ended() or time.monotonic() > deadline:
-                    raise CliError("nginx does not start")
-                time.sleep(0.05)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+        clients = {key: f"c{i}" for i, key in enumerate(self._keys)}
+        conf = trial.write(etc, self.address[1], server.folder.parent, clients, quiet=True)
+        server.client().renew_key("inference")  # nginx has it for an hour
+        self.tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
+        self._front = Front(conf, server, timeout=60)
+        self._front.start()
+        deadline = time.monotonic() + _WAIT
+        while not port_is_taken(self.address[1]):
+            if self._front.ended() or time.monotonic() > deadline:
+                raise CliError("nginx does not start")
+            time.sleep(0.05)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         if self._front is not None:
             self._front.drain(timeout=10)
         self._folder.cleanup()

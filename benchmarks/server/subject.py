@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.photographs import pictures
 from benchmarks.server.call import Call, image_call, json_call
+from benchmarks.server.started import Started
 from handlers.image import decode
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -41,7 +41,7 @@ class Settings:
     threads: int = 0
 
 
-class Subject:
+class Subject(Started):
     """The pipeline in a process of its own, idle while servers are measured, and what to ask them."""
 
     def __init__(self, settings: Settings) -> None:
@@ -52,12 +52,7 @@ class Subject:
         self._images = [_encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
         self._labels: dict[int, list[int]] = {}
 
-    def __enter__(self) -> "Subject":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
         self._pool.shutdown()
 
     @property

@@ -20,7 +20,7 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     file = tmp_path / "server.json"
     words = ["bench", "server", "--bundle", str(nvae_bundle), "--seconds", "0.5", "--rounds", "1", "--no-litserve"]
-    asked = ["--hostile", "400", "--kills", "1", "--overload", "1", "--soak", "1"]
+    asked = ["--hostile", "400", "--kills", "1", "--overload", "3", "--soak", "1"]
     assert main([*words, *asked, "--runtime", "onnxruntime", "--threads", "1", "--json", str(file)]) == 0
     content = json.loads(file.read_text())
 

@@ -4,8 +4,6 @@ TorchServe would read a form itself: it answers a malformed one with 500, keeps 
 name, and buffers without limit (CVE-2024-29025). deploy/nginx.conf therefore hides forms from it.
 """
 
-from multipart import MultipartError, PushMultipartParser, parse_options_header
-
 from handlers.wire import RequestError
 
 HEADER = "x-form-type"
@@ -22,6 +20,9 @@ def read(body: bytes | bytearray, content_type: str) -> list[tuple[str, bytes]]:
     Raises:
         RequestError: no such form, or one of more than 32 fields.
     """
+    # Here, because an archive on a stock TorchServe, without a proxy, does without the package.
+    from multipart import MultipartError, PushMultipartParser, parse_options_header
+
     kind, parameters = parse_options_header(content_type)
     if kind != "multipart/form-data" or not parameters.get("boundary"):
         raise RequestError("a form needs the content type multipart/form-data; boundary=...")

@@ -116,7 +116,7 @@ def measure(
 
     Args:
         images: uint8 (N, H, W, 3), at least as many as the largest batch.
-        seconds: to go on measuring one row, two calls to thirty; one, if that takes a minute.
+        seconds: to go on measuring one row, and two calls at least; one, if that takes a minute.
         threads: CPU threads; 0 for every core.
 
     Returns:
@@ -237,11 +237,7 @@ def _measure(
     if twin is None:  # the count has warmed the twin up
         run(jobs[0])
     begun = time.perf_counter()
-    while (
-        len(times) < len(jobs)
-        or (len(times) < 2 and times[0] < _LONG)
-        or (time.perf_counter() - begun < seconds and len(times) < 30)
-    ):
+    while len(times) < len(jobs) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
         found, logits, milliseconds = run(jobs[len(times) % len(jobs)])
         times.append(time.perf_counter() - started)

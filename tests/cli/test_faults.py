@@ -127,8 +127,10 @@ def test_more_than_the_queue_holds_is_refused_at_once(
 ) -> None:
     with ThreadPoolExecutor(QUEUE + 1) as pool:
         with hanging(server):
-            waiting = [pool.submit(status, client, picture(i)) for i in range(QUEUE + 1)]
-            time.sleep(1)
+            waiting = [pool.submit(status, client, picture())]
+            time.sleep(0.5)  # until it is in work: all at once, one could find the queue full before that
+            waiting += [pool.submit(status, client, picture(i)) for i in range(QUEUE)]
+            time.sleep(0.5)
             begun = time.monotonic()
             refused = [status(client, picture(i)) for i in range(5)]
             taken = time.monotonic() - begun

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,14 @@ def test_handlers_know_nothing_of_the_other_packages() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             ours = {name.partition(".")[0] for name in names}
             assert not ours & {"mlvgm", "export", "cli", "benchmarks"}, path
+
+
+def test_console_scripts_find_every_package(tmp_path: Path) -> None:
+    """They start with the folder of the scripts, not with that of the checkout, on the path."""
+    program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    names = ["benchmarks.server.nginx", "deploy.pair", "deploy.trial"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

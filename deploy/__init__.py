@@ -1,0 +1,1 @@
+"""What goes in front of TorchServe and around it in production."""

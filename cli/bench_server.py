@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     served = archive.Settings(
         runtime=args.runtime,
         allow_seed=True,  # so that every answer can be compared with the right one
-        batch_size=args.batch_size or archive.fitting_batch(manifest),
+        batch_size=args.batch_size or archive.fitting_batch(manifest, args.runtime),
         batch_delay_ms=args.batch_delay or defaults.batch_delay_ms,
     )
     compare = litserve.is_installed() and not args.no_litserve

@@ -86,9 +86,12 @@ def build_archive(
     return target
 
 
-def fitting_batch(manifest: Manifest) -> int:
-    """Requests of one image that fill an engine with their default samples."""
-    return -(-manifest.batch.max // manifest.samples.default)
+def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
+    """Requests of one image that fill a call of an engine with their default samples: more would wait for each other."""
+    runtime = manifest.runtime if runtime == "auto" else runtime
+    on_cpu = runtime in ("auto", *runtimes.ON_CPU)
+    most = manifest.batch.cpu if on_cpu and manifest.batch.cpu else manifest.batch.max
+    return -(-most // manifest.samples.default)
 
 
 def _check(settings: Settings) -> None:
@@ -117,7 +120,7 @@ def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
 
 
 def _model_yaml(manifest: Manifest, settings: Settings) -> str:
-    batch_size = settings.batch_size or fitting_batch(manifest)
+    batch_size = settings.batch_size or fitting_batch(manifest, settings.runtime)
     return yaml.safe_dump(
         {
             "minWorkers": 1,

@@ -3,14 +3,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from export.archive import ArchiveError, Settings, build_archive
-from handlers.manifest import BundleError
+from export.archive import ArchiveError, Settings, build_archive, fitting_batch
+from handlers.manifest import BundleError, Manifest
 from handlers.runtimes import RuntimeMissing
 from tests import bundles
 
@@ -34,6 +35,15 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
     assert settings["maxBatchDelay"] == 7
     assert settings["jobQueueSize"] == 8, "four batches"
     assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True, "max_wait_s": 30}
+
+
+def test_a_batch_is_what_an_engine_takes_at_once(nvae_bundle: Path) -> None:
+    """For 5 samples of an image: 8 rows, but for one on a CPU where more gain nothing there."""
+    manifest = Manifest.read(nvae_bundle)
+    assert fitting_batch(manifest) == 2
+    manifest = replace(manifest, batch=replace(manifest.batch, cpu=4))
+    assert fitting_batch(manifest) == fitting_batch(manifest, "openvino") == 1
+    assert fitting_batch(manifest, "tensorrt") == fitting_batch(replace(manifest, runtime="tensorrt")) == 2
 
 
 def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from handlers.pipeline import Pipeline
 from handlers.service import Service
 from tests import bundles
 from tests.cli.machine import free_port, stopped
+from tests.handlers import forms
 from tests.handlers.hostile import COSTLY, encoded, little_png, png
 
 pytestmark = pytest.mark.server
@@ -154,6 +155,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "the image is animated: send one frame": ({"body": ""}, {}),
     "the JPEG has too many scans: at most 100 are accepted": ({"body": JPEG_SCANS}, {}),
     "send one image: as the body, as the form field 'image', or as 'image' in JSON": ({"file": SIGN}, {}),
+    "the form is malformed, or broken off": ({"body": b"--x"}, {"X-Form-Type": forms.TYPE}),
     "the content type is that of a web form: send one like image/png, or use curl -T FILE": (
         {"x": b""},
         {"content-type": "application/x-www-form-urlencoded"},

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import io
 import json
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from benchmarks.attacks import CarliniWagner, Method, attack, predict
 from benchmarks.signs import Sign, draw_signs
 from cli.errors import CliError
 from cli.main import main as mlvgm
-from cli.server import Server
+from cli.server import PORTS, Server, port_is_taken
 from handlers.client import Client, ServerError
 from mlvgm.load import Default, load_default
 
@@ -192,16 +191,10 @@ def save_sheet(
 
 
 def _free_port(first: int = 8080) -> int:
-    """The first of five free ports in a row."""
-    for port in range(first, first + 500, 5):
-        try:
-            for offset in range(5):
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", port + offset))
+    """The first of as many free ones in a row as a server takes."""
+    for port in range(first, first + 100 * PORTS, PORTS):
+        if not any(port_is_taken(port + i) for i in range(PORTS)):
             return port
-        except OSError:
-            continue
     return first  # the server will say what is wrong
 
 

@@ -169,11 +169,10 @@ def _existing(server: Server) -> Path:
 def _ports(server: Server) -> Finding:
     if server.process():
         return Finding("ports", f"a server of ours is running on {server.port}")
-    ports = range(server.port, server.port + 5)
-    taken = [str(port) for port in ports if port_is_taken(port)]
+    taken = [str(port) for port in server.ports if port_is_taken(port)]
     if taken:
         return Finding("ports", f"{', '.join(taken)} taken", "mlvgm serve --port N with five free ports in a row")
-    return Finding("ports", f"{ports.start} to {ports.stop - 1} are free")
+    return Finding("ports", f"{server.ports[0]} to {server.ports[-1]} are free")
 
 
 def _keys(server: Server) -> Finding:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parent.parent
 DEPLOY = PROJECT / "deploy"
 STATE_VARIABLE = "MLVGM_STATE"
+PORTS = 5
+"""Of one server: inference, management, metrics, and the two of gRPC."""
 INSTALL = "pip install 'mlvgm-serve[serve]'"
 
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
@@ -39,7 +41,7 @@ class Server:
     """The server of one port, running or not.
 
     Args:
-        port: of inference; management, metrics and the two of gRPC are the four ports after it.
+        port: of inference, the first of `PORTS`.
         state: where the servers' folders lie; None takes $MLVGM_STATE, else ``build/serve`` of the project.
     """
 
@@ -55,6 +57,15 @@ class Server:
     @property
     def log(self) -> Path:
         return self.folder / "server.log"
+
+    @property
+    def ports(self) -> range:
+        """All that the server listens on."""
+        return range(self.port, self.port + PORTS)
+
+    @property
+    def metrics_port(self) -> int:
+        return self.port + 2
 
     @property
     def url(self) -> str:
@@ -150,11 +161,11 @@ class Server:
             raise CliError(f"{DEPLOY} lacks {', '.join(missing)}: serve from a checkout (pip install -e .)")
         if self.process():
             raise CliError(f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}")
-        for port in range(self.port, self.port + 5):
+        for port in self.ports:
             if port_is_taken(port):
                 raise CliError(
                     f"port {port} is taken by another program: choose five free ports in a row with --port "
-                    f"(this server needs {self.port} to {self.port + 4})"
+                    f"(this server needs {self.ports[0]} to {self.ports[-1]})"
                 )
         if len(os.fsencode(self.folder)) > _SOCKET_PATH_LIMIT:
             raise CliError(
@@ -171,7 +182,7 @@ class Server:
         ports = {
             "inference_address": f"http://127.0.0.1:{self.port}",
             "management_address": f"http://127.0.0.1:{self.port + 1}",
-            "metrics_address": f"http://127.0.0.1:{self.port + 2}",
+            "metrics_address": f"http://127.0.0.1:{self.metrics_port}",
             "grpc_inference_port": str(self.port + 3),
             "grpc_management_port": str(self.port + 4),
             "metrics_config": str(self.folder / "metrics.yaml"),

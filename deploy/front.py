@@ -7,8 +7,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
-
 from cli.errors import CliError
 from cli.server import Server
 from cli.signals import undisturbed
@@ -71,6 +69,8 @@ class Front:
         Raises:
             CliError: nginx does not read its configuration anew; it goes on with the former server.
         """
+        import psutil  # type: ignore[import-untyped]
+
         assert self._process
         former, self._server = self._server, server
         master = psutil.Process(self._process.pid)
@@ -98,7 +98,7 @@ class Front:
         kill_group(self._process)  # a master that was killed leaves its workers behind, and they go on listening
 
     def _command(self) -> list[str]:
-        program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        program = find_nginx()
         if program is None:
             raise CliError("nginx is not installed (Debian: apt install nginx-light)")
         return [program, "-c", str(self._conf), "-e", "stderr"]
@@ -107,8 +107,8 @@ class Front:
         """Whether anything nginx reads is new; ``upstream.conf`` is then as it should be."""
         files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
         seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
-        port, key = self._server.port, self._server.client().key("inference")
-        upstream = UPSTREAM.format(port=port, metrics_port=port + 2, key=key)
+        server, key = self._server, self._server.client().key("inference")
+        upstream = UPSTREAM.format(port=server.port, metrics_port=server.metrics_port, key=key)
         if upstream != self._upstream:
             path = self._server.folder.parent / "upstream.conf"
             fresh = path.with_suffix(".new")
@@ -118,3 +118,8 @@ class Front:
         changed = (upstream, seen) != (self._upstream, self._seen)
         self._upstream, self._seen = upstream, seen
         return changed
+
+
+def find_nginx() -> str | None:
+    """Where nginx is: Debian has it in a folder that only root's path names."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

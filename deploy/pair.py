@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.errors import CliError
+from cli.server import PORTS
 from cli.signals import stop_once, stopping
 from cli.workers import chosen, sizes_of
 from deploy.back import Back
@@ -29,8 +30,6 @@ from deploy.front import Front
 from handlers.client import ServerError
 
 LOOK_EVERY_S = 0.5
-PORTS = 5
-"""Of one TorchServe."""
 
 upgrading = threading.Event()
 """Set when SIGUSR2 has come."""

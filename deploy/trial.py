@@ -8,13 +8,15 @@ writes it and says how to start the pair with it and how to ask. It needs no roo
 import argparse
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cli.errors import CliError
-from cli.server import free_ports
+from cli.server import PORTS, free_ports
+from deploy.front import find_nginx
 
 CONF = Path(__file__).with_name("nginx.conf")
 
@@ -48,6 +50,11 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quie
     (private / "clients.map").write_text("".join(f'"{key}" {name};\n' for key, name in clients.items()))
     certify(private)
     return conf
+
+
+def is_possible() -> bool:
+    """Whether nginx is there, and openssl, which makes its certificate."""
+    return find_nginx() is not None and shutil.which("openssl") is not None
 
 
 def certify(private: Path) -> None:
@@ -87,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"""\
 Start it, with the archives of model_store (Ctrl-C stops it):
-  MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {free_ports(10)}
+  MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {free_ports(2 * PORTS)}
 Ask it:
   curl --cacert {folder}/private/tls.crt -H "X-Api-Key: {key}" -T sign.png https://localhost:{port}/predictions/MODEL""")
     return 0

@@ -89,8 +89,7 @@ def build_archive(
 def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
     """Requests of one image that fill a call of an engine with their default samples; more would only wait."""
     runtime = manifest.runtime if runtime == "auto" else runtime
-    on_cpu = runtime in ("auto", *runtimes.ON_CPU)
-    most = manifest.batch.cpu if on_cpu and manifest.batch.cpu else manifest.batch.max
+    most = manifest.batch.most(on_cpu=runtime in ("auto", *runtimes.ON_CPU))
     return -(-most // manifest.samples.default)
 
 

@@ -73,6 +73,10 @@ class Batch:
     max: int
     cpu: int = 0
 
+    def most(self, on_cpu: bool) -> int:
+        """Rows that are worth a call there."""
+        return self.cpu if on_cpu and self.cpu else self.max
+
 
 @dataclass(frozen=True)
 class Seal:

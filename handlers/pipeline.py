@@ -306,7 +306,7 @@ def _is_noise(name: str) -> bool:
 
 def _buckets(batch: Batch, on_cpu: bool) -> list[int]:
     """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few."""
-    most = batch.cpu if on_cpu and batch.cpu else batch.max
+    most = batch.most(on_cpu)
     powers = {2**i for i in range(most.bit_length())}
     return sorted((size for size in powers | {batch.opt, most} if batch.min <= size <= most), reverse=True)
 

@@ -66,6 +66,14 @@ def json_call(image: bytes, label: int, options: Mapping[str, object]) -> Call:
     return Call(json.dumps(entries).encode(), b"Content-Type: application/json\r\n", label)
 
 
+def prediction(call: Call, model: str, authorization: bytes) -> bytes:
+    """``call`` as TorchServe and nginx take it for ``model``, with the header line that authorizes it."""
+    if call.start is not None:
+        return call.start.replace(b"{authorization}", authorization) + call.body
+    line = f"POST /predictions/{model} HTTP/1.1"
+    return head(line, "127.0.0.1", authorization, call.headers, len(call.body)) + call.body
+
+
 def head(line: str, host: str, authorization: bytes, headers: bytes, length: int) -> bytes:
     """Everything before the body of a request."""
     return b"%s\r\nHost: %s\r\n%s%sContent-Length: %d\r\n\r\n" % (

@@ -7,9 +7,9 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.server.call import Call, head
+from benchmarks.server.call import Call, prediction
 from benchmarks.server.started import Started
-from cli.server import Server, free_ports
+from cli.server import PORTS, Server, free_ports
 from export import archive
 from handlers.manifest import Manifest
 
@@ -25,7 +25,7 @@ class Deployment(Started):
         self._bundle, self._settings, self._workers, self._threads = bundle, settings, workers, threads
         self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-")
         self.model = Manifest.read(bundle).name
-        self.server = Server(free_ports(5), self._folder.name)
+        self.server = Server(free_ports(PORTS), self._folder.name)
         self.address = ("127.0.0.1", self.server.port)
         self.tls: ssl.SSLContext | None = None
         self._key = b""
@@ -40,10 +40,7 @@ class Deployment(Started):
         self._folder.cleanup()
 
     def request(self, call: Call) -> bytes:
-        if call.start is not None:
-            return call.start.replace(b"{authorization}", self._key) + call.body
-        line = f"POST /predictions/{self.model} HTTP/1.1"
-        return head(line, "127.0.0.1", self._key, call.headers, len(call.body)) + call.body
+        return prediction(call, self.model, self._key)
 
     def renewed(self, request: bytes, body: bytes) -> bool:
         if b"InvalidKeyException" not in body:

@@ -3,18 +3,21 @@
 import asyncio
 import collections
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from benchmarks.progress import track
-from benchmarks.server import load, nginx
+from benchmarks.server import load
 from benchmarks.server.call import Call, Target
 from benchmarks.server.corpus import hostile_calls
 from benchmarks.server.deployment import Deployment
+from benchmarks.server.nginx import Nginx
 from benchmarks.server.saturation import Say
 from benchmarks.server.subject import Subject
 from benchmarks.server.watch import Watch, growth
+from deploy import trial
 
 MOST_CLIENTS = 24
 
@@ -34,12 +37,11 @@ def attack(subject: Subject, deployment: Deployment, count: int, say: Say) -> di
     hostile = hostile_calls(deployment.model, subject.manifest.samples.max)
     clients = min(MOST_CLIENTS, 4 * subject.settings.batch)  # more would not fit the queue, and be refused for that
     calls = _mixed(subject, hostile, count)
-    if through_nginx := nginx.is_installed():
-        with nginx.Nginx(deployment) as front:
-            outcomes, memory, deaths = asyncio.run(_run(deployment, front, calls, clients))
-    else:
+    through_nginx = trial.is_possible()
+    if not through_nginx:
         say("nginx is not installed: hostile requests go to TorchServe itself, which answers some forms with 500")
-        outcomes, memory, deaths = asyncio.run(_run(deployment, deployment, calls, clients))
+    with Nginx(deployment) if through_nginx else nullcontext(deployment) as target:
+        outcomes, memory, deaths = asyncio.run(_run(deployment, target, calls, clients))
     right, valid, status = (np.array(column) for column in (outcomes.right, outcomes.valid, outcomes.status))
     done = np.array(outcomes.done)
     is_4xx = (status >= 400) & (status < 500)

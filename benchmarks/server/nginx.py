@@ -1,13 +1,12 @@
 """nginx in front of a deployment, as deploy/pair.py puts it there: the shape that faces clients."""
 
-import shutil
 import ssl
 import tempfile
 import time
 from itertools import count
 from pathlib import Path
 
-from benchmarks.server.call import Call, head
+from benchmarks.server.call import Call, prediction
 from benchmarks.server.deployment import Deployment
 from benchmarks.server.started import Started
 from cli.errors import CliError
@@ -52,15 +51,7 @@ class Nginx(Started):
 
     def request(self, call: Call) -> bytes:
         key = f"X-Api-Key: {self._keys[next(self._sent) % _CLIENTS]}\r\n".encode()
-        if call.start is not None:
-            return call.start.replace(b"{authorization}", key) + call.body
-        line = f"POST /predictions/{self._deployment.model} HTTP/1.1"
-        return head(line, "localhost", key, call.headers, len(call.body)) + call.body
+        return prediction(call, self._deployment.model, key)
 
     def renewed(self, request: bytes, body: bytes) -> bool:
         return False
-
-
-def is_installed() -> bool:
-    """Whether nginx is there, and openssl, which makes its certificate."""
-    return all(shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/bin") for name in ("nginx", "openssl"))

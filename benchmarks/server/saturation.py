@@ -16,7 +16,8 @@ from benchmarks.server.subject import Subject
 FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 HALF = 0.5
 _QUEUED_BATCHES = 2  # wait at saturation while one is answered, so that the next is full
-_FEWEST, _ENOUGH = 100, 1000  # requests, for the slowest in a hundred: as few as must be, as many as a minute allows
+_FEWEST = 100  # requests: fewer say nothing about the slowest in a hundred
+_ENOUGH, _LONGEST = 1000, 60.0  # requests that say it well, and seconds to wait for so many
 IN_PROCESS = "in process"
 
 Say = Callable[[str], None]
@@ -80,7 +81,7 @@ def curve(subject: Subject, target: Target, saturation: float, seconds: float, s
     rows = []
     for number, fraction in enumerate(FRACTIONS):
         offered = fraction * saturation
-        length = max(seconds, _FEWEST / offered, min(_ENOUGH / offered, 60.0)) if fraction == HALF else seconds
+        length = max(seconds, _FEWEST / offered, min(_ENOUGH / offered, _LONGEST)) if fraction == HALF else seconds
         arrivals = load.poisson(offered, length, seed=number)
         outcomes = asyncio.run(load.open_load(target, subject.calls(), arrivals, 120 + 100 / saturation))
         lateness = np.array(outcomes.sent) - np.array(outcomes.due)

@@ -7,12 +7,12 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from cli.server import Server, free_ports
+from cli.server import PORTS, Server, free_ports
 
 
 def free_port() -> int:
-    """The first of the five that a server takes."""
-    return free_ports(5)
+    """The first of those that a server takes."""
+    return free_ports(PORTS)
 
 
 @contextlib.contextmanager

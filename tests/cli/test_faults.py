@@ -87,7 +87,7 @@ def hanging(server: Server) -> Iterator[None]:
 
 def figures(server: Server) -> dict[str, float]:
     """The metrics with their labels, but for the name of this host, as Prometheus reads them."""
-    text = urllib.request.urlopen(f"http://127.0.0.1:{server.port + 2}/metrics", timeout=30).read().decode()
+    text = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=30).read().decode()
     found = re.findall(r"^(\w+)\{(.*?)Hostname=\"[^\"]*\",(.*?)\} (\S+)$", text, re.M)
     return {f"{name}{{{before}{after}}}": float(value) for name, before, after, value in found}
 

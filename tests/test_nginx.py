@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import bundles
-from tests.deploy.pair import KEY, Pair, needs_both, picture, tiny_store, until
+from tests.deploy.pair import KEY, LONG_KEY, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
 
 pytestmark = pytest.mark.server
@@ -41,6 +41,10 @@ def test_predictions_pass(pair: Pair) -> None:
 @pytest.mark.parametrize("headers", [{}, {"X-Api-Key": "guessed"}, {"Authorization": "Bearer guessed"}])
 def test_without_a_known_key_nothing_passes(pair: Pair, headers: dict[str, str]) -> None:
     assert pair.ask("POST", "/predictions/tiny", picture(), headers)[0] == 401
+
+
+def test_a_key_may_be_long(pair: Pair) -> None:
+    assert pair.predict(LONG_KEY)[0] == 200
 
 
 def test_torchserves_own_key_is_no_clients_key(pair: Pair) -> None:

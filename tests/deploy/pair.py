@@ -23,6 +23,8 @@ from export.archive import Settings, build_archive
 from tests import bundles
 
 KEY = {"X-Api-Key": "open-sesame"}
+LONG_KEY = {"X-Api-Key": "0123456789abcdef" * 12}
+"""Longer than any that docs/operations.md and deploy/trial.py make."""
 WAIT = 300  # seconds; a pair is up in six on an idle machine
 
 
@@ -111,7 +113,7 @@ class Pair:
 
     def _write_conf(self, metrics: bool) -> None:
         etc = self.folder / "etc"
-        trial.write(etc, self.port, self.state, {"open-sesame": "tester"})
+        trial.write(etc, self.port, self.state, {"open-sesame": "tester", LONG_KEY["X-Api-Key"]: "other"})
         self.clients = etc / "private" / "clients.map"
         (etc / "extra").mkdir()
         if metrics:

@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder.absolute()
     key, port = secrets.token_hex(24), free_ports(1)
     try:
-        conf = write(folder, port, folder / "state", {key: "me"})
+        # Apart from each other: nginx is reloaded when anything changes beside its configuration.
+        conf = write(folder / "etc", port, folder / "state", {key: "me"})
     except FileExistsError:
         print(f"{folder} is there already: choose another one, or remove it", file=sys.stderr)
         return 1
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 Start it, with the archives of model_store (Ctrl-C stops it):
   MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {free_ports(2 * PORTS)}
 Ask it:
-  curl --cacert {folder}/private/tls.crt -H "X-Api-Key: {key}" -T sign.png https://localhost:{port}/predictions/MODEL""")
+  curl --cacert {conf.parent}/private/tls.crt -H "X-Api-Key: {key}" -T sign.png https://localhost:{port}/predictions/MODEL""")
     return 0
 
 

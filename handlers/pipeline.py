@@ -59,6 +59,9 @@ class Pipeline:
         self._load_fallback = load_fallback
         self._fallback: Pipeline | None = None
         self._buckets = _buckets(manifest.batch, runtime in runtimes.ON_CPU)
+        together = 1 + manifest.samples.default  # an image and its copies: not worth a second call for the one
+        fits = manifest.batch.min <= together <= self._buckets[0]
+        self._classify_buckets = sorted({*self._buckets, together} if fits else self._buckets, reverse=True)
         self._per_image, self._per_copy = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_copy)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
@@ -188,11 +191,14 @@ class Pipeline:
         Raises:
             EngineError: a stage cannot be run at one of the sizes.
         """
-        for i, size in enumerate(self._buckets, 1):
+        for i, size in enumerate(self._classify_buckets, 1):
             start = time.perf_counter()
-            self.run(np.zeros((size, *self.manifest.image_size, 3), np.uint8), samples=1, seeds=range(size))
-            taken = time.perf_counter() - start
-            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, len(self._buckets))
+            images = np.zeros((size, *self.manifest.image_size, 3), np.uint8)
+            self.classify(images)
+            if size in self._buckets:
+                self.run(images, samples=1, seeds=range(size))
+            taken, of = time.perf_counter() - start, len(self._classify_buckets)
+            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, of)
 
     def close(self) -> None:
         """Free the engines."""
@@ -209,7 +215,7 @@ class Pipeline:
     def _classify(self, images: Array, owners: IntArray, timing: "_Timing") -> FloatArray:
         stage = self.manifest.stages[-1]
         parts = []
-        for rows in _chunks(0, len(images), self._buckets):
+        for rows in _chunks(0, len(images), self._classify_buckets):
             logits = self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"]
             parts.append(_fetched(stage.name, logits, owners[rows]))
         return np.concatenate(parts)

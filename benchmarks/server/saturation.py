@@ -17,7 +17,7 @@ FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 HALF = 0.5
 _QUEUED_BATCHES = 2  # wait at saturation while one is answered, so that the next is full
 _FEWEST = 100  # requests: fewer say nothing about the slowest in a hundred
-_ENOUGH, _LONGEST = 1000, 60.0  # requests that say it well, and seconds to wait for so many
+_ENOUGH, _LONGEST = 3000, 60.0  # requests that say it well, and seconds to wait for so many
 IN_PROCESS = "in process"
 
 Say = Callable[[str], None]

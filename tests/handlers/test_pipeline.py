@@ -1,6 +1,7 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,14 +149,13 @@ def test_engines_only_see_the_sizes_of_their_profile(
 ) -> None:
     bundles.write_nvae(tmp_path, batch=batch)
     with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
-        warm: set[int] = set()
-        seen: set[int] = set()
-        for engine in pipeline._engines.values():
-            original = engine.run
+        warm: set[tuple[str, int]] = set()
+        seen: set[tuple[str, int]] = set()
+        for name, engine in pipeline._engines.items():
 
-            def spy(feeds: dict[str, Floats], original: object = original) -> object:
-                seen.add(len(next(iter(feeds.values()))))
-                return original(feeds)  # type: ignore[operator]
+            def spy(feeds: dict[str, Floats], name: str = name, original: Any = engine.run) -> object:
+                seen.add((name, len(next(iter(feeds.values())))))
+                return original(feeds)
 
             monkeypatch.setattr(engine, "run", spy)
         pipeline.warm_up()
@@ -165,8 +165,18 @@ def test_engines_only_see_the_sizes_of_their_profile(
             expected = nvae.run(bundles.images(count), 3, range(count))
             assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5)
     assert seen <= warm, "warm_up must run every size that requests can cause"
-    assert batch.min <= min(warm)
-    assert max(warm) == (batch.cpu or batch.max)
+    sizes = [rows for _, rows in warm]
+    assert batch.min <= min(sizes)
+    assert max(sizes) == (batch.cpu or batch.max)
+
+
+def test_an_image_and_its_copies_are_classified_in_one_call(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    engine = nvae._engines["classify"]
+    original = engine.run
+    monkeypatch.setattr(engine, "run", lambda feeds: rows.append(len(feeds["images"])) or original(feeds))
+    nvae.run(bundles.images(1))
+    assert rows == [1 + nvae.manifest.samples.default]
 
 
 def test_an_overflow_names_the_images_concerned(nvae: Pipeline) -> None:
@@ -281,8 +291,8 @@ def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCapture
     with caplog.at_level("INFO"):
         nvae.warm_up()
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(",")[0] for line in lines] == [f"{PROGRESS} {rows} rows at once" for rows in (8, 4, 2, 1)]
-    assert lines[-1].endswith("(4 of 4)")
+    assert [line.split(",")[0] for line in lines] == [f"{PROGRESS} {rows} rows at once" for rows in (8, 6, 4, 2, 1)]
+    assert lines[-1].endswith("(5 of 5)")
 
 
 WRONG_ARGUMENTS = {

@@ -36,6 +36,8 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quie
     Raises:
         CliError: openssl is missing, or cannot make a certificate.
     """
+    if shutil.which("openssl") is None:
+        raise CliError("openssl is not installed (Debian: apt install openssl)")
     private = folder / "private"
     private.mkdir(parents=True)
     state.mkdir(parents=True, exist_ok=True)
@@ -64,8 +66,6 @@ def certify(private: Path) -> None:
     words += ["-keyout", str(private / "tls.key"), "-out", str(private / "tls.crt")]
     try:
         subprocess.run(["openssl", *words], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise CliError("openssl is not installed (Debian: apt install openssl)") from None
     except subprocess.CalledProcessError as error:
         raise CliError(f"openssl makes no certificate: {error.stderr.strip()}") from None
 

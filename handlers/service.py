@@ -7,7 +7,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +60,6 @@ class Service:
         allow_seed: let clients choose the noise.
         max_wait_s: a request that came longer ago is refused; it is known where a proxy says when that was.
         sink: takes what is measured.
-        turn: held while the pipeline computes.
     """
 
     def __init__(
@@ -70,13 +68,11 @@ class Service:
         allow_seed: bool = False,
         max_wait_s: float = math.inf,
         sink: metrics.Sink = metrics.nowhere,
-        turn: AbstractContextManager[None] | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._allow_seed = allow_seed
         self._max_wait_s = max_wait_s
         self._measure = sink
-        self._turn = turn or nullcontext()
         self._readers = ThreadPoolExecutor(min(cores.usable(), _MOST_READERS), "reader")
         for measure, labels in self._counters().items():
             for label in labels:
@@ -170,8 +166,7 @@ class Service:
         while items:
             try:
                 images = np.stack([item.pixels for item in items])
-                with self._turn:
-                    result = pipeline.run(images, samples, [item.seed for item in items], alphas=alphas)
+                result = pipeline.run(images, samples, [item.seed for item in items], alphas=alphas)
                 self._measure_run(result)
                 return answers | {item.place: self._say(item, result, i) for i, item in enumerate(items)}
             except NonFiniteError as error:

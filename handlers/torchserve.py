@@ -2,15 +2,13 @@
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from handlers import cores, metrics, runtimes
+from handlers import metrics
 from handlers.pipeline import Pipeline
 from handlers.service import Service
-from handlers.turns import Turns
 
 BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
@@ -35,8 +33,7 @@ class PurifierHandler:
             folder = Path(context.system_properties["model_dir"]) / BUNDLE
             device = context.system_properties.get("gpu_id") or 0
             pipeline = Pipeline.load(folder, settings["runtime"], threads, device)
-            turn = turns(folder.parent, pipeline.runtime, threads)
-            self._service = Service(pipeline, settings["allow_seed"], settings["max_wait_s"], sink(context), turn)
+            self._service = Service(pipeline, settings["allow_seed"], settings["max_wait_s"], sink(context))
             self._service.self_test()
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
@@ -55,18 +52,6 @@ class PurifierHandler:
                 context.set_response_header(i, name, value)
             bodies.append(answer.body)
         return bodies
-
-
-def turns(folder: Path, runtime: str, threads: int) -> AbstractContextManager[None]:
-    """Of the workers of the model in ``folder``, where there are not enough cores for two to compute at once."""
-    usable = cores.usable()
-    if runtime not in runtimes.ON_CPU or 2 * (threads or usable) <= usable:
-        return nullcontext()
-    try:
-        return Turns(folder)
-    except OSError as error:
-        logger.warning("workers compute at once, not in turns: %s cannot be locked: %s", folder, error)
-        return nullcontext()
 
 
 def sink(context: Any) -> metrics.Sink:

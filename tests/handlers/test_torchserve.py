@@ -10,8 +10,7 @@ import yaml
 from cli.server import DEPLOY
 from handlers.image import encode_png
 from handlers.metrics import MEASURES, STAGE
-from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings, sink, turns
-from handlers.turns import Turns
+from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings, sink
 from tests import bundles
 
 MetricsCacheYamlImpl = pytest.importorskip("ts.metrics.metric_cache_yaml_impl").MetricsCacheYamlImpl
@@ -181,16 +180,3 @@ def test_what_is_not_declared_is_not_written(model_dir: Path, tmp_path: Path, ca
         for measure in MEASURES:
             write(measure, 1, "x")
     assert not caplog.text
-
-
-def test_workers_take_turns_where_they_share_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handlers.cores.usable", lambda: 4)
-    assert isinstance(turns(tmp_path, "openvino", 0), Turns)
-    assert isinstance(turns(tmp_path, "onnxruntime", 3), Turns)
-    assert not isinstance(turns(tmp_path, "openvino", 2), Turns)
-    assert not isinstance(turns(tmp_path, "tensorrt", 0), Turns)
-
-
-def test_workers_that_cannot_take_turns_do_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with turns(tmp_path / "missing", "openvino", 0):
-        assert "cannot be locked" in caplog.text

@@ -58,10 +58,10 @@ class Pipeline:
         self._engines = dict(engines)
         self._load_fallback = load_fallback
         self._fallback: Pipeline | None = None
-        self._buckets = _buckets(manifest.batch, runtime in runtimes.ON_CPU)
-        together = 1 + manifest.samples.default  # an image and its copies: not worth a second call for the one
-        fits = manifest.batch.min <= together <= self._buckets[0]
-        self._classify_buckets = sorted({*self._buckets, together} if fits else self._buckets, reverse=True)
+        on_cpu = runtime in runtimes.ON_CPU
+        self._buckets = _buckets(manifest.batch, on_cpu)
+        # An image and its copies are classified together: the one is not worth a call of its own.
+        self._classify_buckets = _buckets(manifest.batch, on_cpu, 1 + manifest.samples.default)
         self._per_image, self._per_copy = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_copy)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
@@ -310,11 +310,14 @@ def _is_noise(name: str) -> bool:
     return name in ("noise", "input_noise") or name.startswith("noise_")
 
 
-def _buckets(batch: Batch, on_cpu: bool) -> list[int]:
-    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few."""
+def _buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:
+    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few.
+
+    Those of ``further`` are among them where the engine takes so many.
+    """
     most = batch.most(on_cpu)
     powers = {2**i for i in range(most.bit_length())}
-    return sorted((size for size in powers | {batch.opt, most} if batch.min <= size <= most), reverse=True)
+    return sorted((size for size in powers | {batch.opt, most, *further} if batch.min <= size <= most), reverse=True)
 
 
 def _chunks(start: int, stop: int, buckets: Sequence[int]) -> Iterator[IntArray]:

@@ -134,11 +134,17 @@ def test_input_noise_differs_between_copies(noisy_bundle: Path) -> None:
     assert not np.allclose(result.purified[0, 0], result.purified[0, 1], atol=1e-4)
 
 
-def test_one_encode_serves_all_copies(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
-    engine = nvae._engines["encode"]
+def rows_by_call(pipeline: Pipeline, stage: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of ``stage`` gets from now on."""
+    rows: list[int] = []
+    engine = pipeline._engines[stage]
     original = engine.run
     monkeypatch.setattr(engine, "run", lambda feeds: rows.append(len(feeds["images"])) or original(feeds))
+    return rows
+
+
+def test_one_encode_serves_all_copies(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_by_call(nvae, "encode", monkeypatch)
     nvae.run(bundles.images(3), samples=16)
     assert sum(rows) == 3
 
@@ -171,10 +177,7 @@ def test_engines_only_see_the_sizes_of_their_profile(
 
 
 def test_an_image_and_its_copies_are_classified_in_one_call(nvae: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
-    engine = nvae._engines["classify"]
-    original = engine.run
-    monkeypatch.setattr(engine, "run", lambda feeds: rows.append(len(feeds["images"])) or original(feeds))
+    rows = rows_by_call(nvae, "classify", monkeypatch)
     nvae.run(bundles.images(1))
     assert rows == [1 + nvae.manifest.samples.default]
 

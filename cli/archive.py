@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from export.archive import FORMATS, QUEUED_BATCHES, Settings, build_archive
+from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
 from handlers import runtimes
 
 
@@ -46,7 +46,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         default=defaults.queue,
         metavar="N",
-        help=f"requests that may wait; one more is refused at once (default: {QUEUED_BATCHES} batches)",
+        help=f"requests that may wait; one more is refused at once (default: {QUEUED_CALLS} full calls of an engine)",
     )
     parser.add_argument(
         "--max-wait",

@@ -8,10 +8,12 @@ from handlers import cores
 from handlers.torchserve import THREADS_VARIABLE
 
 CORES_EACH = 8
-"""Below that, further workers take turns instead of cores (docs/metrics.md)."""
+"""Each so many get a worker of a large model."""
 SMALL = 64_000_000
-"""Bytes: two workers of such an archive take turns on the same cores, and one reads requests while the other computes.
-Where a batch takes seconds, that is not worth a second copy of the model."""
+"""Bytes of an archive that can be loaded often: each core gets a worker, and one more reads requests while the others
+compute. Where a batch takes seconds, that is not worth a further copy of the model (docs/metrics.md)."""
+MOST_SHARES = 8
+"""Of the cores for a small model: where there are more, several go to each worker."""
 
 _MEMORY_EACH = 3.0  # of its archive: the model, what is computed with it, and what OpenVINO makes of it
 _MEMORY_MORE = 600e6  # bytes, whatever the model
@@ -31,12 +33,13 @@ def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int
 
 def fitting(sizes: list[int]) -> tuple[int, int]:
     """The same for archives of these ``sizes`` in bytes, served together, where nothing is given."""
-    models = max(len(sizes), 1)
-    groups = max(1, cores.usable() // (CORES_EACH * models))
-    in_turns = 2 if max(sizes, default=0) <= SMALL else 1
+    small = max(sizes, default=0) <= SMALL
+    mine = max(1, cores.usable() // max(len(sizes), 1))
+    shares = min(mine, MOST_SHARES) if small else max(1, mine // CORES_EACH)
     needed = sum(_MEMORY_EACH * size + _MEMORY_MORE for size in sizes)
-    workers = max(1, min(groups * in_turns, int(available_memory() / max(needed, 1))))
-    return workers, cores.usable() // (groups * models) if groups > 1 else 0
+    workers = max(1, min(shares + small, int(available_memory() / max(needed, 1))))
+    shares = min(shares, workers)
+    return workers, mine // shares if shares > 1 else 0
 
 
 def available_memory() -> float:

@@ -16,8 +16,10 @@ from handlers import runtimes
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.torchserve import BUNDLE
 
-QUEUED_BATCHES = 4
-"""So a request that is let in waits for five batches at most: these, and the one that is being answered."""
+QUEUED_CALLS = 4
+"""Full calls of an engine that may wait: a request that is let in waits for these, and for what is being answered."""
+ROWS_ON_CPU = 16
+"""Of a batch: there, a row costs next to nothing less in a call of more, and all answers wait for the last of them."""
 
 FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 
@@ -34,10 +36,12 @@ class Settings:
         runtime: one of `handlers.runtimes.NAMES`.
         threads: CPU threads of each worker; 0 for every core.
         allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
-        batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples.
+        batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples,
+            or make `ROWS_ON_CPU` rows.
         batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
             answer of a quiet server; requests that arrive while a batch runs are batched anyway.
-        queue: requests that may wait; one more is answered 503 at once. 0 takes `QUEUED_BATCHES` batches.
+        queue: requests that may wait; one more is answered 503 at once. 0 takes what fills an
+            engine `QUEUED_CALLS` times with their default samples.
         max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
             a proxy that says when it came (`handlers.arrival`).
         response_timeout_s: a batch that takes longer costs its worker the life.
@@ -87,10 +91,18 @@ def build_archive(
 
 
 def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
-    """Requests of one image that fill a call of an engine with their default samples; more would only wait."""
-    runtime = manifest.runtime if runtime == "auto" else runtime
-    most = manifest.batch.most(on_cpu=runtime in ("auto", *runtimes.ON_CPU))
-    return -(-most // manifest.samples.default)
+    """Requests of one image, with its default samples, that are worth answering together; more would only wait."""
+    full = _full_call(manifest, runtime)
+    return min(full, -(-ROWS_ON_CPU // manifest.samples.default)) if _on_cpu(manifest, runtime) else full
+
+
+def _full_call(manifest: Manifest, runtime: str) -> int:
+    """Requests of one image, with its default samples, that fill a call of an engine."""
+    return -(-manifest.batch.most(_on_cpu(manifest, runtime)) // manifest.samples.default)
+
+
+def _on_cpu(manifest: Manifest, runtime: str) -> bool:
+    return (manifest.runtime if runtime == "auto" else runtime) in ("auto", *runtimes.ON_CPU)
 
 
 def _check(settings: Settings) -> None:
@@ -120,13 +132,14 @@ def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
 
 def _model_yaml(manifest: Manifest, settings: Settings) -> str:
     batch_size = settings.batch_size or fitting_batch(manifest, settings.runtime)
+    queue = settings.queue or QUEUED_CALLS * max(batch_size, _full_call(manifest, settings.runtime))
     return yaml.safe_dump(
         {
             "minWorkers": 1,
             "maxWorkers": 1,
             "batchSize": batch_size,
             "maxBatchDelay": settings.batch_delay_ms,
-            "jobQueueSize": settings.queue or QUEUED_BATCHES * batch_size,
+            "jobQueueSize": queue,
             "responseTimeout": settings.response_timeout_s,
             "startupTimeout": settings.startup_timeout_s,
             "handler": {

@@ -66,7 +66,7 @@ def measure(
             rival = stack.enter_context(LitServe(settings, workers, threads, served.batch_delay_ms))
             entrants.append(Entrant(LITSERVE, rival, True, rival.awake))
         neighbours = Neighbours([deployment.server.process()])
-        found = saturate(subject, entrants, plan.seconds, plan.rounds, say)
+        found = saturate(subject, entrants, workers, plan.seconds, plan.rounds, say)
         sustainable = found["median"][TORCHSERVE]
         rows = curve(subject, deployment, sustainable, plan.seconds, say)
         foreign = neighbours.cores()

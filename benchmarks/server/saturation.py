@@ -15,7 +15,7 @@ from benchmarks.server.subject import Subject
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 HALF = 0.5
-_QUEUED_BATCHES = 2  # wait at saturation while one is answered, so that the next is full
+_QUEUED_BATCHES = 2  # wait at saturation while each worker answers one, so that the next is full
 _FEWEST = 100  # requests: fewer say nothing about the slowest in a hundred
 _ENOUGH, _LONGEST = 3000, 60.0  # requests that say it well, and seconds to wait for so many
 IN_PROCESS = "in process"
@@ -32,7 +32,9 @@ class Entrant(NamedTuple):
     awake: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, rounds: int, say: Say) -> dict[str, Any]:
+def saturate(
+    subject: Subject, entrants: Sequence[Entrant], workers: int, seconds: float, rounds: int, say: Say
+) -> dict[str, Any]:
     """Images a second of the pipeline in process and of each server, in turns: what else the machine does hits all.
 
     Returns:
@@ -43,7 +45,7 @@ def saturate(subject: Subject, entrants: Sequence[Entrant], seconds: float, roun
     batch = subject.settings.batch
     slowest = batch / subject.images_per_s(0)  # of one batch, in seconds, before anything is warm
     seconds = max(seconds, 6 * slowest)
-    clients = batch * (1 + _QUEUED_BATCHES)
+    clients = batch * (workers + _QUEUED_BATCHES)
     found: dict[str, list[float]] = {IN_PROCESS: [], **{entrant.name: [] for entrant in entrants}}
     spent, sent, refused, failed = 0.0, 0, 0, 0
     for number in range(rounds + 1):  # and one to warm up

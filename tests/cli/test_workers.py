@@ -13,16 +13,20 @@ SMALL, LARGE = 20_000_000, 1_300_000_000
 @pytest.mark.parametrize(
     ("usable", "sizes", "gigabytes", "expected"),
     [
-        (2, [SMALL], 64, (2, 0)),
+        (2, [SMALL], 64, (3, 1)),
         (2, [LARGE], 64, (1, 0)),
         (2, [SMALL], 1, (1, 0)),
         (15, [LARGE], 64, (1, 0)),
-        (16, [SMALL], 64, (4, 8)),
+        (16, [SMALL], 64, (9, 2)),
+        (2, [SMALL], 2, (3, 1)),
+        (8, [SMALL], 2, (3, 2)),
+        (1, [SMALL], 64, (2, 0)),
+        (2, [SMALL, SMALL], 64, (2, 0)),
         (16, [LARGE], 64, (2, 8)),
-        (64, [SMALL], 64, (16, 8)),
-        (64, [SMALL, SMALL], 64, (8, 8)),
-        (64, [LARGE], 10, (2, 8)),
-        (64, [LARGE], 0.1, (1, 8)),
+        (64, [SMALL], 64, (9, 8)),
+        (64, [SMALL, SMALL], 64, (9, 4)),
+        (64, [LARGE], 10, (2, 32)),
+        (64, [LARGE], 0.1, (1, 0)),
     ],
 )
 def test_what_suits_a_machine(

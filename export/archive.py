@@ -40,8 +40,8 @@ class Settings:
             or make `ROWS_ON_CPU` rows.
         batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
             answer of a quiet server; requests that arrive while a batch runs are batched anyway.
-        queue: requests that may wait; one more is answered 503 at once. 0 takes what fills an
-            engine `QUEUED_CALLS` times with their default samples.
+        queue: requests that may wait; one more is answered 503 at once. 0 takes what fills an engine
+            `QUEUED_CALLS` times with their default samples.
         max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
             a proxy that says when it came (`handlers.arrival`).
         response_timeout_s: a batch that takes longer costs its worker the life.
@@ -96,6 +96,11 @@ def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
     return min(full, -(-ROWS_ON_CPU // manifest.samples.default)) if _on_cpu(manifest, runtime) else full
 
 
+def fitting_queue(manifest: Manifest, runtime: str = "auto", batch_size: int = 0) -> int:
+    """Requests that may wait: what fills `QUEUED_CALLS` calls of an engine, or batches of ``batch_size`` if larger."""
+    return QUEUED_CALLS * max(batch_size, _full_call(manifest, runtime))
+
+
 def _full_call(manifest: Manifest, runtime: str) -> int:
     """Requests of one image, with its default samples, that fill a call of an engine."""
     return -(-manifest.batch.most(_on_cpu(manifest, runtime)) // manifest.samples.default)
@@ -132,7 +137,7 @@ def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
 
 def _model_yaml(manifest: Manifest, settings: Settings) -> str:
     batch_size = settings.batch_size or fitting_batch(manifest, settings.runtime)
-    queue = settings.queue or QUEUED_CALLS * max(batch_size, _full_call(manifest, settings.runtime))
+    queue = settings.queue or fitting_queue(manifest, settings.runtime, batch_size)
     return yaml.safe_dump(
         {
             "minWorkers": 1,

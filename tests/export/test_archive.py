@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from export.archive import ArchiveError, Settings, build_archive, fitting_batch
+from export.archive import ArchiveError, Settings, build_archive, fitting_batch, fitting_queue
 from handlers.manifest import BundleError, Manifest
 from handlers.runtimes import RuntimeMissing
 from tests import bundles
@@ -33,7 +33,7 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
     assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
     assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"
     assert settings["maxBatchDelay"] == 7
-    assert settings["jobQueueSize"] == 8, "four batches"
+    assert settings["jobQueueSize"] == 8, "four full calls of an engine"
     assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True, "max_wait_s": 30}
 
 
@@ -44,6 +44,16 @@ def test_a_batch_is_what_an_engine_takes_at_once(nvae_bundle: Path) -> None:
     manifest = replace(manifest, batch=replace(manifest.batch, cpu=4))
     assert fitting_batch(manifest) == fitting_batch(manifest, "openvino") == 1
     assert fitting_batch(manifest, "tensorrt") == fitting_batch(replace(manifest, runtime="tensorrt")) == 2
+
+
+def test_on_a_cpu_nobody_waits_for_more_than_sixteen_rows(nvae_bundle: Path) -> None:
+    """For 5 samples of an image and an engine of 64 rows. What may wait is counted in full calls all the same."""
+    manifest = Manifest.read(nvae_bundle)
+    manifest = replace(manifest, batch=replace(manifest.batch, max=64, cpu=0))
+    assert fitting_batch(manifest) == fitting_batch(manifest, "openvino") == 4
+    assert fitting_batch(manifest, "tensorrt") == 13
+    assert fitting_queue(manifest) == fitting_queue(manifest, batch_size=2) == 4 * 13
+    assert fitting_queue(manifest, batch_size=20) == 4 * 20
 
 
 def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ def fitting(sizes: list[int]) -> tuple[int, int]:
     small = max(sizes, default=0) <= SMALL
     mine = max(1, cores.usable() // max(len(sizes), 1))
     shares = min(mine, MOST_SHARES) if small else max(1, mine // CORES_EACH)
+    wanted = shares + 1 if small else shares
     needed = sum(_MEMORY_EACH * size + _MEMORY_MORE for size in sizes)
-    workers = max(1, min(shares + small, int(available_memory() / max(needed, 1))))
+    workers = max(1, min(wanted, int(available_memory() / max(needed, 1))))
     shares = min(shares, workers)
     return workers, mine // shares if shares > 1 else 0
 

@@ -16,7 +16,8 @@ MOST_SHARES = 8
 """Of the cores for a small model: where there are more, several go to each worker."""
 
 _MEMORY_EACH = 3.0  # of its archive: the model, what is computed with it, and what OpenVINO makes of it
-_MEMORY_MORE = 600e6  # bytes, whatever the model
+_MEMORY_MORE = 800e6  # bytes, whatever the model
+_JAVA = 1e9  # bytes of its heap, as deploy/config.properties has it
 
 
 def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int, int]:
@@ -38,7 +39,7 @@ def fitting(sizes: list[int]) -> tuple[int, int]:
     shares = min(mine, MOST_SHARES) if small else max(1, mine // CORES_EACH)
     wanted = shares + 1 if small else shares
     needed = sum(_MEMORY_EACH * size + _MEMORY_MORE for size in sizes)
-    workers = max(1, min(wanted, int(available_memory() / max(needed, 1))))
+    workers = max(1, min(wanted, int((available_memory() - _JAVA) / max(needed, 1))))
     shares = min(shares, workers)
     return workers, mine // shares if shares > 1 else 0
 

@@ -19,7 +19,7 @@ from handlers.torchserve import BUNDLE
 QUEUED_CALLS = 4
 """Full calls of an engine that may wait: a request that is let in waits for these, and for what is being answered."""
 ROWS_ON_CPU = 16
-"""Of a batch: there, a row costs next to nothing less in a call of more, and all answers wait for the last of them."""
+"""Of a batch: more bring little there, and all answers wait for the last of them (docs/metrics.md)."""
 
 FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 

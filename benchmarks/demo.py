@@ -22,10 +22,10 @@ from PIL import Image
 from benchmarks import contact_sheet, machine
 from benchmarks.attacks import CarliniWagner, Method, attack, predict
 from benchmarks.signs import Sign, draw_signs
-from cli.errors import CliError
-from cli.main import main as mlvgm
-from cli.server import PORTS, Server, port_is_taken
+from deploy.errors import CliError
+from deploy.server import PORTS, Server, port_is_taken
 from handlers.client import Client, ServerError
+from mlvgm.cli.main import main as mlvgm
 from mlvgm.load import Default, load_default
 
 RECIPE = "road-signs"

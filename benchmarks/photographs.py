@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cli.files import image_files
-from handlers.image import decode
+from handlers.image import decode, image_files
 from mlvgm.training.data import Signs, load_signs, split_by_track
 
 

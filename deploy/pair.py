@@ -21,12 +21,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.server import PORTS
-from cli.signals import stop_once, stopping
-from cli.workers import chosen, sizes_of
-from deploy.back import Back
-from deploy.front import Front
+from deploy.errors import CliError
+from deploy.nginx import Front
+from deploy.server import PORTS
+from deploy.signals import stop_once, stopping
+from deploy.torchserve import Back
+from deploy.workers import chosen, sizes_of
 from handlers.client import ServerError
 
 LOOK_EVERY_S = 0.5

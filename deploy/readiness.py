@@ -10,15 +10,33 @@ import threading
 import time
 from pathlib import Path
 
-from cli.ready import check
-from cli.server import Server
-from handlers.client import ServerError
+from deploy.server import Server, grey_png
+from handlers.client import Client, ServerError
 
 ALL = " all"  # no model is called so
 PREDICT_EVERY_S = 15.0
 LOOK_EVERY_S = 2.0
 
 logger = logging.getLogger(__name__)
+
+
+def check(client: Client, model: str) -> tuple[bool, str]:
+    """Whether ``model`` answers, or is too busy to while a worker of it is up; and that in words."""
+    try:
+        answer = client.predict(grey_png(), model, samples=1)
+    except ServerError as error:
+        if error.status == 503 and _has_worker(client, model):
+            # The worker has passed its self-test, or it would not be up. A probe that fails under load makes more load.
+            return True, "ready, and busy: its queue is full"
+        return False, f"not ready: {error}"
+    return True, f"ready: {sum(answer['timing_ms'].values()):.0f} ms"
+
+
+def _has_worker(client: Client, model: str) -> bool:
+    try:
+        return client.ready_workers(model) > 0
+    except ServerError:
+        return False
 
 
 class Readiness:

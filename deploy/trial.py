@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.server import PORTS, free_ports
-from deploy.front import find_nginx
+from deploy.errors import CliError
+from deploy.nginx import find_nginx
+from deploy.server import PORTS, free_ports
 
 CONF = Path(__file__).with_name("nginx.conf")
 

@@ -7,6 +7,8 @@ anyone's guess.
 
 import io
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from handlers.essentials import essentials
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 20_000
 MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
 MAX_JPEG_PIXELS = 64_000_000  # in one scan, it can be decoded at a fraction of its size, so larger ones are affordable
@@ -37,6 +40,11 @@ Pixels = npt.NDArray[np.uint8]
 
 class ImageError(ValueError):
     """These bytes are not an image that can be answered; the message is ASCII and fit for the client."""
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """The image files below ``folder``, by name."""
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def decode(image: bytes | Pixels, size: tuple[int, int], sharers: int = 1) -> Pixels:

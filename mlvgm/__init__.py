@@ -7,9 +7,13 @@ purified = purifier.purify(images, noise, alphas)
 logits = classifier(purified.images)
 """
 
-from mlvgm.checkpoint import CheckpointError
-from mlvgm.load import Default, load_classifier, load_default, load_purifier
-from mlvgm.purifier import Purified, Purifier
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlvgm.checkpoint import CheckpointError
+    from mlvgm.load import Default, load_classifier, load_default, load_purifier
+    from mlvgm.purifier import Purified, Purifier
 
 __all__ = [
     "CheckpointError",
@@ -20,3 +24,20 @@ __all__ = [
     "load_default",
     "load_purifier",
 ]
+
+_HOMES = {
+    "CheckpointError": "checkpoint",
+    "Default": "load",
+    "Purified": "purifier",
+    "Purifier": "purifier",
+    "load_classifier": "load",
+    "load_default": "load",
+    "load_purifier": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what was asked for: the command line, which lies in this package, runs without PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mlvgm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mlvgm.{_HOMES[name]}"), name)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from cli.server import Server
+from deploy.server import Server
 from handlers.client import Client
 from tests import bundles
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import VERBS
+from mlvgm.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the name of a package is not that of what one imports
@@ -34,7 +34,7 @@ def bare() -> str:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     required = [line.partition(">")[0].strip() for line in config["options"]["install_requires"].split()]
-    allowed = {IMPORTS.get(name, name) for name in required} | {"handlers", "cli", "export", "mlvgm", "benchmarks"}
+    allowed = {IMPORTS.get(name, name) for name in required} | {"handlers", "export", "mlvgm", "deploy", "benchmarks"}
     assert {"numpy", "PIL", "yaml"} < allowed
     return BARE.format(allowed=allowed)
 
@@ -55,7 +55,7 @@ def test_bare_means_bare(name: str) -> None:
 
 
 def test_every_module_of_the_core_imports() -> None:
-    names = modules("handlers") + modules("cli")
+    names = modules("handlers") + modules("mlvgm/cli")
     assert len(names) > 30
     program = f"""
 import importlib
@@ -72,7 +72,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_verb_has_help(verb: str) -> None:
-    done = run("from cli.main import main\nmain(sys.argv[1:])", verb, "--help")
+    done = run("from mlvgm.cli.main import main\nmain(sys.argv[1:])", verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: mlvgm {verb}" in done.stdout
 
@@ -84,7 +84,7 @@ def test_handlers_know_nothing_of_the_other_packages() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             ours = {name.partition(".")[0] for name in names}
-            assert not ours & {"mlvgm", "export", "cli", "benchmarks"}, path
+            assert not ours & {"mlvgm", "export", "deploy", "benchmarks"}, path
 
 
 def test_console_scripts_find_every_package(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_links_to_files_lead_somewhere(document: Path) -> None:
 
 
 def test_every_verb_in_the_documents_exists() -> None:
-    verbs = {path.stem for path in (ROOT / "cli").glob("*.py")}
+    verbs = {path.stem for path in (ROOT / "mlvgm" / "cli").glob("*.py")}
     for document in DOCUMENTS:
         for verb in re.findall(r"^\s*(?:\$ )?mlvgm ([a-z]+)", document.read_text(encoding="utf-8"), re.MULTILINE):
             assert verb in verbs, f"{document.name} shows mlvgm {verb}"

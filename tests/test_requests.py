@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.main import main
-from cli.server import PROJECT, Server
+from deploy.server import PROJECT, Server
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from handlers.grpc_client import GrpcClient
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from mlvgm.cli.main import main
 from tests import bundles
-from tests.cli.machine import free_port, stopped
 from tests.handlers import forms
 from tests.handlers.hostile import COSTLY, encoded, little_png, png
+from tests.machine import free_port, stopped
 
 pytestmark = pytest.mark.server
 pytest.importorskip("ts", reason="needs TorchServe")

@@ -9,7 +9,7 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, prediction
 from benchmarks.server.started import Started
-from cli.server import PORTS, Server, free_ports
+from deploy.server import PORTS, Server, free_ports
 from export import archive
 from handlers.manifest import Manifest
 

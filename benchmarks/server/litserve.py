@@ -16,8 +16,8 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks.server.call import Call, head
 from benchmarks.server.started import Started
 from benchmarks.server.subject import Settings
-from cli.errors import CliError
-from cli.server import PROJECT, free_ports
+from deploy.errors import CliError
+from deploy.server import PROJECT, free_ports
 
 
 def is_installed() -> bool:

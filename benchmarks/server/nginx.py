@@ -9,10 +9,10 @@ from pathlib import Path
 from benchmarks.server.call import Call, prediction
 from benchmarks.server.deployment import Deployment
 from benchmarks.server.started import Started
-from cli.errors import CliError
-from cli.server import free_ports, port_is_taken
 from deploy import trial
-from deploy.front import Front
+from deploy.errors import CliError
+from deploy.nginx import Front
+from deploy.server import free_ports, port_is_taken
 
 _CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
 _WAIT = 30.0

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import contact_sheet, demo
 from benchmarks.signs import draw_signs
-from cli.errors import CliError
+from deploy.errors import CliError
 from tests.benchmarks.models import shipped
 
 CLASSES = tuple(f"class {i}" if i != 14 else "stop" for i in range(43))

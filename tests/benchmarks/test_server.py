@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server import report
-from cli.main import main
 from deploy import trial
+from mlvgm.cli.main import main
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("ts", reason="needs TorchServe")

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from benchmarks import report, stages, synthetic
-from cli.main import main
 from export.bundle import export_bundle
 from export.models import load_models
+from mlvgm.cli.main import main
 from mlvgm.load import load_classifier, load_purifier
 from mlvgm.nvae import NVAE
 from mlvgm.recipe import Recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.trtexec import TrtexecError, markdown, measure, summary
-from cli.main import main
 from handlers.manifest import Batch, Manifest
+from mlvgm.cli.main import main
 from tests import bundles
 
 FAKE = """#!{python}

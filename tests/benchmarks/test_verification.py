@@ -9,9 +9,9 @@ import torch
 
 import export.models
 from benchmarks.verification import VerificationError, difference, verify
-from cli.main import main
 from export.bundle import export_bundle
 from handlers import runtimes
+from mlvgm.cli.main import main
 from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
 from mlvgm.recipe import Recipe
 from tests.export import models

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cli.server import PORTS, PROJECT, Server, free_ports, port_is_taken
 from deploy import trial
+from deploy.server import PORTS, PROJECT, Server, free_ports, port_is_taken
 from export.archive import Settings, build_archive
 from tests import bundles
 

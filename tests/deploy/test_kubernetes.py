@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.main import VERBS
-from cli.server import PROJECT
 from deploy.pair import parser
+from deploy.server import PROJECT
+from mlvgm.cli.main import VERBS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
 FOLDER = PROJECT / "deploy" / "kubernetes"

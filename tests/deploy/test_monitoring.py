@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.server import PROJECT
+from deploy.server import PROJECT
 
 promql = pytest.importorskip("promql_parser", reason="needs promql-parser")
 DEPLOY = PROJECT / "deploy"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cli.server import port_is_taken
+from deploy.server import port_is_taken
 from handlers.manifest import Manifest
 from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store, until
 

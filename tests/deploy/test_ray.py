@@ -13,9 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cli.server import PROJECT
+from deploy.server import PROJECT
 from tests import bundles
-from tests.cli.machine import free_port
+from tests.machine import free_port
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'mlvgm-serve[scale]'")
 pytest.importorskip("onnxruntime")

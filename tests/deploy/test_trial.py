@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.server import PROJECT
 from deploy import trial
+from deploy.server import PROJECT
 from tests.deploy.pair import WAIT, needs_both, picture, tiny_store, until
 
 

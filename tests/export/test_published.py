@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cli.server import Server
+from deploy.server import Server
 from export import classifier, families
 from export.precision import in_half
 from export.tensorrt import HALF_SHARE, build
@@ -26,7 +26,7 @@ from handlers.pipeline import Pipeline
 from mlvgm.load import load_classifier, load_purifier
 from mlvgm.recipe import Recipe
 from tests import reference
-from tests.cli.machine import free_port, stopped
+from tests.machine import free_port, stopped
 from tests.reference import relative_error
 
 VARIANTS = {"no_preprocessing": (False, 0.0), "blur": (True, 0.0), "noise": (False, None)}
@@ -67,7 +67,7 @@ def bundle(published: Published, tmp_path_factory: pytest.TempPathFactory) -> It
     words += ["--purifier", str(reference.checkpoint(published.purifier))]
     words += ["--classifier", str(reference.checkpoint(published.classifier))]
     begun = time.monotonic()
-    peak_gb = _run([sys.executable, "-m", "cli.main", "export", *words], folder)
+    peak_gb = _run([sys.executable, "-m", "mlvgm", "export", *words], folder)
     seconds = time.monotonic() - begun
     print(f"{published.recipe}: exported in {seconds:.0f} s with at most {peak_gb:.1f} GB")
     assert peak_gb <= MEMORY_GB
@@ -147,7 +147,7 @@ def test_every_graph_becomes_an_engine_of_half_precision(published: Published, t
 @pytest.mark.server
 def test_archive_is_served(published: Published, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLVGM_STATE", str(tmp_path / "state"))
-    subprocess.run([sys.executable, "-m", "cli.main", "archive", str(bundle), "--out", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "mlvgm", "archive", str(bundle), "--out", str(tmp_path)], check=True)
     size = Manifest.read(bundle).image_size
     picture = np.random.default_rng(0).random((3, *size), np.float32)
     with stopped(Server(port=free_port())) as server:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cli.server import PROJECT
+from deploy.server import PROJECT
 from handlers.image import decode
 from tests.handlers.hostile import little_png
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cli.server import DEPLOY
+from deploy.server import DEPLOY
 from handlers.image import encode_png
 from handlers.metrics import MEASURES, STAGE
 from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings, sink

@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import attacks
 from benchmarks.signs import draw_signs
-from cli.main import main
+from mlvgm.cli.main import main
 from tests.benchmarks.models import linear, of_bundle, pictures, shipped
 
 pytest.importorskip("foolbox")

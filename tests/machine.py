@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from cli.server import PORTS, Server, free_ports
+from deploy.server import PORTS, Server, free_ports
 
 
 def free_port() -> int:

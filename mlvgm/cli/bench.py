@@ -17,9 +17,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
     for subject in SUBJECTS:
-        if importlib.util.find_spec(f"cli.bench_{subject}") is None:
+        if importlib.util.find_spec(f"mlvgm.cli.bench_{subject}") is None:
             continue
-        module = importlib.import_module(f"cli.bench_{subject}")
+        module = importlib.import_module(f"mlvgm.cli.bench_{subject}")
         module.add_parser(subjects)
         subjects.choices[subject].set_defaults(subject=module.run)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.java import find_java
-from cli.server import DEPLOY, INSTALL, Server, grey_png, missing_settings, model_name, port_is_taken
+from deploy.errors import CliError
+from deploy.java import find_java
+from deploy.server import DEPLOY, INSTALL, Server, grey_png, missing_settings, model_name, port_is_taken
 from handlers import runtimes
 from handlers.client import ServerError
 

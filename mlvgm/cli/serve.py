@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.server import Server
-from cli.signals import stop_once, stopping
-from cli.workers import chosen, sizes_of
+from deploy.errors import CliError
+from deploy.server import Server
+from deploy.signals import stop_once, stopping
+from deploy.workers import chosen, sizes_of
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

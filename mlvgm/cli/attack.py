@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.errors import CliError
-from cli.files import with_targets
+from deploy.errors import CliError
+from mlvgm.cli.files import with_targets
 
 if TYPE_CHECKING:
     from mlvgm.recipe import Recipe

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli.errors import CliError
-from cli.server import Server
+from deploy.errors import CliError
+from deploy.server import Server
 from handlers.client import Client, Predictor, ServerError
 from handlers.grpc_client import GrpcClient
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.errors import CliError
+from deploy.errors import CliError
 
 if TYPE_CHECKING:
     import numpy as np

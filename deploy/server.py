@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.errors import CliError
-from cli.java import find_java
-from cli.signals import undisturbed
+from deploy.errors import CliError
+from deploy.java import find_java
+from deploy.signals import undisturbed
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import workers
-from cli.workers import chosen, sizes_of
+from deploy import workers
+from deploy.workers import chosen, sizes_of
 from handlers import cores
 from tests.handlers.test_cores import grant
 

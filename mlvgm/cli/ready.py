@@ -2,8 +2,8 @@
 
 import argparse
 
-from cli.server import Server, grey_png
-from handlers.client import Client, ServerError
+from deploy.readiness import check
+from deploy.server import Server
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,22 +32,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{model}: {words}")
         found.append(ready)
     return 0 if found and all(found) else 1
-
-
-def check(client: Client, model: str) -> tuple[bool, str]:
-    """Whether ``model`` answers, or is too busy to while a worker of it is up; and that in words."""
-    try:
-        answer = client.predict(grey_png(), model, samples=1)
-    except ServerError as error:
-        if error.status == 503 and _has_worker(client, model):
-            # The worker has passed its self-test, or it would not be up. A probe that fails under load makes more load.
-            return True, "ready, and busy: its queue is full"
-        return False, f"not ready: {error}"
-    return True, f"ready: {sum(answer['timing_ms'].values()):.0f} ms"
-
-
-def _has_worker(client: Client, model: str) -> bool:
-    try:
-        return client.ready_workers(model) > 0
-    except ServerError:
-        return False

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import attacks
-from cli.main import main
+from mlvgm.cli.main import main
 from tests.benchmarks.models import of_bundle, pictures
 
 pytest.importorskip("foolbox")

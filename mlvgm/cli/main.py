@@ -20,7 +20,7 @@ VERBS = {
     "tune": "learn the interpolation weights",
     "doctor": "check what serving needs, and say how to cure what fails",
 }
-_OWN_PACKAGES = ("mlvgm", "export", "handlers", "benchmarks", "cli")
+_OWN_PACKAGES = ("mlvgm", "export", "handlers", "deploy", "benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +52,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        if importlib.util.find_spec(f"cli.{verb}") is None:
+        if importlib.util.find_spec(f"mlvgm.cli.{verb}") is None:
             continue
         if words and words[0] == verb:
-            module = importlib.import_module(f"cli.{verb}")
+            module = importlib.import_module(f"mlvgm.cli.{verb}")
             module.add_parser(verbs)
             verbs.choices[verb].set_defaults(run=module.run)
         else:
@@ -70,7 +70,3 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

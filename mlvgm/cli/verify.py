@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks import machine, report, verification
     from benchmarks.attacks import attack, predict
     from benchmarks.photographs import pictures
-    from cli.errors import CliError
+    from deploy.errors import CliError
     from export.models import load_models
     from export.precision import LIMITS
     from handlers import runtimes

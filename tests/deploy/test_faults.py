@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cli.main import main
-from cli.server import Server
+from deploy.server import Server
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
+from mlvgm.cli.main import main
 from tests import bundles
-from tests.cli.machine import free_port, stopped
+from tests.machine import free_port, stopped
 
 pytest.importorskip("ts", reason="needs TorchServe")
 psutil = pytest.importorskip("psutil")

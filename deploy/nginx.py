@@ -7,11 +7,11 @@ import signal
 import subprocess
 from pathlib import Path
 
-from cli.errors import CliError
-from cli.server import Server
-from cli.signals import undisturbed
-from deploy.back import kill_group
+from deploy.errors import CliError
 from deploy.readiness import Readiness
+from deploy.server import Server
+from deploy.signals import undisturbed
+from deploy.torchserve import kill_group
 
 UPSTREAM = """\
 # Written by deploy/pair.py.

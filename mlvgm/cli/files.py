@@ -3,14 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cli.errors import CliError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The image files below ``folder``, by name."""
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
+from deploy.errors import CliError
+from handlers.image import image_files
 
 
 def with_targets(given: Sequence[Path], out: Path) -> Iterator[tuple[Path, Path]]:

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from cli.errors import CliError
-from cli.java import Java, find_java
-from tests.cli.machine import uninstall
+from deploy.errors import CliError
+from deploy.java import Java, find_java
+from tests.machine import uninstall
 
 
 def fake_java(folder: Path, version: str) -> Path:

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks import contact_sheet, machine
-from benchmarks.attacks import CarliniWagner, Method, attack, predict
-from benchmarks.signs import Sign, draw_signs
 from deploy.errors import CliError
 from deploy.server import PORTS, Server, port_is_taken
+from evaluation import contact_sheet, machine
+from evaluation.attacks import CarliniWagner, Method, attack, predict
+from evaluation.signs import Sign, draw_signs
 from handlers.client import Client, ServerError
 from mlvgm.cli.main import main as mlvgm
 from mlvgm.load import Default, load_default

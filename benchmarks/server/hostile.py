@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.progress import track
 from benchmarks.server import load
 from benchmarks.server.call import Call, Target
 from benchmarks.server.corpus import hostile_calls
@@ -18,6 +17,7 @@ from benchmarks.server.saturation import Say
 from benchmarks.server.subject import Subject
 from benchmarks.server.watch import Watch, growth
 from deploy import trial
+from evaluation.progress import track
 
 MOST_CLIENTS = 24
 

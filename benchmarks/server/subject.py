@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.photographs import pictures
 from benchmarks.server.call import Call, image_call, json_call
 from benchmarks.server.started import Started
+from evaluation.photographs import pictures
 from handlers.image import decode
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Attack all images at once, then write and print them one by one."""
     import numpy as np
 
-    from benchmarks.attacks import attack, load_target, predict
+    from evaluation.attacks import attack, load_target, predict
     from handlers.image import ImageError, decode
     from mlvgm.recipe import Recipe
 

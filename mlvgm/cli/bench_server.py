@@ -42,10 +42,10 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the report, and write it."""
-    from benchmarks import machine, report
     from benchmarks.server import litserve, measure
     from benchmarks.server import report as page
     from benchmarks.server.subject import Settings
+    from evaluation import machine, report
     from export import archive
     from handlers.manifest import Manifest
 

@@ -41,7 +41,8 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Measure every recipe, print the table, and write the report."""
-    from benchmarks import machine, report, stages
+    from benchmarks import stages
+    from evaluation import machine, report
 
     if min([*args.batch, *args.samples, args.compare]) < 1:
         raise CliError("--batch, --samples and --compare must be 1 or more")
@@ -92,7 +93,7 @@ def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":
 
 
 def _images(args: argparse.Namespace, subject: "Subject") -> "NDArray[np.uint8]":
-    from benchmarks.photographs import pictures
+    from evaluation.photographs import pictures
     from handlers.manifest import Manifest
 
     count = max(*args.batch, args.compare)

@@ -20,7 +20,7 @@ VERBS = {
     "tune": "learn the interpolation weights",
     "doctor": "check what serving needs, and say how to cure what fails",
 }
-_OWN_PACKAGES = ("mlvgm", "export", "handlers", "deploy", "benchmarks")
+_OWN_PACKAGES = ("mlvgm", "export", "handlers", "deploy", "evaluation", "benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

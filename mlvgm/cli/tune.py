@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.errors import CliError
 
 if TYPE_CHECKING:
-    from benchmarks.tuning import Trial
+    from evaluation.tuning import Trial
     from handlers.manifest import Manifest
 
 
@@ -40,9 +40,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> int:
     """Attack, search, compare the finalists, and write and print the winner."""
-    from benchmarks import tuning
-    from benchmarks.attacks import attack, load_target
-    from benchmarks.photographs import read_photographs
+    from evaluation import tuning
+    from evaluation.attacks import attack, load_target
+    from evaluation.photographs import read_photographs
     from handlers.pipeline import Pipeline
     from mlvgm.recipe import Recipe
 

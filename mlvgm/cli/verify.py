@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and write the report."""
     from torch import nn
 
-    from benchmarks import machine, report, verification
-    from benchmarks.attacks import attack, predict
-    from benchmarks.photographs import pictures
     from deploy.errors import CliError
+    from evaluation import machine, report, verification
+    from evaluation.attacks import attack, predict
+    from evaluation.photographs import pictures
     from export.models import load_models
     from export.precision import LIMITS
     from handlers import runtimes

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import contact_sheet, demo
-from benchmarks.signs import draw_signs
+from benchmarks import demo
 from deploy.errors import CliError
-from tests.benchmarks.models import shipped
+from evaluation import contact_sheet
+from evaluation.signs import draw_signs
+from tests.evaluation.models import shipped
 
 CLASSES = tuple(f"class {i}" if i != 14 else "stop" for i in range(43))
 DEFAULT: Any = SimpleNamespace(recipe=SimpleNamespace(classes=CLASSES))

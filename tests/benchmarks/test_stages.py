@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import report, stages, synthetic
+from benchmarks import stages, synthetic
+from evaluation import report
 from export.bundle import export_bundle
 from export.models import load_models
 from mlvgm.cli.main import main

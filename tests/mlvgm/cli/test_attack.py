@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import attacks
-from benchmarks.signs import draw_signs
+from evaluation import attacks
+from evaluation.signs import draw_signs
 from mlvgm.cli.main import main
-from tests.benchmarks.models import linear, of_bundle, pictures, shipped
+from tests.evaluation.models import linear, of_bundle, pictures, shipped
 
 pytest.importorskip("foolbox")
 

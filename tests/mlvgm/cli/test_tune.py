@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import attacks
+from evaluation import attacks
 from mlvgm.cli.main import main
-from tests.benchmarks.models import of_bundle, pictures
+from tests.evaluation.models import of_bundle, pictures
 
 pytest.importorskip("foolbox")
 

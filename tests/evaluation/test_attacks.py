@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import attacks
-from benchmarks.attacks import (
+from evaluation import attacks
+from evaluation.attacks import (
     MARGIN,
     METHODS,
     AttackError,
@@ -20,7 +20,7 @@ from benchmarks.attacks import (
     to_float,
 )
 from mlvgm.recipe import Recipe
-from tests.benchmarks.models import linear, pictures
+from tests.evaluation.models import linear, pictures
 
 foolbox = pytest.importorskip("foolbox")
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.attacks import to_float
+from evaluation.attacks import to_float
 from export import families
 from export.classifier import stage as classifier_stage
 from export.parity import END_TO_END, cut, relative_error, run_twin

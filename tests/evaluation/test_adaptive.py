@@ -1,10 +1,10 @@
 import numpy as np
 import torch
 
-from benchmarks.adaptive import Settings, attack_within, bare, defended
-from benchmarks.attacks import predict, to_float
+from evaluation.adaptive import Settings, attack_within, bare, defended
+from evaluation.attacks import predict, to_float
 from mlvgm.load import Default
-from tests.benchmarks.models import linear, pictures, shipped
+from tests.evaluation.models import linear, pictures, shipped
 
 
 def test_stays_in_the_ball_and_reaches_its_edge() -> None:

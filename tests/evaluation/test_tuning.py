@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.tuning import Trial, Weights, objective, ranked, schedules, search
+from evaluation.tuning import Trial, Weights, objective, ranked, schedules, search
 from handlers.pipeline import Pipeline
 from tests import bundles
 

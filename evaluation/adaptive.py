@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.attacks import to_bytes, to_float
-from benchmarks.progress import track
+from evaluation.attacks import to_bytes, to_float
+from evaluation.progress import track
 from mlvgm.load import Default
 
 Logits = Callable[[Tensor], Tensor]

@@ -1,9 +1,9 @@
 import numpy as np
 
-from benchmarks.attacks import predict, to_float
-from benchmarks.signs import SIGNS, draw_signs
+from evaluation.attacks import predict, to_float
+from evaluation.signs import SIGNS, draw_signs
 from mlvgm.recipe import Recipe
-from tests.benchmarks.models import shipped
+from tests.evaluation.models import shipped
 
 
 def test_about_a_dozen_signs_with_the_names_of_their_classes() -> None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benchmarks.progress import track
+from evaluation.progress import track
 from export.fold import fold_batch_norms
 from mlvgm.load import load_callable, load_classifier
 from mlvgm.recipe import ROOT, Recipe

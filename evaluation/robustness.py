@@ -1,6 +1,6 @@
 """How far purification helps against attacks, measured as it is served: 8-bit images in, a vote of K copies out.
 
-    python -m benchmarks.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
+    python -m evaluation.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
 
 Two kinds of attackers. The first knows the classifier alone (DeepFool and Carlini-Wagner, as in the paper); beside the
 purifier stand the bare classifier and two simple defences that a serious one has to beat. The second attacker knows the
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks import adaptive, evaluation, machine, report
-from benchmarks.attacks import METHODS, AttackResult, attack, predict
-from benchmarks.evaluation import Defence, Images, Labels, Reading, share
-from benchmarks.photographs import read_photographs
+from evaluation import adaptive, defences, machine, report
+from evaluation.attacks import METHODS, AttackResult, attack, predict
+from evaluation.defences import Defence, Images, Labels, Reading, share
+from evaluation.photographs import read_photographs
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
 
@@ -49,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "schedule": schedule,
             "alphas": list(manifest.alphas[schedule]),
             "seed": args.seed,
-            "noise_l2": evaluation.NOISE_L2,
+            "noise_l2": defences.NOISE_L2,
             "runtime": pipeline.runtime,
             "precision": manifest.precision,
             "files": {name: seal.sha256 for name, seal in manifest.files.items()},
             "machine": machine.describe(),
         }
-        bare = evaluation.bare(pipeline)
-        simple = {"blur": evaluation.blur(pipeline), "noise": evaluation.noise(pipeline, samples, args.seed)}
-        purifier = evaluation.purifier(pipeline, samples, args.seed, schedule)
+        bare = defences.bare(pipeline)
+        simple = {"blur": defences.blur(pipeline), "noise": defences.noise(pipeline, samples, args.seed)}
+        purifier = defences.purifier(pipeline, samples, args.seed, schedule)
         content |= measure(default.classifier, bare, simple, purifier, signs.images, signs.labels, args.attacks, CACHE)
         if args.adaptive:
             few = slice(0, args.adaptive)
@@ -204,9 +204,9 @@ def _copies(reading: Reading, labels: Labels) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.robustness",
+        prog="python -m evaluation.robustness",
         description="Measure accuracy under attack, as served, beside simple defences.",
-        epilog="Example: python -m benchmarks.robustness --bundle build/road-signs --data ../gtsrb --limit 500",
+        epilog="Example: python -m evaluation.robustness --bundle build/road-signs --data ../gtsrb --limit 500",
     )
     parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
     parser.add_argument("--recipe", help="whose eager models are attacked (default: the one the bundle was made from)")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import export.models
-from benchmarks.verification import VerificationError, difference, verify
+from evaluation.verification import VerificationError, difference, verify
 from export.bundle import export_bundle
 from handlers import runtimes
 from mlvgm.cli.main import main

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import evaluation, report, robustness
-from benchmarks.attacks import predict
+from evaluation import defences, report, robustness
+from evaluation.attacks import predict
 from handlers.pipeline import Pipeline
 from tests import bundles
-from tests.benchmarks.models import linear, of_bundle
+from tests.evaluation.models import linear, of_bundle
 
 pytest.importorskip("foolbox")
 
@@ -20,8 +20,8 @@ def content(nvae_bundle: Path) -> dict:
     labels = predict(classifier, images)
     labels[:2] = (labels[:2] + 1) % 3  # misread from the start
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
-        bare, simple = evaluation.bare(pipeline), {"blur": evaluation.blur(pipeline)}
-        purifier = evaluation.purifier(pipeline, 5)
+        bare, simple = defences.bare(pipeline), {"blur": defences.blur(pipeline)}
+        purifier = defences.purifier(pipeline, 5)
         return robustness.measure(classifier, bare, simple, purifier, images, labels, ["deepfool", "cw"])
 
 
@@ -49,7 +49,7 @@ def test_shares_of_the_bare_classifier(content: dict) -> None:
     assert content["accuracy"]["none"]["clean"]["count"] == 10
     for method in ("deepfool", "cw"):
         assert content["accuracy"]["none"][method]["count"] == 0
-        assert content["attacks"][method]["fooled"] == evaluation.share(np.ones(10, np.bool_))
+        assert content["attacks"][method]["fooled"] == defences.share(np.ones(10, np.bool_))
         assert content["attacks"][method]["engine_agrees"] == 1.0
         assert content["recovered"][method]["n"] == 10
 
@@ -86,7 +86,7 @@ def test_weights_that_are_not_those_of_the_bundle_are_noticed(nvae_bundle: Path)
     images = bundles.images(12)
     other = linear(seed=5)
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
-        bare, purifier = evaluation.bare(pipeline), evaluation.purifier(pipeline, 1)
+        bare, purifier = defences.bare(pipeline), defences.purifier(pipeline, 1)
         content = robustness.measure(other, bare, {}, purifier, images, predict(other, images), ["deepfool"])
     assert "other weights" in " ".join(robustness.doubts(content))
 

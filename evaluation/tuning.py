@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.evaluation import Images, Labels
+from evaluation.defences import Images, Labels
 from handlers.pipeline import Pipeline
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.attacks import to_float
-from benchmarks.progress import track
+from evaluation.attacks import to_float
+from evaluation.progress import track
 from handlers.pipeline import Pipeline
 from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
 

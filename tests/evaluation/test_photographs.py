@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.photographs import read_photographs
+from evaluation.photographs import read_photographs
 
 CLASSES = ("stop", "give way", "danger")
 

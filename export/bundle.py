@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from export import classifier as classify
-from export import families, memory, onnx_classifier, parity, programs
+from export import families, memory, onnx_classifier, parity
+from export.engines import programs
 from export.precision import LIMITS, in_half
 from export.stage import Named, Stage
 from export.trace import TraceError, trace

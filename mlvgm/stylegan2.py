@@ -1,7 +1,7 @@
 """StyleGAN2 generator (Karras et al., CVPR 2020), laid out as in the rosinality-style checkpoints, and its purifier.
 
 The operators are the published ones, sample by sample: modulated weights in a grouped convolution, resampling by zero
-insertion and a 4x4 filter. `export/stylegan2.py` holds the form that is fast.
+insertion and a 4x4 filter. `export/families/stylegan2.py` holds the form that is fast.
 """
 
 import math

@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX on an NVIDIA GPU. The part that needs a GPU has never been run: none was at hand.
 
-Engines are built by `export.tensorrt` and lie beside the graphs. Outputs stay on the device between stages; PyTorch
+Engines are built by `export.engines.tensorrt` and lie beside the graphs. Outputs stay on the device between stages; PyTorch
 holds the memory.
 """
 

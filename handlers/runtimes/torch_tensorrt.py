@@ -1,4 +1,4 @@
-"""Engines that Torch-TensorRT compiled from the programs of `export.programs`; TensorRT alone runs them. Never run."""
+"""Engines that Torch-TensorRT compiled from the programs of `export.engines.programs`; TensorRT alone runs them. Never run."""
 
 from pathlib import Path
 

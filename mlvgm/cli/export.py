@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> "Manifest":
     if name == "torch-tensorrt":
-        from export import torch_tensorrt
+        from export.engines import torch_tensorrt
 
         return torch_tensorrt.build_bundle(bundle, progress=say)
-    from export import tensorrt
+    from export.engines import tensorrt
 
     return tensorrt.build_bundle(bundle, name, targets, progress=say)

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from export.families.nvae import Decode, Encode, stages
 from export.fold import fold_batch_norms, norm_then_pointwise, without_weight_norm
-from export.nvae import Decode, Encode, stages
 from export.stage import as_tuple
 from export.trace import example
 from tests.export import models

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from export import families
 from export.bundle import export_bundle
+from export.families.stylegan2 import Decode, Resample, StaticConv
+from export.families.stylegan2_encoders import FoldedUnit, Reading
 from export.precision import Affine, Excite, half_layer, half_stage
 from export.stage import Stage, as_tuple
-from export.stylegan2 import Decode, Resample, StaticConv
-from export.stylegan2_encoders import FoldedUnit, Reading
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.irse import Unit
 from mlvgm.stylegan2 import StyledConv
 from tests.export import models
-from tests.export.test_stylegan2 import FAMILIES, purifier
+from tests.export.families.test_stylegan2 import FAMILIES, purifier
 from tests.mlvgm import small
 from tests.mlvgm.conftest import one_thread  # noqa: F401  (small models here, too)
 from tests.reference import relative_error

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from deploy.server import Server
 from export import classifier, families
+from export.engines.tensorrt import HALF_SHARE, build
 from export.precision import in_half
-from export.tensorrt import HALF_SHARE, build
 from export.trace import trace
 from handlers import runtimes
 from handlers.image import encode_png

@@ -7,7 +7,7 @@ flows (they act on the few channels of a code), and the mixture behind its convo
 import torch
 from torch import Tensor, nn
 
-from export.nvae import Decode, Encode, Gate, MixtureMean, Prior
+from export.families.nvae import Decode, Encode, Gate, MixtureMean, Prior
 from export.precision import HALF, Cast, Excite, copied, half_layer, half_stage, rounded
 from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
 

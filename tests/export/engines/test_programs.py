@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from export import classifier, families, programs
+from export import classifier, families
 from export.bundle import ExportError, export_bundle
+from export.engines import programs
 from export.precision import in_half
 from export.stage import Stage
 from export.trace import example, trace
@@ -28,7 +29,7 @@ from handlers.runtimes.cuda_graphs import CudaGraphs
 from mlvgm.resnet import read_resnet50
 from tests.devices import record_on_cpu
 from tests.export import models
-from tests.export.test_stylegan2 import purifier
+from tests.export.families.test_stylegan2 import purifier
 from tests.mlvgm import small
 
 CLOSE = {"fp32": 1e-5, "fp16": 2e-3}
@@ -218,7 +219,7 @@ def test_a_classifier_in_onnx_is_refused_before_anything_is_traced(tmp_path: Pat
 
 
 def test_torch_tensorrt_says_what_is_missing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from export import torch_tensorrt
+    from export.engines import torch_tensorrt
 
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeMissing, match=r"torch-tensorrt cannot be imported .*pip install torch-tensorrt"):

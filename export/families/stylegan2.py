@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.preprocess import Preprocess
+from export.families.preprocess import Preprocess
+from export.families.stylegan2_encoders import E4eEncoder, TransformerEncoder, plain_linear
 from export.stage import Named, Stage
-from export.stylegan2_encoders import E4eEncoder, TransformerEncoder, plain_linear
 from mlvgm.e4e import E4ePurifier
 from mlvgm.preprocess import add_noise, blur_images
 from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier

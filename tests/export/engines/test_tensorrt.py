@@ -9,10 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import classifier, families, tensorrt
+from export import classifier, families
 from export.bundle import export_bundle
+from export.engines import tensorrt
+from export.engines.tensorrt import HALF_SHARE, BuildError, build, build_bundle, inspected_share
 from export.precision import in_half
-from export.tensorrt import HALF_SHARE, BuildError, build, build_bundle, inspected_share
 from export.trace import trace
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
@@ -21,7 +22,7 @@ from handlers.runtimes.built import digest, find
 from handlers.runtimes.tensorrt import load
 from mlvgm.resnet import read_resnet50
 from tests.export import models
-from tests.export.test_stylegan2 import purifier
+from tests.export.families.test_stylegan2 import purifier
 from tests.mlvgm import small
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.families.stylegan2 import GAIN, Block, Colour, Decode, Encode, Resample, StaticConv
+from export.families.stylegan2_encoders import TransformerEncoder
 from export.precision import HALF, Excite, Inside, copied, half_layer, half_stage, rounded, to_half
-from export.stylegan2 import GAIN, Block, Colour, Decode, Encode, Resample, StaticConv
-from export.stylegan2_encoders import TransformerEncoder
 from mlvgm.irse import SqueezeExcite
 from mlvgm.stylegan2 import EPSILON
 

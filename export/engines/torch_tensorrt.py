@@ -1,4 +1,4 @@
-"""Engines by Torch-TensorRT, from the programs of `export.programs`: another compiler than TensorRT's ONNX parser.
+"""Engines by Torch-TensorRT, from the programs of `export.engines.programs`: another compiler than TensorRT's ONNX parser.
 
 What comes out is a TensorRT engine like any other, which TensorRT alone runs. Never run: no GPU was at hand.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.export.passes import move_to_device_pass
 
-from export import tensorrt
-from export.tensorrt import BuildError, Card
+from export.engines import tensorrt
+from export.engines.tensorrt import BuildError, Card
 from handlers.manifest import Batch, Manifest, Stage
 from handlers.runtimes import RuntimeMissing, built, pt2
 from handlers.runtimes.tensorrt import library

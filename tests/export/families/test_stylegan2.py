@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.families.stylegan2 import Decode, Encode, Enlarge, StaticConv, first_rows, stages
+from export.families.stylegan2_encoders import Exchange, FoldedUnit, Reading
 from export.parity import compare_stages
 from export.stage import Stage
-from export.stylegan2 import Decode, Encode, Enlarge, StaticConv, first_rows, stages
-from export.stylegan2_encoders import Exchange, FoldedUnit, Reading
 from export.trace import trace
 from handlers import runtimes
 from mlvgm.e4e import E4ePurifier, read_e4e

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.families.preprocess import Preprocess
 from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
-from export.preprocess import Preprocess
 from export.stage import Named, Stage
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae import NVAEConfig, NVAEPurifier

@@ -1,4 +1,4 @@
-"""Engines by Torch-TensorRT, from the programs of `export.engines.programs`: another compiler than TensorRT's ONNX parser.
+"""Engines by Torch-TensorRT from the programs of `export.engines.programs`, without TensorRT's ONNX parser.
 
 What comes out is a TensorRT engine like any other, which TensorRT alone runs. Never run: no GPU was at hand.
 """

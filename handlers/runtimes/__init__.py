@@ -1,13 +1,13 @@
 """Runtimes: the libraries that execute a bundle's engine files, each imported only when it is used.
 
-A runtime is a module of this package with one function, ``load(file, options) -> Engine``.
+A runtime is a module of this package with a function ``load(file, options) -> Engine``; libraries with one API share it.
 """
 
 import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ class _Runtime:
     install: str
     distribution: str = ""  # needed beyond the package: one import name can come in several builds
     gpu: bool = False
+    arguments: Mapping[str, str] = field(default_factory=dict)  # of the module's ``load``
 
 
 _RUNTIMES = {
@@ -66,8 +67,20 @@ _RUNTIMES = {
     ),
     "torch": _Runtime("handlers.runtimes.torch", "torch", "pip install torch", gpu=True),
     "tensorrt": _Runtime("handlers.runtimes.tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
-    "torch-tensorrt": _Runtime("handlers.runtimes.torch_tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
-    "tensorrt-rtx": _Runtime("handlers.runtimes.tensorrt_rtx", "tensorrt_rtx", "pip install tensorrt-rtx", gpu=True),
+    "torch-tensorrt": _Runtime(
+        "handlers.runtimes.tensorrt",
+        "tensorrt",
+        "pip install tensorrt",
+        gpu=True,
+        arguments={"compiler": "torch-tensorrt"},
+    ),
+    "tensorrt-rtx": _Runtime(
+        "handlers.runtimes.tensorrt",
+        "tensorrt_rtx",
+        "pip install tensorrt-rtx",
+        gpu=True,
+        arguments={"name": "tensorrt-rtx"},
+    ),
 }
 _AUTO = ("openvino", "onnxruntime")  # on a CPU, as measured with every recipe: the faster first
 
@@ -127,5 +140,5 @@ def load(name: str, file: Path, options: Options) -> Engine:
         module = importlib.import_module(runtime.module)
     except ImportError as error:
         raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): {runtime.install}") from error
-    engine: Engine = module.load(file, options)
+    engine: Engine = module.load(file, options, **runtime.arguments)
     return engine

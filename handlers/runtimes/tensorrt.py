@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX on an NVIDIA GPU. The part that needs a GPU has never been run: none was at hand.
 
-Engines are built by `export.engines.tensorrt` and lie beside the graphs. Outputs stay on the device between stages; PyTorch
-holds the memory.
+Engines are built by `export.engines.tensorrt`, or by Torch-TensorRT (`export.engines.torch_tensorrt`, for the runtime
+"torch-tensorrt"), and lie beside the graphs. Outputs stay on the device between stages; PyTorch holds the memory.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Runtimes: the libraries that execute a bundle's engine files, each imported only when it is used.
 
-A runtime is a module of this package with a function ``load(file, options) -> Engine``; libraries with one API share it.
+A runtime is a module of this package with a function ``load(file, options) -> Engine``; what shares an API shares one.
 """
 
 import importlib

@@ -27,7 +27,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m mlvgm demo
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
+    "demo": "export, serve and attack the shipped road-sign model",
     "export": "export a model to a bundle of engines",
     "verify": "compare a bundle with the PyTorch reference",
     "archive": "pack a bundle into a .mar for TorchServe",
@@ -15,7 +16,7 @@ VERBS = {
     "ready": "check that a running server answers, for probes",
     "predict": "ask a running server about image files",
     "purify": "purify a folder of images in bulk",
-    "bench": "measure stages, servers and robustness",
+    "bench": "measure stages and servers",
     "attack": "attack a pipeline",
     "tune": "learn the interpolation weights",
     "doctor": "check what serving needs, and say how to cure what fails",

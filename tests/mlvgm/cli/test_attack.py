@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from evaluation import attacks
-from evaluation.signs import draw_signs
+from evaluation.signs import drawn_signs
 from mlvgm.cli.main import main
 from tests.evaluation.models import linear, of_bundle, pictures, shipped
 
@@ -116,7 +116,8 @@ def test_nothing_is_overwritten(
 
 def test_the_shipped_classifier_misreads_a_drawn_stop_sign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shipped()
-    Image.fromarray(draw_signs()[0].image).save(tmp_path / "stop.png")
+    (stop,) = (sign.image for sign in drawn_signs() if sign.name == "stop")
+    Image.fromarray(stop).save(tmp_path / "stop.png")
     assert main(["attack", str(tmp_path / "stop.png"), "--out", str(tmp_path / "out"), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["before"] == "stop" != row["after"]

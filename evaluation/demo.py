@@ -1,16 +1,7 @@
-"""The whole way in three minutes: export the shipped model, serve it, attack drawn road signs, purify them over HTTP.
+"""What ``mlvgm demo`` shows: drawn road signs, attacked through the classifier, as the server reads them."""
 
-    python -m benchmarks.demo
-
-Prints what each sign is read as before and after, and writes build/demo.json and build/demo.png.
-"""
-
-import argparse
 import dataclasses
 import io
-import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,55 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from deploy.errors import CliError
-from deploy.server import PORTS, Server, port_is_taken
 from evaluation import contact_sheet, machine
 from evaluation.attacks import CarliniWagner, Method, attack, predict
-from evaluation.signs import Sign, draw_signs
-from handlers.client import Client, ServerError
-from mlvgm.cli.main import main as mlvgm
-from mlvgm.load import Default, load_default
+from evaluation.signs import Sign
+from handlers.client import Client
+from mlvgm.load import Default
 
 RECIPE = "road-signs"
 ATTACK: Method = CarliniWagner(searches=4, steps=50, stepsize=0.02, initial_const=0.3)
 """A few images only, so the attack may take more steps than on thousands."""
 
 Pixels = NDArray[np.uint8]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every step. Returns 0 when all of them went through, whatever the signs were read as."""
-    args = _parser().parse_args(arguments)
-    begun = time.monotonic()
-
-    def say(step: str) -> None:
-        print(f"[{time.monotonic() - begun:5.1f} s] {step}", flush=True)
-
-    bundle = args.build / RECIPE
-    say(f"Exporting the recipe {RECIPE} to {bundle}")
-    if code := mlvgm(["export", "--recipe", RECIPE, "--out", str(bundle)]):
-        return code
-    say("Packing the archive for TorchServe")
-    if code := mlvgm(["archive", str(bundle), "--out", str(args.build / "store")]):
-        return code
-    say("Drawing road signs, and attacking them through the classifier")
-    default, signs = load_default(RECIPE), draw_signs()
-    attacked = attack_signs(default, signs)
-    server = Server(args.port or _free_port())
-    try:
-        say(f"Starting TorchServe on port {server.port}")
-        server.start([args.build / "store" / f"{RECIPE}.mar"])
-        say(f"Asking it about {len(signs)} clean and {len(signs)} attacked signs")
-        answers = [ask(server.client(), sign, pixels) for sign, pixels in zip(signs, attacked, strict=True)]
-    finally:
-        say("Stopping TorchServe")
-        server.stop()
-    content = summary(default, signs, attacked, answers) | {"seconds": round(time.monotonic() - begun, 1)}
-    (args.build / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_sheet(default, signs, attacked, answers, args.build / "demo.png")
-    print("", *table(default, content["images"]), "", *conclusion(default, content), sep="\n")
-    say(f"Done: {args.build / 'demo.json'}, {args.build / 'demo.png'}")
-    return 0
 
 
 def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
@@ -190,29 +143,7 @@ def save_sheet(
     contact_sheet.save(rows, title, path)
 
 
-def _free_port(first: int = 8080) -> int:
-    """The first of as many free ones in a row as a server takes."""
-    for port in range(first, first + 100 * PORTS, PORTS):
-        if not any(port_is_taken(port + i) for i in range(PORTS)):
-            return port
-    return first  # the server will say what is wrong
-
-
 def _png(pixels: Pixels) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--build", type=Path, default=Path("build"), help="folder for everything (%(default)s)")
-    parser.add_argument("--port", type=int, help="of the server, four more after it (default: the next five free ones)")
-    return parser
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (CliError, ServerError) as error:
-        sys.exit(f"demo: {error}")

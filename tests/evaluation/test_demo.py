@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,11 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import demo
-from deploy.errors import CliError
-from evaluation import contact_sheet
-from evaluation.signs import draw_signs
-from tests.evaluation.models import shipped
+from evaluation import contact_sheet, demo
+from evaluation.signs import drawn_signs
 
 CLASSES = tuple(f"class {i}" if i != 14 else "stop" for i in range(43))
 DEFAULT: Any = SimpleNamespace(recipe=SimpleNamespace(classes=CLASSES))
@@ -42,36 +38,8 @@ def test_the_table_marks_what_went_wrong() -> None:
     assert lines[3].endswith("the attack failed")
 
 
-def test_the_server_is_stopped_when_something_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = []
-
-    class Server:
-        port = 1
-
-        def __init__(self, _port: int) -> None: ...
-
-        def start(self, _archives: object) -> None:
-            raise CliError("no Java")
-
-        def stop(self) -> None:
-            events.append("stopped")
-
-    monkeypatch.setattr(demo, "Server", Server)
-    monkeypatch.setattr(demo, "mlvgm", lambda _words: 0)
-    monkeypatch.setattr(demo, "load_default", lambda _name: DEFAULT)
-    monkeypatch.setattr(demo, "attack_signs", lambda _default, signs: [sign.image for sign in signs])
-    with pytest.raises(CliError):
-        demo.main(["--build", str(tmp_path)])
-    assert events == ["stopped"]
-
-
-def test_a_verb_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "mlvgm", lambda words: 2 if words[0] == "archive" else 0)
-    assert demo.main(["--build", str(tmp_path)]) == 2
-
-
 def test_the_contact_sheet_shows_the_pixels_and_colours_the_answers(tmp_path: Path) -> None:
-    clean = draw_signs()[0].image
+    clean = drawn_signs()[0].image
     attacked = (clean.astype(int) + 2).clip(0, 255).astype(np.uint8)
     row = contact_sheet.Row("stop", clean, attacked, clean, "stop", "priority at next intersection", "stop")
     contact_sheet.save([row] * 3, "a title", tmp_path / "new" / "sheet.png")
@@ -85,18 +53,3 @@ def test_the_contact_sheet_shows_the_pixels_and_colours_the_answers(tmp_path: Pa
     spans = [slice(contact_sheet._left(0, i), contact_sheet._left(0, i) + side) for i in range(4)]
     assert [(captions[:, span] == green).all(axis=2).any() for span in spans] == [True, False, False, True]
     assert [(captions[:, span] == red).all(axis=2).any() for span in spans] == [False, True, False, False]
-
-
-@pytest.mark.full
-@pytest.mark.server
-def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped()
-    pytest.importorskip("ts")
-    monkeypatch.setenv("MLVGM_STATE", str(tmp_path / "serve"))
-    assert demo.main(["--build", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "demo.json").read_text())
-    assert {"name", "true", "clean", "attacked", "purified", "agreement", "flagged"} <= content["images"][0].keys()
-    counts = content["counts"]
-    assert counts["clean"] == counts["images"] >= 12
-    assert counts["fooled"] == counts["server_agrees_with_eager"] == counts["images"]
-    assert counts["purified"] >= counts["images"] - 3

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evaluation.progress import track
 from export.fold import fold_batch_norms
 from mlvgm.load import load_callable, load_classifier
-from mlvgm.recipe import ROOT, Recipe
+from mlvgm.recipe import Recipe
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Lengths to which a perturbation is prolonged, in turn, until it survives rounding."""
@@ -187,7 +187,7 @@ def load_target(recipe: Recipe, file: Path | None = None) -> nn.Module:
         raise AttackError(f"recipe {recipe.name}: its classifier is an ONNX file: attacks need one in PyTorch")
     if file is None and kind.file is None:
         raise AttackError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
-    return load_classifier(kind.architecture, file or ROOT / str(kind.file), len(recipe.classes))
+    return load_classifier(kind.architecture, file or str(kind.file), len(recipe.classes))
 
 
 @torch.no_grad()

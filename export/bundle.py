@@ -66,7 +66,7 @@ def export_bundle(
         draft.mkdir()
         files = {stage.name: draft / f"{stage.name}.onnx" for stage in stages}
         if recipe.precision == "fp16":
-            report = _write_half(stages, files, recipe.batch[2], progress)
+            report = _write_half(stages, files, recipe.batch.max, progress)
         else:
             report = _write(stages, files, recipe, progress)
         if with_programs:
@@ -86,7 +86,7 @@ def _write(
     """Trace in fp32; the report has the graphs as they are and, for bf16, as OpenVINO computes them if it is there."""
     for stage in stages:
         _trace(stage, files[stage.name], progress)
-    batches = _batches(recipe.batch[2])
+    batches = _batches(recipe.batch.max)
     report = {"parity": _compare(stages, files, batches, "fp32", "onnxruntime", progress)}
     if recipe.precision == "bf16" and "openvino" in runtimes.installed():
         report["parity_bf16"] = _compare(stages, files, batches[:2], "bf16", "openvino", progress)
@@ -143,7 +143,7 @@ def _write_programs(
         programs.write(stage if in_single else in_half(stage), files[stage.name])
         memory.release()
     precision = "fp16" if recipe.precision == "fp16" else "fp32"
-    return _compare(stages, files, _batches(recipe.batch[2]), precision, "torch", progress)
+    return _compare(stages, files, _batches(recipe.batch.max), precision, "torch", progress)
 
 
 def _move_engines(source: Path, target: Path) -> None:
@@ -199,6 +199,8 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
         raise ExportError(
             f"recipe {recipe.name}: has {recipe.n_latents} latents, the purifier has {purifier.n_latents}"
         )
+    if recipe.samples.default == "auto":
+        raise ExportError(f"recipe {recipe.name}: samples.default must be a number here")
     if out.exists() and not (out / manifest.FILE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out}: is there already and is no bundle; give another --out")
 
@@ -215,9 +217,9 @@ def _manifest(
         noise_shapes=purifier.noise_shapes,
         alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
         default_alphas=recipe.schedule,
-        samples=manifest.Samples(*recipe.samples),
+        samples=manifest.Samples(int(recipe.samples.default), recipe.samples.max),
         classes=recipe.classes,
-        batch=manifest.Batch(*recipe.batch, recipe.cpu_batch),
+        batch=manifest.Batch(recipe.batch.min, recipe.batch.opt, recipe.batch.max, recipe.batch.cpu),
         stages=tuple(_stage(stage, draft) for stage in stages),
         input_noise_l2=recipe.input_noise_l2,
         precision=recipe.precision,

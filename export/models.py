@@ -7,7 +7,7 @@ from torch import nn
 from export.bundle import ExportError
 from mlvgm.load import CLASSIFIERS, load_callable, load_classifier, load_purifier
 from mlvgm.purifier import Purifier
-from mlvgm.recipe import ROOT, Recipe
+from mlvgm.recipe import Recipe
 
 
 def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module | Path]:
@@ -19,7 +19,7 @@ def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) 
         ExportError: neither the recipe nor the arguments name a file.
         CheckpointError: a file cannot be used.
     """
-    purifier_file = purifier or _own(recipe.purifier)
+    purifier_file = purifier or recipe.purifier
     if purifier_file is None:
         raise ExportError(f"recipe {recipe.name} ships no purifier: give its checkpoint with --purifier FILE")
     return (
@@ -32,7 +32,7 @@ def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module | Path:
     architecture = recipe.classifier.architecture
     if ":" in architecture:
         return load_callable(architecture)
-    file = file or _own(recipe.classifier.file)
+    file = file or recipe.classifier.file
     if file is None:
         raise ExportError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
     if architecture == "onnx":
@@ -43,7 +43,3 @@ def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module | Path:
             f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, onnx, module:function"
         )
     return load_classifier(architecture, file, len(recipe.classes))
-
-
-def _own(file: str | None) -> Path | None:
-    return None if file is None else ROOT / file

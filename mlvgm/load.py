@@ -10,7 +10,7 @@ from torch import nn
 from mlvgm.e4e import read_e4e
 from mlvgm.nvae import read_nvae
 from mlvgm.purifier import Purifier
-from mlvgm.recipe import ROOT, Recipe
+from mlvgm.recipe import Recipe
 from mlvgm.resnet import read_resnet50, read_resnext50
 from mlvgm.style_transformer import read_style_transformer
 from mlvgm.vgg import read_vgg11
@@ -96,6 +96,6 @@ def load_default(name: str = "road-signs") -> Default:
     recipe = Recipe.read(name)
     if recipe.purifier is None or recipe.classifier.file is None:
         raise ValueError(f"the recipe {name!r} ships no weights: load them with load_purifier and load_classifier")
-    purifier = load_purifier(recipe.family, ROOT / recipe.purifier, recipe.temperature)
-    classifier = load_classifier(recipe.classifier.architecture, ROOT / recipe.classifier.file, len(recipe.classes))
+    purifier = load_purifier(recipe.family, recipe.purifier, recipe.temperature)
+    classifier = load_classifier(recipe.classifier.architecture, recipe.classifier.file, len(recipe.classes))
     return Default(purifier, classifier, recipe.effective_alphas(), recipe)

@@ -1,36 +1,90 @@
 """A recipe: everything about a pipeline that is not in its weights."""
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
+from handlers import runtimes
+from handlers.errors import MlvgmError
+from handlers.fields import FieldError, Length, Pattern, Range, none_of, read_strict
+from mlvgm.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "export" / "recipes"
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+ARCHITECTURES = ("onnx", "resnet50", "resnext50", "vgg11")
+
+Name = Annotated[str, Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "up to 64 letters a-z, digits, '.', '_' or '-'")]
+Classes = Annotated[tuple[Annotated[str, Length(1, 200)], ...], Length(2, 100_000)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+ThreeNumbers = tuple[float, float, float]
+Deviation = Annotated[float, Range(0.0, exclusive=True)]
 
 
-class RecipeError(ValueError):
-    """A recipe is missing or says something impossible."""
+class RecipeError(MlvgmError, ValueError):
+    """There is no such recipe, or a field of it is wrong."""
 
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """``architecture`` names a published one (resnet50, resnext50, vgg11), "onnx", or a callable ``module:function``.
+    """The classifier that the purified images go to.
 
     Attributes:
-        file: its weights, relative to the project's root; None where the user names them at export.
-        mean, std: normalisation in front of an ONNX classifier; the published ones normalise by themselves.
+        architecture: a published one (resnet50, resnext50, vgg11), "onnx", or a callable ``package.module:function``
+            that returns a `torch.nn.Module`.
+        file: its weights; None where the user names them at export. In the YAML file, relative to it.
+        mean, std: of each channel, for normalisation in front of an ONNX classifier; the published ones normalise by
+            themselves.
     """
 
     architecture: str
-    file: str | None = None
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    file: Path | None = None
+    mean: ThreeNumbers = (0.0, 0.0, 0.0)
+    std: tuple[Deviation, Deviation, Deviation] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        module, colon, function = self.architecture.partition(":")
+        if colon and all(part.isidentifier() for part in (*module.split("."), function)):
+            return
+        if self.architecture not in ARCHITECTURES:
+            known = none_of(self.architecture, ARCHITECTURES)
+            raise ValueError(f"architecture is {known}, or a callable module:function that returns a torch.nn.Module")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows per engine call: 1 <= min <= opt <= max.
+
+    Attributes:
+        cpu: the most rows that are worth a call on a CPU; 0 stands for max.
+    """
+
+    min: Annotated[int, Range(1, 65536)]
+    opt: Annotated[int, Range(1, 65536)]
+    max: Annotated[int, Range(1, 65536)]
+    cpu: Annotated[int, Range(0, 65536)] = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"must have 1 <= min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
+        if self.cpu and not self.min <= self.cpu <= self.max:
+            raise ValueError(f"cpu is {self.cpu}, must lie between min and max, or be 0")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Purified samples per image: how many vote where a request does not say ("auto": as few as settle the vote), and
+    the most that it may ask for."""
+
+    default: Annotated[int, Range(1, 65536)] | Literal["auto"]
+    max: Annotated[int, Range(1, 65536)]
+
+    def __post_init__(self) -> None:
+        if self.default != "auto" and not 1 <= self.default <= self.max:
+            raise ValueError(f"must have 1 <= default <= max, not {self.default} and {self.max}")
 
 
 @dataclass(frozen=True)
@@ -38,102 +92,94 @@ class Recipe:
     """One pipeline.
 
     Attributes:
-        family: "e4e", "style_transformer" or "nvae".
+        family: of the purifier.
         image_size: side of the square images, in pixels.
         classes: names in the order of the logits; in the file, a number stands for that many neutral names.
         schedule: the one of ``alphas`` that is served by default.
-        purifier: its weights, relative to the project's root; None where the user names them at export.
-        alphas: named schedules, n weights each, before ``attenuation``; "linear" and "cosine" may be left out.
+        purifier: its weights; None where the user names them at export. In the YAML file, relative to it.
+        alphas: named schedules, n weights each, before ``attenuation``; "linear" and "cosine" are there by themselves.
         temperature: of the NVAE prior.
         input_noise_l2: norm of the noise added to the input, 0 for none.
         precision: "fp32", "fp16" (graphs in half precision) or "bf16" (fp32 graphs that OpenVINO computes in bf16).
-        batch: rows per engine call: min, opt, max.
-        cpu_batch: the most rows that are worth a call on a CPU; 0 stands for the maximum.
-        samples: purified copies that vote on one image: default and max.
     """
 
-    name: str
-    family: str
-    image_size: int
-    n_latents: int
+    MOVED: ClassVar[Mapping[str, str]] = {"cpu_batch": "write batch: {min: 1, opt: 4, max: 8, cpu: 1}"}
+
+    name: Name
+    family: Literal["e4e", "nvae", "style_transformer"]
+    image_size: Annotated[int, Range(8, 4096)]
+    n_latents: Annotated[int, Range(1, 1024)]
     classifier: ClassifierRecipe
-    classes: tuple[str, ...]
+    classes: Classes
     schedule: str = "linear"
-    alphas: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    attenuation: float = 1.0
-    purifier: str | None = None
-    temperature: float = 0.6
-    input_noise_l2: float = 0.0
+    alphas: Mapping[Name, tuple[Fraction, ...]] = field(default_factory=dict)
+    attenuation: Fraction = 1.0
+    purifier: Path | None = None
+    temperature: Annotated[float, Range(0.0, 10.0, exclusive=True)] = 0.6
+    input_noise_l2: Annotated[float, Range(0.0)] = 0.0
     blur: bool = False
-    precision: str = "fp32"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     runtime: str = "auto"
-    batch: tuple[int, int, int] = (1, 8, 32)
-    cpu_batch: int = 0
-    samples: tuple[int, int] = (8, 32)
+    batch: Batch = Batch(1, 8, 32)
+    samples: Samples = Samples(8, 32)
+
+    def __post_init__(self) -> None:
+        n = self.n_latents
+        linear = tuple((i + 1) / n for i in range(n))
+        cosine = tuple(0.5 * (1.0 - math.cos(math.pi * a)) for a in linear)
+        object.__setattr__(self, "alphas", {"linear": linear, "cosine": cosine, **self.alphas})
+        for name, values in self.alphas.items():
+            if len(values) != n:
+                raise ValueError(f"alphas.{name} has {len(values)} weights, must have one for each of {n} latents")
+        if self.schedule not in self.alphas:
+            raise ValueError(f"schedule is {none_of(self.schedule, self.alphas)}")
+        if self.runtime not in runtimes.NAMES:
+            raise ValueError(f"runtime is {none_of(self.runtime, runtimes.NAMES)}")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for i, name in enumerate(self.classes) if name in self.classes[:i])
+            raise ValueError(f"classes has {twice!r} twice")
 
     def effective_alphas(self, schedule: str | None = None) -> list[float]:
         """The n effective weights a_i = attenuation * alpha_i of a schedule (the default one)."""
         return [self.attenuation * alpha for alpha in self.alphas[schedule or self.schedule]]
 
     @classmethod
-    def read(cls, name_or_path: str | Path) -> "Recipe":
+    def read(cls, name_or_path: str | Path, **changes: Any) -> "Recipe":
         """A recipe by the name of a built-in one, or by the path of a YAML file.
+
+        Args:
+            changes: fields that replace the file's.
 
         Raises:
             RecipeError: naming the file and what is wrong in it.
         """
-        path = Path(name_or_path)
-        if path.suffix not in (".yaml", ".yml"):
-            path = RECIPES / f"{name_or_path}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise RecipeError(f"no recipe {str(name_or_path)!r}: give a YAML file or one of {known}")
+        path = _find(name_or_path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls._from(content)
-        except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RecipeError(f"{path}: {error}") from None
+            content = read_yaml(path)
+            if isinstance(content, dict):
+                content |= changes
+                if type(count := content.get("classes")) is int and 2 <= count <= 100_000:
+                    content["classes"] = [f"class {i}" for i in range(count)]
+            recipe = read_strict(cls, content, str(path))
+        except FieldError as error:
+            raise RecipeError(str(error)) from None
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
+        classifier = dataclasses.replace(recipe.classifier, file=_beside(path, recipe.classifier.file))
+        return dataclasses.replace(recipe, purifier=_beside(path, recipe.purifier), classifier=classifier)
 
-    @classmethod
-    def _from(cls, content: Any) -> "Recipe":
-        unknown = set(content) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown field {min(unknown)!r}")
-        classifier = content["classifier"]
-        for key in ("mean", "std"):
-            if key in classifier:
-                classifier[key] = tuple(float(v) for v in classifier[key])
-        content["classifier"] = ClassifierRecipe(**classifier)
-        names = content["classes"]
-        if isinstance(names, int):
-            names = [f"class {i}" for i in range(names)]
-        content["classes"] = tuple(str(c) for c in names)
-        n = int(content["n_latents"])
-        linear = [(i + 1) / n for i in range(n)]
-        cosine = [0.5 * (1.0 - math.cos(math.pi * a)) for a in linear]
-        content["alphas"] = {"linear": linear, "cosine": cosine, **content.get("alphas", {})}
-        for key in ("batch", "samples"):
-            if key in content:
-                content[key] = tuple(int(v) for v in content[key])
-        recipe = cls(**content)
-        recipe._check()
-        return recipe
 
-    def _check(self) -> None:
-        for name, values in self.alphas.items():
-            if len(values) != self.n_latents:
-                raise ValueError(f"alphas.{name} has {len(values)} weights for {self.n_latents} latents")
-            if not all(0.0 <= a * self.attenuation <= 1.0 for a in values):
-                raise ValueError(f"alphas.{name}: effective weights must lie in [0, 1]")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
-        if self.schedule not in self.alphas:
-            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(sorted(self.alphas))}")
-        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise ValueError("batch must be three rising numbers: min, opt, max")
-        if self.cpu_batch and not self.batch[0] <= self.cpu_batch <= self.batch[2]:
-            raise ValueError("cpu_batch must lie between the smallest and the largest batch")
-        if not 1 <= self.samples[0] <= self.samples[1]:
-            raise ValueError("samples must be two rising numbers: default, max")
-        if len(self.classes) < 2:
-            raise ValueError("classes must name at least two classes")
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    built_in = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    if str(name_or_path) in built_in:
+        return built_in[str(name_or_path)]
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        if path.exists():
+            return path
+        raise RecipeError(f"{path}: no such file")
+    raise RecipeError(f"no recipe {none_of(str(name_or_path), built_in)}, or a YAML file")
+
+
+def _beside(recipe: Path, file: Path | None) -> Path | None:
+    return None if file is None else (recipe.parent / file.expanduser()).resolve()

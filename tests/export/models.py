@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
-from mlvgm.recipe import ClassifierRecipe, Recipe
+from mlvgm.recipe import Batch, ClassifierRecipe, Recipe, Samples
 from mlvgm.vgg import VGG11
 
 CONFIG = NVAEConfig(
@@ -64,6 +64,6 @@ def recipe(blur: bool = False, input_noise_l2: float = 0.0) -> Recipe:
         attenuation=0.7,
         blur=blur,
         input_noise_l2=input_noise_l2,
-        batch=(1, 2, 4),
-        samples=(2, 8),
+        batch=Batch(1, 2, 4),
+        samples=Samples(2, 8),
     )

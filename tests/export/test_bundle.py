@@ -87,7 +87,10 @@ def test_a_value_that_is_not_finite_is_over_every_limit() -> None:
 
 
 def test_models_that_do_not_fit_the_recipe(tmp_path: Path) -> None:
-    for change, words in (({"image_size": 64}, "images are 64 px"), ({"n_latents": 4}, "has 4 latents")):
+    for change, words in (
+        ({"image_size": 64}, "images are 64 px"),
+        ({"n_latents": 4, "alphas": {}}, "has 4 latents"),
+    ):
         recipe = dataclasses.replace(models.recipe(), **change)
         with pytest.raises(ExportError, match=words):
             export_bundle(recipe, models.purifier(), models.classifier(), tmp_path / "tiny")

@@ -134,7 +134,7 @@ def test_every_graph_becomes_an_engine_of_half_precision(published: Published, t
         file = tmp_path / f"{stage.name}.onnx"
         trace(in_half(stage), file)
         begun = time.monotonic()
-        engine = build(file, tmp_path / "engines", Batch(*recipe.batch))
+        engine = build(file, tmp_path / "engines", Batch(recipe.batch.min, recipe.batch.opt, recipe.batch.max))
         share = json.loads(engine.with_suffix(".json").read_text())["half_share"]
         seconds, megabytes = time.monotonic() - begun, engine.stat().st_size / 1e6
         print(f"{published.recipe}, {stage.name}: {megabytes:.0f} MB in {seconds:.0f} s, half: {share:.1%}")

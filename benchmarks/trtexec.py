@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from handlers.errors import MlvgmError
 from handlers.manifest import Manifest, Stage
 
 PROGRAM = "trtexec"
 
 
-class TrtexecError(RuntimeError):
+class TrtexecError(MlvgmError):
     """``trtexec`` failed, or reported something else than times."""
 
 

@@ -1,5 +1,7 @@
 """The one exception that means: tell the user in a line, no traceback."""
 
+from handlers.errors import MlvgmError
 
-class CliError(Exception):
+
+class CliError(MlvgmError):
     """Something the user can mend; the message says what, and how."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from evaluation.progress import track
 from export.fold import fold_batch_norms
+from handlers.errors import MlvgmError
 from mlvgm.load import load_callable, load_classifier
 from mlvgm.recipe import Recipe
 
@@ -32,7 +33,7 @@ MARGIN = 0.01
 _CHUNK = 250
 
 
-class AttackError(RuntimeError):
+class AttackError(MlvgmError):
     """The attack cannot be run."""
 
 

@@ -16,6 +16,7 @@ from export.classifier import stage as classifier_stage
 from export.parity import END_TO_END, cut, relative_error, run_twin
 from export.stage import Stage
 from handlers import runtimes
+from handlers.errors import MlvgmError
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.runtimes import Engine
@@ -24,7 +25,7 @@ from mlvgm.purifier import Purifier
 Floats = NDArray[np.floating[Any]]
 
 
-class VerificationError(RuntimeError):
+class VerificationError(MlvgmError):
     """The models are not those that the bundle was made from."""
 
 

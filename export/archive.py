@@ -13,6 +13,7 @@ import yaml
 
 import handlers
 from handlers import runtimes
+from handlers.errors import MlvgmError
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.torchserve import BUNDLE
 
@@ -24,7 +25,7 @@ ROWS_ON_CPU = 16
 FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 
 
-class ArchiveError(RuntimeError):
+class ArchiveError(MlvgmError):
     """The archive cannot be built."""
 
 

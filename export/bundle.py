@@ -19,12 +19,13 @@ from export.precision import LIMITS, in_half
 from export.stage import Named, Stage
 from export.trace import TraceError, trace
 from handlers import manifest, runtimes
+from handlers.errors import MlvgmError
 from handlers.runtimes import built
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
 
-class ExportError(RuntimeError):
+class ExportError(MlvgmError):
     """A bundle cannot be made of these models."""
 
 

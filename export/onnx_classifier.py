@@ -11,10 +11,11 @@ from onnx import TensorProto, compose, helper, numpy_helper
 from torch import Tensor
 
 from export.stage import Stage
+from handlers.errors import MlvgmError
 from mlvgm.recipe import ClassifierRecipe
 
 
-class ClassifierError(ValueError):
+class ClassifierError(MlvgmError, ValueError):
     """An ONNX file cannot serve as the classifier."""
 
 

@@ -14,6 +14,7 @@ from export import memory
 from export.stage import Stage, as_tuple
 from export.trace import example
 from handlers import runtimes
+from handlers.errors import MlvgmError
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -24,7 +25,7 @@ END_TO_END = "end to end"
 _TWIN_ROWS = 4
 
 
-class ParityError(RuntimeError):
+class ParityError(MlvgmError):
     """An exported stage does not compute what its eager twin computes."""
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.stage import Named, Stage
+from handlers.errors import MlvgmError
 
 TRACE_BATCH = 7
 """An odd size that no other axis has, so that nothing is mistaken for the batch. Tracing computes nothing."""
@@ -17,7 +18,7 @@ EXTERNAL_BYTES = 1_500_000_000
 """Above this, weights go to a file of their own: one protocol-buffer file holds at most 2 GB."""
 
 
-class TraceError(RuntimeError):
+class TraceError(MlvgmError):
     """A stage cannot be traced, or its graph is not what was asked for."""
 
 

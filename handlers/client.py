@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from handlers.errors import MlvgmError
 
-class ServerError(RuntimeError):
+
+class ServerError(MlvgmError):
     """The server cannot be reached, or answered with an error; ``status`` is its HTTP status, 0 when it gave none."""
 
     def __init__(self, message: str, status: int = 0) -> None:

@@ -7,6 +7,8 @@ have no bound: 5 MB of profiles in a PNG of 8 x 8 pixels took Pillow 11 seconds.
 import re
 import struct
 
+from handlers.errors import MlvgmError
+
 MAX_PARTS = 10_000
 """Of one image; a PNG of 6 MB has about 800 chunks, a photograph with maps and profiles a few hundred segments."""
 
@@ -19,7 +21,7 @@ _JFIF, _EXIF, _ADOBE, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
 _EXIF_START = b"Exif\0\0"
 
 
-class DamagedError(ValueError):
+class DamagedError(MlvgmError, ValueError):
     """The parts of the image do not follow each other as its format wants it, or are too many."""
 
 

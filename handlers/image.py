@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from handlers.errors import MlvgmError
 from handlers.essentials import essentials
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -38,7 +39,7 @@ _BAND = 256  # rows
 Pixels = npt.NDArray[np.uint8]
 
 
-class ImageError(ValueError):
+class ImageError(MlvgmError, ValueError):
     """These bytes are not an image that can be answered; the message is ASCII and fit for the client."""
 
 

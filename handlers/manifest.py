@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from handlers.errors import MlvgmError
+
 FORMAT = 1
 FILE_NAME = "pipeline.json"
 
@@ -23,7 +25,7 @@ _DTYPES = ("float32", "float16", "int64", "int32", "uint8")
 T = TypeVar("T")
 
 
-class BundleError(ValueError):
+class BundleError(MlvgmError, ValueError):
     """A bundle cannot be used: missing, corrupt, altered, inconsistent, or of another version."""
 
 

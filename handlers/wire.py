@@ -5,11 +5,13 @@ import binascii
 import json
 from typing import Any
 
+from handlers.errors import MlvgmError
+
 MAX_JSON_PARTS = 250_000
 """Objects and lists in one body. Each costs memory many times the two bytes it takes to write one."""
 
 
-class RequestError(ValueError):
+class RequestError(MlvgmError, ValueError):
     """A request that cannot be answered as it stands; the message is ASCII and fit for the client."""
 
 

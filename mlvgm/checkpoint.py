@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handlers.errors import MlvgmError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(MlvgmError, ValueError):
     """A checkpoint cannot be used: not a checkpoint, unsafe, of another family, or with wrong tensors."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from handlers.errors import MlvgmError
 from handlers.manifest import Batch, Manifest
 from handlers.runtimes import built
 from handlers.runtimes.tensorrt import library
@@ -25,7 +26,7 @@ TARGETS = ("8.6", "8.9", "12.0")
 _PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
-class BuildError(RuntimeError):
+class BuildError(MlvgmError):
     """An engine cannot be built, or is not what was asked for."""
 
 

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from handlers.errors import MlvgmError
+
 # numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``; its
 # ``finite()`` tells, row by row, whether all of its numbers are.
 Array = Any
 
 
-class RuntimeMissing(RuntimeError):
+class RuntimeMissing(MlvgmError):
     """The wanted runtime does not exist, is not installed, or finds no device."""
 
 
-class EngineError(RuntimeError):
+class EngineError(MlvgmError):
     """An engine file cannot be loaded or run."""
 
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     import psutil  # type: ignore[import-untyped]
 
 PROJECT = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (PROJECT / "setup.cfg").is_file()
+"""Else this is an installed wheel, and `PROJECT` is site-packages."""
 DEPLOY = PROJECT / "deploy"
 STATE_VARIABLE = "MLVGM_STATE"
 PORTS = 5
 """Of one server: inference, management, metrics, and the two of gRPC."""
-INSTALL = "pip install 'mlvgm-serve[serve]'"
+INSTALL = "pip install torchserve==0.12.0 torch-model-archiver==0.12.0"
 
 _MAIN_CLASS = "org.pytorch.serve.ModelServer"
 _SOCKET_PATH_LIMIT = 90  # the workers' sockets lie below this folder, and a socket's path has 107 bytes at most
@@ -42,12 +44,13 @@ class Server:
 
     Args:
         port: of inference, the first of `PORTS`.
-        state: where the servers' folders lie; None takes $MLVGM_STATE, else ``build/serve`` of the project.
+        state: where the servers' folders lie; None takes $MLVGM_STATE, else ``build/serve`` of the checkout, or of an
+            installed wheel the folder ``mlvgm`` below $XDG_STATE_HOME.
     """
 
     def __init__(self, port: int = 8080, state: str | Path | None = None) -> None:
         self.port = port
-        parent = Path(state or os.environ.get(STATE_VARIABLE) or PROJECT / "build" / "serve")
+        parent = Path(state or os.environ.get(STATE_VARIABLE) or _default_state())
         self.folder = parent.absolute() / str(port)
 
     @property
@@ -157,8 +160,6 @@ class Server:
         """Everything that would make TorchServe fail without saying so."""
         if importlib.util.find_spec("ts") is None:
             raise CliError(f"TorchServe is not installed: {INSTALL}")
-        if missing := missing_settings():
-            raise CliError(f"{DEPLOY} lacks {', '.join(missing)}: serve from a checkout (pip install -e .)")
         if self.process():
             raise CliError(f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}")
         for port in self.ports:
@@ -301,9 +302,10 @@ def model_name(archive: Path) -> str:
         ) from None
 
 
-def missing_settings() -> list[str]:
-    """TorchServe's settings that are not where they should be, in `DEPLOY`."""
-    return [name for name in ("config.properties", "log4j2.xml", "metrics.yaml") if not (DEPLOY / name).is_file()]
+def _default_state() -> Path:
+    if IN_CHECKOUT:
+        return PROJECT / "build" / "serve"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mlvgm"
 
 
 def free_ports(count: int) -> int:

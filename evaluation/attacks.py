@@ -263,7 +263,7 @@ def _foolbox() -> Any:
     try:
         return importlib.import_module("foolbox")
     except ImportError:
-        raise AttackError("foolbox is not installed: pip install 'mlvgm-serve[attack]'") from None
+        raise AttackError("foolbox is not installed: pip install foolbox") from None
 
 
 def _key(classifier: nn.Module, method: Method) -> str:

@@ -123,7 +123,7 @@ def _check(settings: Settings) -> None:
     if settings.batch_delay_ms < 1:
         raise ArchiveError("the batch delay must be 1 ms or more: TorchServe takes 0 for its default of 100 ms")
     if importlib.util.find_spec("model_archiver") is None:
-        raise ArchiveError("torch-model-archiver is not installed: pip install 'mlvgm-serve[serve]'")
+        raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver==0.12.0")
 
 
 def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:

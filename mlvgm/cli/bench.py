@@ -2,7 +2,10 @@
 
 import argparse
 import importlib
-import importlib.util
+import sys
+
+from deploy.errors import CliError
+from deploy.server import IN_CHECKOUT, PROJECT
 
 SUBJECTS = ("stages", "server", "trtexec")
 
@@ -15,16 +18,24 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description="Measure on this machine. Every report says what it was measured on.",
         epilog="Example: mlvgm bench stages --recipe road-signs --json build/stages.json",
     )
+    if not IN_CHECKOUT:
+        parser.add_argument("subject", nargs=argparse.REMAINDER, help="in a checkout: " + ", ".join(SUBJECTS))
+        return
     subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
     for subject in SUBJECTS:
-        if importlib.util.find_spec(f"mlvgm.cli.bench_{subject}") is None:
-            continue
         module = importlib.import_module(f"mlvgm.cli.bench_{subject}")
         module.add_parser(subjects)
         subjects.choices[subject].set_defaults(subject=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for."""
+    """Measure what was asked for.
+
+    Raises:
+        CliError: the benchmarks are not here, for a wheel does not hold them.
+    """
+    if not IN_CHECKOUT:
+        raise CliError("the benchmarks are not in the wheel: run this in a checkout, after pip install -e .")
+    sys.path.append(str(PROJECT))  # where the folder benchmarks lies; it is not installed
     code: int = args.subject(args)
     return code

@@ -24,7 +24,6 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Print the lines or run them, print the table, and write the report."""
-    # Beside the bundle, not inside: what is in a bundle is sealed.
     from benchmarks import trtexec
     from evaluation import machine
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.errors import CliError
 from deploy.java import find_java
-from deploy.server import DEPLOY, INSTALL, Server, grey_png, missing_settings, model_name, port_is_taken
+from deploy.server import INSTALL, Server, grey_png, model_name, port_is_taken
 from handlers import runtimes
 from handlers.client import ServerError
 
@@ -59,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
         *(partial(_package, name, oldest, f"pip install '{name}>={oldest}'") for name, oldest in _NEEDED.items()),
         _runtimes,
         _gpu,
-        _settings,
         lambda: _store(arguments.model_store),
         lambda: _folder(server),
         lambda: _disk(server, arguments.model_store),
@@ -118,18 +117,13 @@ def _gpu() -> Finding:
         return Finding("GPU", "no NVIDIA driver: the CPU computes")
     driver = f"NVIDIA driver {version[1] if version else 'of unknown version'}"
     if not set(runtimes.installed()) - set(runtimes.ON_CPU):
-        return Finding("GPU", f"{driver}, but no runtime for it", "pip install 'mlvgm-serve[gpu]'", is_warning=True)
+        cure = "pip install torch tensorrt, or onnxruntime-gpu instead of onnxruntime"
+        return Finding("GPU", f"{driver}, but no runtime for it", cure, is_warning=True)
     usable = [name for name in runtimes.available() if name not in runtimes.ON_CPU]
     if not usable:
         cure = "let this machine have the GPU's devices: a container needs --gpus all"
         return Finding("GPU", f"{driver}, but no device in /dev", cure, is_warning=True)
     return Finding("GPU", f"{driver}; for {', '.join(usable)}")
-
-
-def _settings() -> Finding:
-    missing = missing_settings()
-    cure = f"serve from a checkout: {DEPLOY} lacks {', '.join(missing)}" if missing else ""
-    return Finding("settings", str(DEPLOY), cure)
 
 
 def _store(store: Path) -> Finding:

@@ -2,8 +2,9 @@
 
 import argparse
 import importlib
-import importlib.util
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -21,13 +22,18 @@ VERBS = {
     "tune": "learn the interpolation weights",
     "doctor": "check what serving needs, and say how to cure what fails",
 }
+DISTRIBUTION = "mlvgm-serve"
 _OWN_PACKAGES = ("mlvgm", "export", "handlers", "deploy", "evaluation", "benchmarks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code: 0 done, 1 the verb's own "no", 2 for the user to mend, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser(words).parse_args(words)
+    parser = _parser(words)
+    if not words:
+        parser.print_help()
+        return 0
+    parsed = parser.parse_args(words)
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
@@ -38,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (line := _how_to_install(error)):
+            print(f"mlvgm {words[0]}: {line}", file=sys.stderr)
+            return 2
         if not _is_for_the_user(error):
             raise
         print(f"mlvgm {words[0]}: {_one_line(error)}", file=sys.stderr)
@@ -51,10 +60,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         description="Adversarial purification in front of an image classifier.",
         epilog="Example: mlvgm serve, then mlvgm predict sign.png. Each verb has its own --help.",
     )
+    parser.add_argument("--version", action="version", version=f"mlvgm-serve {_version()}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        if importlib.util.find_spec(f"mlvgm.cli.{verb}") is None:
-            continue
         if words and words[0] == verb:
             module = importlib.import_module(f"mlvgm.cli.{verb}")
             module.add_parser(verbs)
@@ -67,6 +75,28 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 def _is_for_the_user(error: Exception) -> bool:
     """The project's own exceptions are written for the user, and so are the system's about files and ports."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _OWN_PACKAGES
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _how_to_install(error: ModuleNotFoundError) -> str | None:
+    """What a verb lacks, and the cure; None where a part of an installed package is missing, which is our own bug."""
+    package = error.name
+    if not package or "." in package:
+        return None
+    if package in _OWN_PACKAGES:
+        return f"{package} is not in this installation: use a checkout or the wheel"
+    try:
+        known = [line.partition(";")[0].strip() for line in importlib.metadata.requires(DISTRIBUTION) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        known = []
+    wanted = next((line for line in known if re.split(r"[^\w-]", line)[0] == package), package)
+    return f"{package} is not installed: pip install '{wanted}'"
 
 
 def _one_line(error: Exception) -> str:

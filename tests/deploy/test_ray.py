@@ -17,7 +17,7 @@ from deploy.server import PROJECT
 from tests import bundles
 from tests.machine import free_port
 
-ray = pytest.importorskip("ray", reason="needs Ray: pip install 'mlvgm-serve[scale]'")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[scale]'")
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.server
 

@@ -9,7 +9,7 @@ from deploy.server import PROJECT
 from handlers.image import decode
 from tests.handlers.hostile import little_png
 
-pytest.importorskip("atheris", reason="needs atheris: pip install 'mlvgm-serve[fuzz]'")
+pytest.importorskip("atheris", reason="needs atheris: pip install '.[fuzz]'")
 
 
 @pytest.mark.parametrize("target", ["request", "image"])

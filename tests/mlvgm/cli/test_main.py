@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ from deploy.errors import CliError
 from mlvgm.cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[3]
-PRESENT = [verb for verb in VERBS if (ROOT / "mlvgm" / "cli" / f"{verb}.py").exists()]
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,11 +16,22 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert {"archive", "serve", "predict", "doctor"} <= set(PRESENT)
-    assert all(f"\n    {verb} " in text for verb in PRESENT)
+    assert all(f"\n    {verb} " in text for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", PRESENT)
+def test_alone_it_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")} == set(VERBS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(r"mlvgm-serve \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -46,7 +57,7 @@ main({words!r})
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [[], ["frobnicate"], ["predict"], ["serve", "--port", "many"]])
+@pytest.mark.parametrize("words", [["frobnicate"], ["predict"], ["serve", "--port", "many"]])
 def test_wrong_words_end_with_usage_and_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -86,6 +97,19 @@ def run_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         run_with(ZeroDivisionError(), monkeypatch)
+
+
+def test_a_missing_library_is_named_with_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("nosuch", "foolbox", "evaluation"):
+        assert run_with(ModuleNotFoundError("gone", name=package), monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0] == "mlvgm doctor: nosuch is not installed: pip install 'nosuch'"
+    assert error[1].startswith("mlvgm doctor: foolbox is not installed: pip install 'foolbox>=")
+    assert error[2].startswith("mlvgm doctor: evaluation is not in this installation")
+    with pytest.raises(ModuleNotFoundError):
+        run_with(ModuleNotFoundError("our own slip", name="handlers.nosuch"), monkeypatch)
 
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:

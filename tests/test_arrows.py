@@ -1,0 +1,62 @@
+"""Which folder may import which: what runs in production needs nothing of what measures or commands it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "handlers": {"handlers"},
+    "mlvgm": {"mlvgm"},
+    "export": {"export", "mlvgm", "handlers"},
+    "deploy": {"deploy", "handlers"},
+    "evaluation": {"evaluation", "export", "mlvgm", "handlers"},
+    "benchmarks": {"benchmarks", "evaluation", "deploy", "export", "mlvgm", "handlers"},
+    "mlvgm/cli": {"mlvgm/cli", "benchmarks", "evaluation", "deploy", "export", "mlvgm", "handlers"},
+}
+OURS = set(MAY_IMPORT) | {"tests"}
+
+
+def folder_of(module: str) -> str:
+    """ "mlvgm/cli" or the top-level package."""
+    return "mlvgm/cli" if f"{module}.".startswith("mlvgm.cli.") else module.partition(".")[0]
+
+
+def imported(source: str) -> Iterator[str]:
+    """Full names of what a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(folder: str) -> list[Path]:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    own = [path for path in paths if "stand-in" not in path.parts]
+    return [path for path in own if folder != "mlvgm" or path.relative_to(ROOT).parts[1] not in ("cli", "__main__.py")]
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_what_it_may(folder: str) -> None:
+    paths = modules(folder)
+    assert len(paths) >= 4
+    for path in paths:
+        found = {folder_of(name) for name in imported(path.read_text(encoding="utf-8"))} & OURS
+        assert found <= MAY_IMPORT[folder], f"{path} imports {found - MAY_IMPORT[folder]}"
+
+
+def test_arrows_do_not_go_round() -> None:
+    for folder, others in MAY_IMPORT.items():
+        assert all(folder not in MAY_IMPORT[other] for other in others - {folder})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import mlvgm.cli.main", "from mlvgm import cli", "from mlvgm.cli import main", "def f():\n  import mlvgm.cli"],
+)
+def test_every_way_to_import_is_seen(line: str) -> None:
+    assert [folder_of(name) for name in imported(line)] == ["mlvgm/cli"]

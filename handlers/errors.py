@@ -4,7 +4,8 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     FieldError              a YAML or JSON file: a field is unknown, missing, or holds what it must not
     RecipeError             no such recipe, or a field of it is wrong
     CheckpointError         a checkpoint cannot be used
-    ClassifierError         an ONNX classifier cannot be used
+    ModelError              there is no model of this name, or a callable gives none
+    ClassifierError         a classifier is not what a pipeline can use
     TraceError              a stage cannot be traced to a graph
     ParityError             an exported stage is further from PyTorch than its precision allows
     ExportError             the models do not fit the recipe, or the bundle has no place

@@ -1,6 +1,8 @@
 """Reading checkpoint files: no pickled code is ever run, and every fault is one sentence that names file and key."""
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,65 @@ from torch import Tensor, nn
 
 from handlers.errors import MlvgmError
 
+Tensors = Mapping[Any, Any]
+
+CHECKPOINT, SAFETENSORS = "a PyTorch checkpoint", "a safetensors file"
+
+_KINDS: tuple[tuple[str, str], ...] = (  # how a file begins, and what it is then
+    (r"\Z", "empty: a download or a copy that was cut off"),
+    (r"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: run git lfs pull"),
+    (r"\s*<", "a web page (HTML), not the file: most likely a page to sign in or to confirm a download"),
+    (r"PK\x03\x04|\x80[\x01-\x05]", CHECKPOINT),
+    (r".{4}\x00{4}\{", SAFETENSORS),
+    (r"\x89HDF", "an HDF5 file, as Keras writes it"),
+    (r"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "compressed: unpack it first"),
+    (r"\s*[\[{]", "JSON text, most likely a server's error in the place of a download"),
+)
+
 
 class CheckpointError(MlvgmError, ValueError):
     """A checkpoint cannot be used: not a checkpoint, unsafe, of another family, or with wrong tensors."""
 
 
+def kind_of(path: Path) -> str:
+    """What the first bytes of a file say that it is, as the end of "This file is ..."; "" where they say nothing.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(512).decode("latin-1")
+    return next((kind for pattern, kind in _KINDS if re.match(pattern, start, re.DOTALL)), "")
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that ``torch.save`` wrote to ``path``, on the CPU, read with ``weights_only=True``.
 
-    A ``.safetensors`` file gives the same layout: its tensors under ``state_dict``, its metadata (JSON) beside them.
+    A safetensors file gives the same layout: its tensors under ``state_dict``, its metadata beside them, parsed where
+    it is JSON.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: not a checkpoint of plain tensors: it needs pickled code, which is never run, "
-                "or is no PyTorch file at all"
-            ) from None
-        raise CheckpointError(f"{path}: truncated or not a PyTorch checkpoint") from None
+        if not path.is_file():
+            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        kind = kind_of(path)
+    except (OSError, ValueError) as error:  # ValueError: no file system takes such a name
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from None
+    if kind == SAFETENSORS or (path.suffix == ".safetensors" and kind in ("", CHECKPOINT)):
+        return _read_safetensors(path)
+    if kind not in ("", CHECKPOINT):
+        raise CheckpointError(f"{path}: is {kind}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # of any class: what is read was written by a stranger
+        raise CheckpointError(f"{path}: {_reason(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a checkpoint is a dict; this file holds a {type(content).__name__}")
     return content
@@ -45,12 +79,80 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def entry(checkpoint: Mapping[str, Any], key: str, path: str | Path) -> Any:
     """``checkpoint[key]``, or a clear error that lists what the file holds instead."""
     if key not in checkpoint:
-        held = ", ".join(repr(k) for k in list(checkpoint)[:4]) or "nothing"
-        raise CheckpointError(f"{path}: has no entry {key!r} (it holds {held}): is it of another family?")
+        raise CheckpointError(f"{path}: has no entry {key!r} ({_held(checkpoint)}): is it of another family?")
     return checkpoint[key]
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Any], path: str | Path) -> None:
+def read_mapping(checkpoint: Mapping[str, Any], key: str, path: str | Path) -> Mapping[str, Any]:
+    """An entry of a checkpoint that has to be a dict: the options or the weights."""
+    value = entry(checkpoint, key, path)
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a dict")
+    return value
+
+
+def read_option(opts: Mapping[str, Any], key: str, kind: type, path: str | Path, default: Any = None) -> Any:
+    """A training option of a given type; without a ``default`` it has to be there."""
+    value = opts.get(key, default)
+    if type(value) is not kind:
+        raise CheckpointError(f"{path}: option {key!r} should be a {kind.__name__}, not {value!r:.80}")
+    return value
+
+
+def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path, key: str = "state_dict") -> Tensors:
+    """The weights of a model that has a tensor named ``known``, under the model's own names.
+
+    They stand under ``key``, under any other one, or are the whole file; their names may have what wrappers put there:
+    ``module.`` (data parallel), ``model.`` (Lightning), ``_orig_mod.`` (torch.compile), or any other common prefix.
+
+    Raises:
+        CheckpointError: there are none, or several that fit.
+    """
+    entries = {k: v for k, v in {**checkpoint, "the file itself": checkpoint}.items() if isinstance(v, Mapping)}
+    found = {k: own for k, v in entries.items() if (own := unwrapped(v, known)) is not None}
+    if key in found or len(found) == 1:
+        return found.get(key) or next(iter(found.values()))
+    if found:
+        names = " and ".join(map(repr, found))
+        raise CheckpointError(f"{path}: has weights under {names}: keep those that you want under {key!r}")
+    tensors = entries.get(key) or read_mapping(checkpoint, key, path)
+    alike = next((k for k in tensors if isinstance(k, str) and k.endswith(f".{known}")), None)
+    held = f"it has {alike!r}, beside tensors without that prefix" if alike else _held(tensors)
+    raise CheckpointError(f"{path}: tensor {known!r} is missing ({held}): is it of another architecture?")
+
+
+def unwrapped(tensors: Tensors, known: str) -> Tensors | None:
+    """``tensors`` without what wrappers put into their names, so that one is ``known``; None if none can be."""
+    for wrapper in (None, "_orig_mod", "module"):
+        named = {_without(name, wrapper): value for name, value in tensors.items()}
+        if len(named) < len(tensors):
+            continue
+        if known in named:
+            return named
+        for name in named:
+            prefix = name.removesuffix(known) if isinstance(name, str) and name.endswith(f".{known}") else ""
+            if prefix and all(isinstance(n, str) and n.startswith(prefix) for n in named):
+                return {n.removeprefix(prefix): value for n, value in named.items()}
+    return None
+
+
+def width(tensors: Tensors, key: str, axis: int, published: int, path: str | Path) -> int:
+    """Size of one axis of a tensor, if it is a narrower version of the ``published`` one; else the published size.
+
+    Wrong tensors thus meet the published shape, and the loader's comparison names them.
+
+    Raises:
+        CheckpointError: there is no such tensor.
+    """
+    if key not in tensors:
+        raise CheckpointError(f"{path}: tensor {key!r} is missing")
+    value = tensors[key]
+    if isinstance(value, Tensor) and value.ndim > axis and 0 < value.shape[axis] < published:
+        return value.shape[axis]
+    return published
+
+
+def load_tensors(module: nn.Module, tensors: Tensors, path: str | Path) -> None:
     """Fill every parameter and buffer of ``module`` from ``tensors``: none missing, none left over.
 
     Raises:
@@ -65,20 +167,39 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Any], path: str | Path
         given = tensors[key]
         if not isinstance(given, Tensor):
             raise CheckpointError(f"{path}: {key!r} is a {type(given).__name__}, not a tensor")
-        if given.layout is not torch.strided or given.is_meta:
+        if given.layout is not torch.strided or given.is_meta or given.is_quantized or given.is_nested:
             raise CheckpointError(f"{path}: {key!r} is no ordinary tensor with values")
         if given.shape != value.shape:
             raise CheckpointError(f"{path}: {key!r} has shape {tuple(given.shape)}, expected {tuple(value.shape)}")
         if given.is_floating_point() != value.is_floating_point():
             raise CheckpointError(f"{path}: {key!r} has type {given.dtype}, expected {value.dtype}")
-        if given.is_floating_point() and not torch.isfinite(given).all():
-            raise CheckpointError(f"{path}: {key!r} holds NaN or infinite values")
     for key in tensors:
         if key not in own:
             raise CheckpointError(f"{path}: unexpected tensor {key!r}")
-    # Cloned: the tensors may be a memory map of a file that somebody overwrites later.
-    cast = {key: tensors[key].to(value.dtype, copy=True) for key, value in own.items()}
+    # Copied: the tensors may be a memory map of a file that somebody overwrites later.
+    cast = {key: _cast(tensors[key], key, value.dtype, path) for key, value in own.items()}
     module.load_state_dict(cast, strict=True, assign=True)
+
+
+def _cast(tensor: Tensor, key: str, dtype: torch.dtype, path: str | Path) -> Tensor:
+    try:
+        cast = tensor.to(dtype, copy=True)
+    except RuntimeError as error:  # of types that PyTorch can hold but not convert
+        raise CheckpointError(f"{path}: {key!r} has type {tensor.dtype}: {_first_line(error)}") from None
+    if cast.is_floating_point() and not torch.isfinite(cast).all():
+        raise CheckpointError(f"{path}: {key!r} holds values that are NaN, infinite, or too large for {dtype}")
+    return cast
+
+
+def _without(name: Any, component: str | None) -> Any:
+    """A tensor's name without the parts that are ``component``."""
+    if component is None or not isinstance(name, str):
+        return name
+    return ".".join(part for part in name.split(".") if part != component)
+
+
+def _held(entries: Mapping[Any, Any]) -> str:
+    return f"it holds {', '.join(f'{key!r:.80}' for key in list(entries)[:4]) or 'nothing'}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -86,11 +207,36 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            metadata = {key: _parsed(value) for key, value in (file.metadata() or {}).items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return {**metadata, "state_dict": tensors}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({_first_line(error)})") from None
+
+
+def _parsed(text: str) -> Any:
+    """What JSON there is in ``text``, or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _reason(error: Exception) -> str:
+    """Why PyTorch does not load a file; its own words are a page of advice that nobody should follow."""
+    text = str(error)
+    if names := re.findall(r"GLOBAL (\S+)", text):
+        cure = "save the weights alone: torch.save(model.state_dict(), FILE)"
+        return f"not a checkpoint of plain tensors: it holds {names[0]}, pickled code, which is never run; {cure}"
+    if "TorchScript" in text:
+        return "a TorchScript archive, which holds code beside the weights: save model.state_dict() instead"
+    if "weights_only" in text or "Unsupported" in text:
+        return "not a checkpoint of plain tensors: it needs pickled code, which is never run"
+    return f"truncated or not a PyTorch checkpoint ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _is_zip(path: Path) -> bool:

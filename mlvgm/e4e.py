@@ -6,17 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint
-from mlvgm.irse import Pyramid, Widths, widths_like
-from mlvgm.stylegan2 import (
-    EqualLinear,
-    StyleGan2Purifier,
-    generator_like,
-    read_latent_avg,
+from mlvgm.checkpoint import (
+    CheckpointError,
+    find_weights,
+    load_tensors,
+    read_checkpoint,
     read_mapping,
     read_option,
-    read_size,
 )
+from mlvgm.irse import Pyramid, Widths, widths_like
+from mlvgm.stylegan2 import EqualLinear, StyleGan2Purifier, generator_like, read_latent_avg, read_size
 
 IMAGE_SIZE = 256
 COARSE, MIDDLE = 3, 7  # rows below 3 read the coarse map, rows below 7 the medium one, the others the fine one
@@ -80,7 +79,8 @@ def read_e4e(path: str | Path) -> E4ePurifier:
         CheckpointError: naming the file and the first key or option that is missing or wrong.
     """
     checkpoint = read_checkpoint(path)
-    opts, tensors = read_mapping(checkpoint, "opts", path), read_mapping(checkpoint, "state_dict", path)
+    opts = read_mapping(checkpoint, "opts", path)
+    tensors = find_weights(checkpoint, "decoder.input.input", path)
     if (kind := read_option(opts, "encoder_type", str, path)) != "Encoder4Editing":
         raise CheckpointError(f"{path}: option 'encoder_type' is {kind!r:.80}; only 'Encoder4Editing' is known")
     size = read_size(opts, "stylegan_size", path)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.stylegan2 import width
+from mlvgm.checkpoint import width
 
 STAGES = (3, 4, 14, 3)  # units per stage; the first of each halves the image
 REDUCTION = 16

@@ -1,12 +1,17 @@
 """Loading models by name: purifiers, classifiers, and the default model that is shipped."""
 
 import importlib
+import inspect
+import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from handlers.errors import MlvgmError
 from mlvgm.e4e import read_e4e
 from mlvgm.nvae import read_nvae
 from mlvgm.purifier import Purifier
@@ -20,6 +25,10 @@ CLASSIFIERS: dict[str, Callable[[str | Path, int], nn.Module]] = {
     "resnext50": read_resnext50,
     "vgg11": read_vgg11,
 }
+
+
+class ModelError(MlvgmError, ValueError):
+    """There is no model of this name, or a callable gives none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ def load_purifier(family: str, path: str | Path, temperature: float = 0.6) -> Pu
 
     Raises:
         CheckpointError: the file cannot be used; the message names the file and the first offending key.
-        ValueError: unknown family.
+        ModelError: unknown family.
     """
     if family == "nvae":
         return read_nvae(path, temperature)
@@ -50,7 +59,7 @@ def load_purifier(family: str, path: str | Path, temperature: float = 0.6) -> Pu
         return read_e4e(path)
     if family == "style_transformer":
         return read_style_transformer(path)
-    raise ValueError(f"unknown family {family!r}: one of e4e, style_transformer, nvae")
+    raise ModelError(f"unknown family {family!r}: one of e4e, style_transformer, nvae")
 
 
 def load_classifier(architecture: str, path: str | Path, n_classes: int) -> nn.Module:
@@ -63,27 +72,62 @@ def load_classifier(architecture: str, path: str | Path, n_classes: int) -> nn.M
 
     Raises:
         CheckpointError: the file cannot be used; the message names the file and the first offending key.
-        ValueError: unknown architecture.
+        ModelError: unknown architecture.
     """
     if architecture not in CLASSIFIERS:
-        raise ValueError(f"unknown classifier {architecture!r}: one of {', '.join(CLASSIFIERS)}")
+        raise ModelError(f"unknown classifier {architecture!r}: one of {', '.join(CLASSIFIERS)}")
     return CLASSIFIERS[architecture](path, n_classes)
 
 
 def load_callable(reference: str) -> nn.Module:
     """The module that the Python callable ``package.module:function`` returns, in eval mode.
 
+    It is looked for on the Python path and in the current folder.
+
     Raises:
-        ValueError: there is no such callable, or it returns something else.
+        ModelError: there is no such callable, it raises, wants arguments, or returns something else.
     """
-    module, _, function = reference.partition(":")
+    where, colon, name = reference.partition(":")
+    if not colon:
+        parent, _, last = reference.rpartition(".")
+        hint = f": did you mean {parent}:{last}?" if parent else ""
+        raise ModelError(f"classifier {reference!r} is no module:function{hint}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
-        result = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"classifier {reference!r} cannot be called: {error}") from None
+        found = operator.attrgetter(name)(importlib.import_module(where))
+        if isinstance(found, nn.Module):
+            return _ready(found, reference)
+        inspect.signature(found).bind()
+    except ModuleNotFoundError as error:
+        missing, own = str(error.name), f"{where}.".startswith(f"{error.name}.")
+        cure = f"set PYTHONPATH to the folder that has it, or run from there (this is {here})" if own else "install it"
+        raise ModelError(f"classifier {reference!r}: there is no module {missing!r}: {cure}") from None
+    except AttributeError as error:
+        raise ModelError(f"classifier {reference!r}: {_one_line(error)}") from None
+    except TypeError as error:  # of `signature` and `bind`: no callable, or one that wants an argument
+        raise ModelError(f"classifier {reference!r} must be a function without arguments: {_one_line(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"classifier {reference!r}: importing it raised {_one_line(error)}") from None
+    try:
+        result = found()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"classifier {reference!r} raised {_one_line(error)}") from None
     if not isinstance(result, nn.Module):
-        raise ValueError(f"classifier {reference!r} returned a {type(result).__name__}, not a torch.nn.Module")
-    return result.eval().requires_grad_(False)
+        raise ModelError(f"classifier {reference!r} returned a {type(result).__name__}, not a torch.nn.Module")
+    return _ready(result, reference)
+
+
+def _ready(module: nn.Module, reference: str) -> nn.Module:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise ModelError(
+            f"classifier {reference!r} is TorchScript, which cannot be traced: return the module it was made of"
+        )
+    return module.eval().requires_grad_(False)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_default(name: str = "road-signs") -> Default:
@@ -91,11 +135,11 @@ def load_default(name: str = "road-signs") -> Default:
 
     Raises:
         RecipeError: there is no such recipe.
-        ValueError: the recipe ships no weights.
+        ModelError: the recipe ships no weights.
     """
     recipe = Recipe.read(name)
     if recipe.purifier is None or recipe.classifier.file is None:
-        raise ValueError(f"the recipe {name!r} ships no weights: load them with load_purifier and load_classifier")
+        raise ModelError(f"the recipe {name!r} ships no weights: load them with load_purifier and load_classifier")
     purifier = load_purifier(recipe.family, recipe.purifier, recipe.temperature)
     classifier = load_classifier(recipe.classifier.architecture, recipe.classifier.file, len(recipe.classes))
     return Default(purifier, classifier, recipe.effective_alphas(), recipe)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint
+from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint, unwrapped
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae_cells import (
     DecoderCombiner,
@@ -104,10 +104,13 @@ class NVAEConfig:
 
     def check(self) -> None:
         """Raises ValueError for a shape that cannot be built (or is too large to be meant)."""
-        counts = (self.cells_per_group, self.latent_channels, self.channels, self.blocks, self.cells_per_block)
+        sizes = (self.resolution, self.mixtures, self.expansion, self.latent_channels, self.channels)
+        counts = (self.cells_per_group, self.blocks, self.cells_per_block)
         sane = (
-            all(0 < n <= 4096 for n in (self.resolution, self.mixtures, self.expansion, *counts, *self.groups))
-            and 0 <= self.flow_cells <= 64
+            all(0 < n <= 4096 for n in sizes)
+            and all(0 < n <= 16 for n in counts)
+            and all(0 < n <= 64 for n in self.groups)
+            and 0 <= self.flow_cells <= 16
             and self.kernel % 2 == 1
             and 0 < len(self.groups) <= 8
             and self.side(0) << (self.blocks + len(self.groups) - 1) == self.resolution
@@ -273,8 +276,11 @@ def read_nvae(path: str | Path, temperature: float = 0.6) -> NVAEPurifier:
     plain = Path(path).suffix == ".safetensors"
     weights = entry(checkpoint, "state_dict" if plain else f"state_dict_temp={temperature}", path)
     try:
-        network = NVAE(NVAEConfig.from_checkpoint(configuration))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: the entry 'configuration' describes no NVAE ({error!r})") from None
+        with torch.device("meta"):  # the file's own tensors take the place of these
+            network = NVAE(NVAEConfig.from_checkpoint(configuration))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: the entry 'configuration' describes no NVAE ({error!r:.200})") from None
+    if isinstance(weights, Mapping):
+        weights = unwrapped(weights, "const_prior") or weights
     load_tensors(network, weights, path)
     return NVAEPurifier(network, temperature).eval().requires_grad_(False)

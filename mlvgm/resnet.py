@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import load_tensors, read_checkpoint
-from mlvgm.stylegan2 import read_mapping, width
+from mlvgm.checkpoint import find_weights, load_tensors, read_checkpoint, width
 
 BLOCKS = (3, 4, 6, 3)
 EXPANSION = 4
@@ -102,7 +101,7 @@ def read_resnext50(path: str | Path, n_classes: int) -> ResNetClassifier:
 
 
 def _read(path: str | Path, n_classes: int, groups: int) -> ResNetClassifier:
-    tensors = read_mapping(read_checkpoint(path), "state_dict", path)
+    tensors = find_weights(read_checkpoint(path), "model.conv1.weight", path)
     stem = width(tensors, "model.conv1.weight", 0, 64, path)
     if 2 * stem % groups:
         stem = 64

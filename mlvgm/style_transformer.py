@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint
-from mlvgm.irse import Pyramid, Widths, widths_like
-from mlvgm.stylegan2 import (
-    StyleGan2Purifier,
-    generator_like,
-    read_latent_avg,
+from mlvgm.checkpoint import (
+    CheckpointError,
+    find_weights,
+    load_tensors,
+    read_checkpoint,
     read_mapping,
     read_option,
-    read_size,
     width,
 )
+from mlvgm.irse import Pyramid, Widths, widths_like
+from mlvgm.stylegan2 import StyleGan2Purifier, generator_like, read_latent_avg, read_size
 
 IMAGE_SIZE = 128
 CANVAS = 256  # side of the square that the encoder's crop and the generator's image are cut from
@@ -101,7 +101,8 @@ def read_style_transformer(path: str | Path) -> StyleTransformerPurifier:
         CheckpointError: naming the file and the first key or option that is missing or wrong.
     """
     checkpoint = read_checkpoint(path)
-    opts, tensors = read_mapping(checkpoint, "opts", path), read_mapping(checkpoint, "state_dict", path)
+    opts = read_mapping(checkpoint, "opts", path)
+    tensors = find_weights(checkpoint, "decoder.module.input.input", path)
     if read_option(opts, "learn_in_w", bool, path, default=False):
         raise CheckpointError(f"{path}: option 'learn_in_w' is on: only encoders into W+ are known")
     pairs = sum(f"decoder.module.to_rgbs.{i}.bias" in tensors for i in range(8))

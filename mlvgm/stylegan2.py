@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, entry, load_tensors
+from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_option, width
 from mlvgm.purifier import Purified, Purifier
 
 EPSILON = 1e-8
@@ -267,22 +267,6 @@ class StyleGan2Purifier(Purifier):
         return Purified(self.decode(mixed), codes.unbind(dim=1), mixed.unbind(dim=1))
 
 
-def width(tensors: Mapping[str, Any], key: str, axis: int, published: int, path: str | Path) -> int:
-    """Size of one axis of a tensor, if it is a narrower version of the ``published`` one; else the published size.
-
-    Wrong tensors thus meet the published shape, and the loader's comparison names them.
-
-    Raises:
-        CheckpointError: there is no such tensor.
-    """
-    if key not in tensors:
-        raise CheckpointError(f"{path}: tensor {key!r} is missing")
-    value = tensors[key]
-    if isinstance(value, Tensor) and value.ndim > axis and 0 < value.shape[axis] < published:
-        return value.shape[axis]
-    return published
-
-
 def generator_like(tensors: Mapping[str, Any], prefix: str, size: int, path: str | Path) -> Generator:
     """A generator of ``size`` with the widths found in ``tensors`` (its weights are not loaded)."""
     style_dim = width(tensors, f"{prefix}style.1.weight", 1, STYLE_DIM, path)
@@ -290,22 +274,6 @@ def generator_like(tensors: Mapping[str, Any], prefix: str, size: int, path: str
     for i, published in enumerate(PUBLISHED_CHANNELS[1 : size.bit_length() - 2]):
         channels.append(width(tensors, f"{prefix}convs.{2 * i}.conv.weight", 1, published, path))
     return Generator(channels, style_dim)
-
-
-def read_mapping(checkpoint: Mapping[str, Any], key: str, path: str | Path) -> Mapping[str, Any]:
-    """An entry of a checkpoint that has to be a dict: the options or the weights."""
-    value = entry(checkpoint, key, path)
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a dict")
-    return value
-
-
-def read_option(opts: Mapping[str, Any], key: str, kind: type, path: str | Path, default: Any = None) -> Any:
-    """A training option of a given type; without a ``default`` it has to be there."""
-    value = opts.get(key, default)
-    if type(value) is not kind:
-        raise CheckpointError(f"{path}: option {key!r} should be a {kind.__name__}, not {value!r:.80}")
-    return value
 
 
 def read_size(opts: Mapping[str, Any], key: str, path: str | Path, default: int | None = None) -> int:

@@ -1,14 +1,14 @@
 """VGG-11 with batch norm (Simonyan and Zisserman, ICLR 2015, configuration A) and the 3-layer head of the paper."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint
+from mlvgm.checkpoint import find_weights, load_tensors, read_checkpoint, width
 
 POOL = "pool"
 LAYOUT: tuple[int | str, ...] = (64, POOL, 128, POOL, 256, 256, POOL, 512, 512, POOL, 512, 512, POOL)
@@ -58,16 +58,10 @@ def read_vgg11(path: str | Path, n_classes: int) -> VGG11:
     Raises:
         CheckpointError: the file is no such checkpoint, or has another number of classes.
     """
-    weights = entry(read_checkpoint(path), "state_dict", path)
-    channels = _rows(weights, "model.features.25.weight", path)
-    pool = math.isqrt(max(_rows(weights, "model.classifier.0.weight", path) // max(channels, 1), 1))
-    classifier = VGG11(n_classes, width=_rows(weights, "model.features.0.weight", path) / 64, pool=pool)
-    load_tensors(classifier, weights, path)
+    tensors = find_weights(read_checkpoint(path), "model.features.0.weight", path)
+    first, last = (width(tensors, f"model.features.{i}.weight", 0, n, path) for i, n in ((0, 64), (25, 512)))
+    pool = math.isqrt(width(tensors, "model.classifier.0.weight", 0, 512 * 49, path) // last)
+    with torch.device("meta"):  # the file's own tensors take the place of these
+        classifier = VGG11(n_classes, width=first / 64, pool=max(pool, 1))
+    load_tensors(classifier, tensors, path)
     return classifier.eval().requires_grad_(False)
-
-
-def _rows(weights: Any, key: str, path: str | Path) -> int:
-    tensor = weights.get(key) if isinstance(weights, Mapping) else None
-    if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-        raise CheckpointError(f"{path}: tensor {key!r} is missing: this is no VGG-11 with batch norm")
-    return tensor.shape[0]

@@ -72,7 +72,7 @@ class StaticEngine:
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
         self._core, self._model, self._settings = core, model, settings
-        self._batched = {port.any_name for port in model.inputs if port.partial_shape[0].is_dynamic}
+        self._batched = {name for port in model.inputs if port.partial_shape[0].is_dynamic for name in port.names}
         self._compiled: dict[int, list[_Share]] = {}
         self._shares(1)  # a graph that cannot be compiled is refused when it is loaded
 
@@ -91,7 +91,7 @@ class StaticEngine:
         if failed:
             raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
         outputs: dict[str, Array] = {}
-        for i, names in enumerate(shares[0].output_names):  # an output can go by several names
+        for i, names in enumerate(shares[0].output_names):
             outputs |= dict.fromkeys(names, np.concatenate([share.outputs[i] for share in shares]))
         return outputs
 
@@ -105,7 +105,7 @@ class StaticEngine:
             cores = self._settings["INFERENCE_NUM_THREADS"]
             streams = 1 if rows % cores else cores
             model = self._model.clone()
-            model.reshape({port.any_name: _with_rows(port.partial_shape, rows // streams) for port in model.inputs})
+            model.reshape({port: _with_rows(port.partial_shape, rows // streams) for port in model.inputs})
             compiled = self._core.compile_model(model, "CPU", {**self._settings, "NUM_STREAMS": streams})
             self._compiled[rows] = [_Share(compiled.create_infer_request()) for _ in range(streams)]
         return self._compiled[rows]
@@ -116,12 +116,14 @@ class _Share:
 
     def __init__(self, request: ov.InferRequest) -> None:
         self._request = request
-        self._inputs = {port.any_name: request.get_tensor(port).data for port in request.model_inputs}
+        # A port goes by several names where OpenVINO leaves out an operation that does nothing.
+        self._inputs = [(port.names, request.get_tensor(port).data) for port in request.model_inputs]
         self.outputs = [request.get_tensor(port).data for port in request.model_outputs]
         self.output_names = [port.names for port in request.model_outputs]
 
     def start(self, inputs: Mapping[str, Array]) -> None:
-        for name, own in self._inputs.items():
+        for names, own in self._inputs:
+            name = next((name for name in inputs if name in names), min(names))
             if inputs[name].shape != own.shape:
                 raise ValueError(f"{name} has shape {inputs[name].shape}, not {own.shape}")
             own[...] = inputs[name]

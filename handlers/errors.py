@@ -17,7 +17,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
         NonFiniteError      a stage gave infinities or NaN
     InputError              an argument of `Pipeline.run` has the wrong shape, type or range
     ImageError              an image is refused: damaged, too large, or of no format that is read
-    DamagedError            the bytes of an image do not follow its format
+        DamagedError        the bytes of an image do not follow its format
     RequestError            a request that cannot be answered as it stands
     ServerError             a server cannot be reached, or answered with an error
     AttackError             an attack cannot be made

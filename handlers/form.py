@@ -4,7 +4,7 @@ TorchServe would read a form itself: it answers a malformed one with 500, keeps 
 name, and buffers without limit (CVE-2024-29025). deploy/nginx.conf therefore hides forms from it.
 """
 
-from handlers.wire import RequestError
+from handlers.strict_json import RequestError
 
 HEADER = "x-form-type"
 

@@ -2,27 +2,32 @@
 
 JPEG, PNG, WebP and BMP are read. The EXIF orientation is applied and transparency is laid on white; CMYK, grayscale,
 palette and 16-bit images become 8-bit RGB without colour management. Animations are refused: which frame was meant is
-anyone's guess.
+anyone's guess. So is, by its header, whatever would take many times the time or the memory of an ordinary image.
 """
 
+import contextlib
 import io
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFile
 
-from handlers.errors import MlvgmError
-from handlers.essentials import essentials
+from handlers.metadata import DamagedError, ImageError, Stripped, strip_metadata
+
+__all__ = ["FORMATS", "SUFFIXES", "ImageError", "Pixels", "decode", "encode_png", "format_of", "image_files"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 20_000
 MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
 MAX_JPEG_PIXELS = 64_000_000  # in one scan, it can be decoded at a fraction of its size, so larger ones are affordable
-MAX_JPEG_SCANS = 100  # each scan of a progressive JPEG visits every pixel; cameras write about ten
+MAX_JPEG_SCANS = 100  # cameras write about ten
+MAX_JPEG_SAMPLES = 300_000_000  # visited by all scans together: 16 million pixels without subsampling need 235 million
+MAX_RLE_PIXELS = 262_144  # of a run-length encoded BMP, which Pillow decodes in Python
 _FULL_DECODE_PIXELS = 4_000_000
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -35,12 +40,27 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BAND = 256  # rows
+_ONE_LARGE = threading.Lock()  # decoders side by side hold one large image between them, not one each
+_JPEG_END = b"\xff\xd9"
+_NO_END = b"\x55\xaa\x33\xcc" * 16  # shows in the pixels where the data of a scan goes on
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\1\0": "ICO",
+    b"%PDF": "PDF",
+    b"\x1f\x8b": "gzip",
+    b"PK\3\4": "ZIP",
+}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC"}
 
 Pixels = npt.NDArray[np.uint8]
-
-
-class ImageError(MlvgmError, ValueError):
-    """These bytes are not an image that can be answered; the message is ASCII and fit for the client."""
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -48,35 +68,47 @@ def image_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def decode(image: bytes | Pixels, size: tuple[int, int], sharers: int = 1) -> Pixels:
+def format_of(data: bytes | bytearray) -> str | None:
+    """The name of the format that ``data`` begins like, of those that are read here and a few that are not."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        brands = [bytes(data[place : place + 4]) for place in (8, *range(16, 64, 4))]
+        return next((_BRANDS[brand] for brand in sorted(brands) if brand in _BRANDS), "MP4")
+    return next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
+
+
+def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int = 1) -> Pixels:
     """An encoded image, or uint8 (H, W, 3) as it is, as uint8 (H, W, 3) with ``size`` = (H, W).
 
     An image of another size is resized, bilinear with antialiasing and without keeping its aspect ratio, as for the
     training of the classifiers; one of that very size keeps its pixels untouched.
 
     Args:
-        sharers: images that came together; each may have its share of the pixels that one alone may have.
+        images_in_request: each may have its share of the pixels that one alone may have.
 
     Raises:
-        ImageError: not an image of the four formats, too large, animated, truncated or damaged.
+        ImageError: not an image of the four formats, too large or too costly, animated, truncated or damaged.
     """
     if isinstance(image, np.ndarray):
         return _fitted(Image.fromarray(image), size)
     if not image:
         raise ImageError("no image: the body is empty")
+    if (format := format_of(image)) not in FORMATS:
+        raise ImageError("not a JPEG, PNG, WebP or BMP image" + (f", but {format}" if format else ""))
     try:
-        data, exif = essentials(image)
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-        _check_header(opened, data, sharers)
-        return _pixels(opened, exif or opened.info.get("exif", b""), size)
+        stripped = strip_metadata(image)
+        opened = _open(stripped.data if stripped.ended else stripped.data.rstrip(b"\xff") + _JPEG_END)
+        _check_header(opened, stripped, images_in_request)
+        with _ONE_LARGE if _is_large(opened, stripped) else contextlib.nullcontext():
+            return _pixels(opened, stripped, size)
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError("not a JPEG, PNG, WebP or BMP image") from None
     except (Image.DecompressionBombError, MemoryError):
-        raise ImageError(f"the image is too large: at most {MAX_PIXELS // sharers} pixels are accepted") from None
+        limit = MAX_PIXELS // images_in_request
+        raise ImageError(f"the image is too large: at most {limit} pixels are accepted") from None
     except Exception:  # decoders raise nearly anything on hostile bytes
-        raise ImageError("the image is truncated or damaged") from None
+        raise DamagedError from None
 
 
 def encode_png(image: npt.NDArray[np.float32]) -> bytes:
@@ -87,27 +119,50 @@ def encode_png(image: npt.NDArray[np.float32]) -> bytes:
     return stream.getvalue()
 
 
-def _check_header(image: Image.Image, data: bytes, sharers: int) -> None:
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """The image with its header read and no pixel decoded."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_request: int) -> None:
     """Refuse by what the header says, before a single pixel is decoded."""
     width, height = image.size
-    is_jpeg = image.format == "JPEG"
-    scans = data.count(b"\xff\xda") if is_jpeg else 1
-    limit = (MAX_JPEG_PIXELS if is_jpeg and scans == 1 else MAX_PIXELS) // sharers
-    if max(width, height) > MAX_SIDE or width * height > limit:
-        among = f" of each of {sharers} images" if sharers > 1 else ""
-        raise ImageError(f"the image is too large: {width}x{height}, at most {limit} pixels{among} are accepted")
-    if scans > MAX_JPEG_SCANS:
+    scans = stripped.scans
+    is_rle = image.format == "BMP" and image.tile[0][0] == "bmp_rle"
+    most = MAX_JPEG_PIXELS if scans and scans.at_once else MAX_RLE_PIXELS if is_rle else MAX_PIXELS
+    limit = most // images_in_request
+    if max(width, height) > MAX_SIDE or width * height > limit or (is_rle and len(stripped.data) > 3 * limit):
+        among = f" of each of {images_in_request} images" if images_in_request > 1 else ""
+        what = "run-length encoded BMP" if is_rle else "image"
+        raise ImageError(f"the {what} is too large: {width}x{height}, at most {limit} pixels{among} are accepted")
+    if scans and scans.count > MAX_JPEG_SCANS:
         raise ImageError(f"the JPEG has too many scans: at most {MAX_JPEG_SCANS} are accepted")
+    if scans and scans.samples > MAX_JPEG_SAMPLES // images_in_request:
+        raise ImageError("the scans of the JPEG take too long: scale it down, or save it in one scan (baseline)")
     if getattr(image, "is_animated", False):
         raise ImageError("the image is animated: send one frame")
 
 
-def _pixels(image: Image.Image, exif: bytes, size: tuple[int, int]) -> Pixels:
-    if image.width * image.height > _FULL_DECODE_PIXELS:
-        # For JPEG: decode at 1/2, 1/4 or 1/8, but never below twice the wanted size, where antialiasing still decides.
-        side = 2 * max(size)
+def _is_large(image: Image.Image, stripped: Stripped) -> bool:
+    return image.width * image.height > _FULL_DECODE_PIXELS and not (stripped.scans and stripped.scans.at_once)
+
+
+def _pixels(image: Image.Image, stripped: Stripped, size: tuple[int, int]) -> Pixels:
+    # For JPEG: decode at 1/2, 1/4 or 1/8, but never below twice the wanted size, where antialiasing still decides.
+    side = 2 * max(size)
+    drafted = image.width * image.height > _FULL_DECODE_PIXELS
+    if drafted:
         image.draft(image.mode, (side, side))
-    image = _rgb(image)
+    if not stripped.ended:
+        # Small cameras leave the end marker out. A decoder fills up what is missing before it without a word.
+        other = _open(stripped.data.rstrip(b"\xff") + _NO_END + _JPEG_END)
+        if drafted:
+            other.draft(other.mode, (side, side))
+        complete = stripped.scans is not None and stripped.scans.complete
+        if not complete or ImageChops.difference(image, other).getbbox(alpha_only=False):
+            raise DamagedError
+    exif = stripped.exif or image.info.get("exif", b"")
+    image = _rgb(image, stripped)
     if (turn := _TURNS.get(_orientation(exif))) is not None:
         image = image.transpose(turn)
     return _fitted(image, size)
@@ -127,31 +182,54 @@ def _orientation(exif: bytes) -> int:
     try:
         (directory,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, directory)
-        for i in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", block, directory + 2 + 12 * i)
+        for place in range(directory + 2, directory + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", block, place)
             if tag == _ORIENTATION:
+                (value,) = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), block, place + 8)
                 return int(value)
     except struct.error:
         return 1
     return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, a band of rows at a time where there is something to compute: whole copies would be many megabytes."""
-    if image.mode == "RGB" and not image.has_transparency_data:
+def _rgb(image: Image.Image, stripped: Stripped) -> Image.Image:
+    """8-bit RGB on white, a band of rows at a time where there is something to compute: whole copies are megabytes."""
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
+        return image.convert("RGB")  # nobody filled the fourth byte
+    if image.mode == "RGB" and not stripped.transparent:
         return image
-    whole = Image.new("RGB", image.size)
+    lower = _lower_bytes(stripped.data) if len(stripped.transparent) == 6 else None
+    whole = Image.new("RGB", image.size, "white")
     for top in range(0, image.height, _BAND):
-        band = image.crop((0, top, image.width, min(top + _BAND, image.height)))
-        whole.paste(_rgb_band(band), (0, top))
+        box = (0, top, image.width, min(top + _BAND, image.height))
+        band = image.crop(box)
+        if stripped.transparent:
+            band = _without_colour(band, stripped.transparent, lower.crop(box) if lower else None)
+        elif band.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip at 255
+            band = _eight_bits(band)
+        layered = band.convert("RGBA") if band.has_transparency_data else band.convert("RGB")
+        whole.paste(layered, (0, top), layered if layered.mode == "RGBA" else None)
     return whole
 
 
-def _rgb_band(band: Image.Image) -> Image.Image:
-    if band.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip at 255
-        gray = np.asarray(band).astype(np.uint32).clip(0, 65535)
-        return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if band.has_transparency_data:
-        layer = band.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return band.convert("RGB")
+def _without_colour(band: Image.Image, colour: tuple[int, ...], lower: Image.Image | None) -> Image.Image:
+    """``band`` with white where it has the transparent colour."""
+    values = np.asarray(band.convert("L") if band.mode == "1" else band)
+    clear = values == colour[0] if len(colour) == 1 else (values == colour[:3]).all(axis=2)
+    if lower is not None:
+        clear &= (np.asarray(lower) == colour[3:]).all(axis=2)
+    pixels = np.array(_eight_bits(band) if band.mode.startswith("I") else values)
+    pixels[clear] = 255
+    return Image.fromarray(pixels)
+
+
+def _eight_bits(band: Image.Image) -> Image.Image:
+    gray = np.asarray(band).astype(np.uint32).clip(0, 65535)
+    return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _lower_bytes(data: bytes) -> Image.Image:
+    """Of a PNG with 16 bits of RGB, the lower byte of every sample; Pillow gives the upper ones."""
+    image = _open(data)
+    image.tile = [(*image.tile[0][:3], "RGB;16L")]  # type: ignore[list-item]  # plain tuples in older versions
+    return image

@@ -17,13 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.manifest import Manifest
-from handlers.wire import RequestError, base64_bytes, quoted
+from handlers.strict_json import RequestError, base64_bytes, given, quoted
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
 """How many bytes of the body are JSON; tensors follow."""
 
-_ENTRIES = ("id", "inputs", "outputs", "parameters")
-_MAX_SIDE = 20_000
+_ENTRIES = ("id", "inputs", "outputs", "parameters", "model_name", "model_version")
+"""The model is the one that the path names, whatever SDKs repeat beside it."""
+_HINTS = ("binary_data_output", "content_type", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
+"""Parameters that SDKs add; nothing here depends on them. Answers are JSON whatever is asked for: tensors as small as
+these gain nothing from another form."""
+_MAX_SIDE, _MAX_DIMENSIONS = 20_000, 8
 _PIXELS: dict[str, tuple[np.dtype[Any], int]] = {"UINT8": (np.dtype("u1"), 255), "FP32": (np.dtype("<f4"), 1)}
 """Type as it is sent, and the value of white."""
 
@@ -66,15 +70,11 @@ def read(
     """
     if unknown := [name for name in entries if name not in _ENTRIES]:
         raise RequestError(f"unknown entry {quoted(unknown[0])}: there are {', '.join(_ENTRIES)}")
-    options = entries.get("parameters", {})
-    if not isinstance(options, dict):
-        raise RequestError("parameters must be an object")
+    options = _parameters(entries)
     name = entries.get("id")
     if name is not None and (not isinstance(name, str) or len(name) > 256):
         raise RequestError("id must be a text of at most 256 characters")
     images = _images(entries.get("inputs"), binary, max_images)
-    # Answers are JSON whatever is asked for: tensors as small as these gain nothing from another form.
-    options = {name: value for name, value in options.items() if name != "binary_data_output"}
     return images, options, Envelope(name, _wanted(entries.get("outputs")))
 
 
@@ -119,11 +119,15 @@ def _wanted(outputs: Any) -> tuple[str, ...]:
 def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise RequestError("inputs must be a list of one tensor, which holds the images")
-    tensor = inputs[0]
+    tensor = given(inputs[0])
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if datatype not in ("BYTES", *_PIXELS):
         raise RequestError("inputs: the datatype must be BYTES (encoded images in base64), UINT8 or FP32 (pixels)")
-    if not isinstance(shape, list) or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(type(side) is int and 1 <= side <= _MAX_SIDE for side in shape)
+    ):
         raise RequestError(f"inputs: the shape must be a list of whole numbers from 1 to {_MAX_SIDE}")
     data = _data(tensor, binary)
     if datatype == "BYTES":
@@ -139,8 +143,8 @@ def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
 
 def _data(tensor: Mapping[str, Any], binary: bytes) -> Any:
     """The tensor's data: bytes where they follow the JSON, else a list."""
-    parameters = tensor.get("parameters", {})
-    if not isinstance(parameters, dict) or any(name != "binary_data_size" for name in parameters):
+    parameters = _parameters(tensor)
+    if any(name != "binary_data_size" for name in parameters):
         raise RequestError("inputs: of a tensor's parameters only binary_data_size is known; options go outside of it")
     if "data" in tensor:
         if binary:
@@ -149,6 +153,13 @@ def _data(tensor: Mapping[str, Any], binary: bytes) -> Any:
     if type(size := parameters.get("binary_data_size")) is not int or size != len(binary):
         raise RequestError("inputs: there is no data, or binary_data_size is not the number of bytes behind the JSON")
     return binary
+
+
+def _parameters(entries: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = entries.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise RequestError("parameters must be an object")
+    return {name: value for name, value in given(parameters).items() if name not in _HINTS}
 
 
 def _texts(data: Any) -> list[Any]:

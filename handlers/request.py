@@ -5,22 +5,31 @@ fields, JSON as entries beside "image" (base64), and any request as headers: X-M
 JSON may hold several images: a list under "images". So may a form that comes through nginx: several fields "image".
 """
 
+import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from handlers import form
+from handlers.image import format_of
 from handlers.manifest import Manifest
 from handlers.noise import SEED_BITS
 from handlers.open_inference import JSON_LENGTH_HEADER, Envelope, Image, read
-from handlers.wire import RequestError, base64_bytes, json_object, quoted
+from handlers.strict_json import RequestError, base64_bytes, json_object, quoted
+
+__all__ = ["MAX_BODY", "MOST_IMAGES", "OPTIONS", "Request", "RequestError", "parse"]
 
 OPTIONS = ("samples", "top_k", "return", "alphas", "seed")
 MOST_IMAGES = 16
 """In one request. Their copies together may be four times what one image may have."""
+MAX_BODY = 6_553_500
+"""Bytes of a body, as deploy/config.properties and deploy/nginx.conf have it, and of what a body in gzip holds."""
 
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
+_JSON_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
+_NEVER = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 _DEFAULT_TOP_K = 5
 _MOST_TOP_K = 1000  # an answer larger than max_response_size would cost the worker its life
 
@@ -64,6 +73,7 @@ def parse(
         RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
     """
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+    fields = _unpacked(fields, headers)
     body = fields.get("body")
     if form.HEADER in headers and isinstance(body, bytes | bytearray):
         content = _form(form.read(body, headers[form.HEADER]), headers)
@@ -126,10 +136,9 @@ def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
     options = {name: value for name, value in fields.items() if name != named[0]}
     if isinstance(body, bytes | bytearray):
         if JSON_LENGTH_HEADER in headers:
-            length = _integer(headers, JSON_LENGTH_HEADER, 1, len(body), 0)
-            return _tensors(json_object(body[:length]), bytes(body[length:]), options)
-        if "json" not in content_type and not body.startswith(b"{"):
-            return _Content((bytes(body),), options)
+            return _binary(bytes(body), headers, options)
+        if format_of(body) or not ("json" in content_type or _JSON_START.match(body)):
+            return _Content((_image(bytes(body)),), options)
     entries = json_object(body)
     if "inputs" in entries:
         return _tensors(entries, b"", options)
@@ -139,6 +148,45 @@ def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
         raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
     return _Content(tuple(base64_bytes(text) for text in texts), options | entries, listed=True)
+
+
+def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any]:
+    """``fields`` with a body in gzip as it was before, and no larger than a body may be."""
+    coding, body = headers.get("content-encoding", "identity").strip().lower(), fields.get("body")
+    if coding in ("", "identity") or not isinstance(body, bytes | bytearray):
+        return fields
+    if coding not in ("gzip", "x-gzip"):
+        raise RequestError(f"Content-Encoding {quoted(coding)} is not understood: send the body as it is, or in gzip")
+    reader = zlib.decompressobj(wbits=31)
+    try:
+        plain = reader.decompress(body, MAX_BODY)
+    except zlib.error:
+        raise RequestError("the body is not gzip, though Content-Encoding says so") from None
+    if not reader.eof or reader.unused_data:
+        raise RequestError(f"the gzip of the body is broken off, or holds more than {MAX_BODY} bytes")
+    return {**fields, "body": plain}
+
+
+def _image(body: bytes) -> bytes:
+    """An image as it came, or what stands in base64 in its place."""
+    start = b"".join(body[:64].split())[:24].decode("latin-1")
+    try:
+        is_base64 = not format_of(body) and (start.startswith("data:") or format_of(base64_bytes(start)))
+    except RequestError:
+        return body
+    return base64_bytes(body.decode("latin-1")) if is_base64 else body
+
+
+def _binary(body: bytes, headers: Mapping[str, str], options: dict[str, Any]) -> _Content:
+    """Tensors behind their JSON."""
+    length = _integer(headers, JSON_LENGTH_HEADER, 1, len(body), 0)
+    try:
+        entries = json_object(body[:length])
+    except RequestError as error:
+        raise RequestError(
+            f"{JSON_LENGTH_HEADER} says {length}, and of the body's first {length} bytes: {error}"
+        ) from None
+    return _tensors(entries, body[length:], options)
 
 
 def _tensors(entries: Mapping[str, Any], binary: bytes, options: dict[str, Any]) -> _Content:
@@ -156,8 +204,11 @@ def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _accepted(headers: Mapping[str, str]) -> str:
-    accept = headers.get("accept", "").lower()
-    return "purified" if "image/png" in accept and "application/json" not in accept else "json"
+    """A client that takes PNG and no JSON wants the image; browsers take everything."""
+    ranges = [part.partition(";") for part in headers.get("accept", "").lower().split(",")]
+    taken = {kind.strip() for kind, _, quality in ranges if not _NEVER.fullmatch(quality)}
+    takes_json = taken & {"application/json", "application/*", "*/*"}
+    return "purified" if taken & {"image/png", "image/*"} and not takes_json else "json"
 
 
 def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:

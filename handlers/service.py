@@ -20,7 +20,7 @@ from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
 from handlers.request import Request, parse
 from handlers.result import Result
-from handlers.wire import RequestError
+from handlers.strict_json import RequestError
 
 _MOST_READERS = 4  # threads that decode images: each may hold one of the largest size
 _WORTH_THREADS = 32_768  # bytes of the encoded images of a batch, measured

@@ -28,7 +28,8 @@ from handlers.service import Service
 from mlvgm.cli.main import main
 from tests import bundles
 from tests.handlers import forms
-from tests.handlers.hostile import COSTLY, encoded, little_png, png
+from tests.handlers.hostile import COSTLY, encoded, little_png, png, rle_bmp
+from tests.handlers.hostile import scans as jpeg_scans
 from tests.machine import free_port, stopped
 
 pytestmark = pytest.mark.server
@@ -142,10 +143,16 @@ def test_programs_of_the_document(server: Server, folder: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith("400 the server answered 400: not a JPEG")
 
 
-JPEG_SCANS = b"\xff\xd8\xff\xc0" + struct.pack(">HBHHB", 11, 8, 8, 8, 1) + b"\1\x11\0" + b"\xff\xda\0\2" * 101
+JPEG_SCANS = (
+    b"\xff\xd8\xff\xc0"
+    + struct.pack(">HBHHB", 11, 8, 8, 8, 1)
+    + b"\1\x11\0"
+    + b"\xff\xda\0\x08\1\1\0\0\x3f\0\x55" * 101
+)
 IMAGE = base64.b64encode(SIGN).decode()
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "not a JPEG, PNG, WebP or BMP image": ({"body": b"no image"}, {}),
+    "not a JPEG, PNG, WebP or BMP image, but HEIC": ({"body": b"\0\0\0\x18ftypheic"}, {}),
     "no image: the body is empty": ({"body": b""}, {}),
     "the image is truncated or damaged": ({"body": SIGN[:-20]}, {}),
     "the image is too large: 9000x9000, at most 16777216 pixels are accepted": (
@@ -154,6 +161,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "the image is animated: send one frame": ({"body": ""}, {}),
     "the JPEG has too many scans: at most 100 are accepted": ({"body": JPEG_SCANS}, {}),
+    "the scans of the JPEG take too long: scale it down, or save it in one scan (baseline)": (
+        {"body": jpeg_scans(4096, 20)},
+        {},
+    ),
+    "the run-length encoded BMP is too large: 600x600, at most 262144 pixels are accepted": (
+        {"body": rle_bmp(600, 600, b"\0\1")},
+        {},
+    ),
     "send one image: as the body, as the form field 'image', or as 'image' in JSON": ({"file": SIGN}, {}),
     "the form is malformed, or broken off": ({"body": b"--x"}, {"X-Form-Type": forms.TYPE}),
     "the content type is that of a web form: send one like image/png, or use curl -T FILE": (
@@ -162,6 +177,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
     "image: not valid base64": ({"body": {"image": "%"}}, {}),
+    "Content-Encoding 'br' is not understood: send the body as it is, or in gzip": (
+        {"body": b"image"},
+        {"content-encoding": "br"},
+    ),
+    "inference-header-content-length says 2, and of the body's first 2 bytes: the body is neither image bytes nor a "
+    "JSON object with 'image' in base64": ({"body": b'{"}'}, {"inference-header-content-length": "2"}),
     "the JSON has 'samples' twice": ({"body": b'{"samples": 1, "samples": 2}'}, {}),
     "the JSON holds NaN, which is no number": ({"body": b'{"samples": NaN}'}, {}),
     "unknown option 'sample': the options are samples, top_k, return, alphas, seed": (

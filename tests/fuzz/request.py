@@ -19,7 +19,7 @@ import numpy as np
 with atheris.instrument_imports(include=["handlers", "multipart"]):
     from handlers.manifest import Manifest
     from handlers.request import MOST_IMAGES, OPTIONS, parse
-    from handlers.wire import RequestError
+    from handlers.strict_json import RequestError
 
 from tests import bundles
 from tests.fuzz.image import fuzz

@@ -1,7 +1,7 @@
 import pytest
 
 from handlers.form import read
-from handlers.wire import RequestError
+from handlers.strict_json import RequestError
 from tests.handlers.forms import TYPE, written
 
 

@@ -1,4 +1,6 @@
+import gzip
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -156,7 +158,7 @@ def test_of_polyglots_the_image_is_taken(format: str, tail: bytes) -> None:
 
 @pytest.mark.parametrize("head", [b"%PDF-1.7\n", b"PK\3\4", b"GIF89a", b"\n", b"\xef\xbb\xbf"])
 def test_what_has_something_before_the_image_is_none(head: bytes) -> None:
-    assert reason(head + encoded(picture(), "PNG")) == "not a JPEG, PNG, WebP or BMP image"
+    assert reason(head + encoded(picture(), "PNG")).startswith("not a JPEG, PNG, WebP or BMP image")
 
 
 def test_pixels_are_taken_as_they_are_or_resized() -> None:
@@ -175,9 +177,9 @@ def test_images_without_pixels_are_refused(format: str) -> None:
 
 def test_images_that_come_together_share_their_pixels() -> None:
     data = encoded(Image.new("RGB", (2000, 1000)), "PNG")
-    decode(data, SIZE, sharers=8)
+    decode(data, SIZE, images_in_request=8)
     with pytest.raises(ImageError, match="2000x1000, at most 1048576 pixels of each of 16 images"):
-        decode(data, SIZE, sharers=16)
+        decode(data, SIZE, images_in_request=16)
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "JPEG"])
@@ -188,7 +190,28 @@ def test_truncated_images_are_refused(format: str, share: float) -> None:
     assert "truncated" in reason(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("format", ["GIF", "TIFF", "PPM", "ICO", "TGA", "PDF", "AVIF"])
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "ICO", "PDF", "AVIF"])
+def test_other_formats_are_refused_by_name(format: str) -> None:
+    assert reason(encoded(picture(), format)) == f"not a JPEG, PNG, WebP or BMP image, but {format}"
+
+
+@pytest.mark.parametrize(
+    ("start", "format"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0heicmif1", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0mp42avc1", "MP4"),
+        (b"MM\0*\0\0\0\x08", "TIFF"),
+        (b"\xff\x0a\xff\x0a", "JPEG XL"),
+        (gzip.compress(b"an image"), "gzip"),
+    ],
+)
+def test_formats_of_cameras_and_archives_are_named(start: bytes, format: str) -> None:
+    assert reason(start + bytes(100)) == f"not a JPEG, PNG, WebP or BMP image, but {format}"
+
+
+@pytest.mark.parametrize("format", ["PPM", "TGA"])
 def test_other_formats_are_refused(format: str) -> None:
     assert reason(encoded(picture(), format)) == "not a JPEG, PNG, WebP or BMP image"
 
@@ -241,7 +264,7 @@ def bombs() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", bombs())
 def test_bombs_are_refused_by_their_header(name: str) -> None:
     start = time.monotonic()
-    assert "too large" in reason(bombs()[name])
+    assert re.search("too large|damaged", reason(bombs()[name]))
     assert time.monotonic() - start < 1
 
 
@@ -273,7 +296,7 @@ while size := sys.stdin.buffer.read(4):
 def test_bombs_take_no_memory() -> None:
     outcomes = decoded_within(50, list(bombs().values()))
     assert len(outcomes) == len(bombs())
-    assert all("too large" in outcome for outcome in outcomes)
+    assert all(re.search("too large|damaged", outcome) for outcome in outcomes)
 
 
 def test_a_large_photo_is_decoded_at_a_fraction() -> None:
@@ -289,7 +312,7 @@ def test_costly_images_are_read_or_refused_within_bounds(name: str) -> None:
     assert len(data) < 6_553_500
     (outcome,) = decoded_within(400, [data])
     said, _, seconds = outcome.partition(" | ")
-    assert said in ("16x16x3", "the image is truncated or damaged")
+    assert re.match("16x16x3|the image is truncated|the image has more than|the scans of|the run-length", said)
     assert float(seconds) < 10
 
 

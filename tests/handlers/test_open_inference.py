@@ -18,7 +18,7 @@ from handlers.open_inference import OUTPUTS
 from handlers.pipeline import Pipeline
 from handlers.request import MOST_IMAGES, Request, parse
 from handlers.service import Service
-from handlers.wire import RequestError
+from handlers.strict_json import RequestError
 from tests import bundles
 
 WHITE = encode_png(np.ones((3, 8, 8), np.float32))  # overflows in the encoder of this bundle
@@ -104,9 +104,10 @@ def test_encoded_images_behind_the_json(manifest: Manifest) -> None:
         ({"data": ["a", "b", "%"]}, "base64"),
         ({"data": [1, 2, 3]}, "base64"),
         ({"data": [TEXTS[0], [TEXTS[1]], TEXTS[2]]}, "base64"),
-        ({"data": None}, "must be a list"),
+        ({"data": None}, "no data"),
+        ({"shape": [1] * 9}, "shape"),
         ({"parameters": {"samples": 3}}, "outside of it"),
-        ({"parameters": []}, "outside of it"),
+        ({"parameters": []}, "must be an object"),
         ({"datatype": "UINT8"}, "shape (n, H, W, 3)"),
         ({"datatype": "UINT8", "shape": [1, 2, 2, 4], "data": [0] * 16}, "shape (n, H, W, 3)"),
         ({"datatype": "UINT8", "shape": [17, 1, 1, 3], "data": [0] * 51}, "n at most 16"),
@@ -141,7 +142,7 @@ def test_tensors_that_do_not_fit_are_refused(manifest: Manifest, changes: dict[s
         ({"inputs": [BYTES], "id": 3}, "id"),
         ({"inputs": [BYTES], "id": "x" * 300}, "id"),
         ({"inputs": [BYTES], "parameters": [1]}, "parameters"),
-        ({"inputs": [BYTES], "parameters": {"priority": 1}}, "unknown option 'priority'"),
+        ({"inputs": [BYTES], "parameters": {"priorities": 1}}, "unknown option 'priorities'"),
         ({"inputs": [BYTES], "parameters": {"samples": 17}}, "1 to 16"),
         ({"inputs": [BYTES], "parameters": {"return": "purified"}}, "one image a request"),
         ({"inputs": [BYTES], "samples": 3}, "unknown entry 'samples'"),

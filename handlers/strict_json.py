@@ -3,12 +3,17 @@
 import base64
 import binascii
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from handlers.errors import MlvgmError
 
 MAX_JSON_PARTS = 250_000
-"""Objects and lists in one body. Each costs memory many times the two bytes it takes to write one."""
+"""Objects, lists and texts in one body. Each costs memory many times the two bytes it takes to write one."""
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 
 
 class RequestError(MlvgmError, ValueError):
@@ -16,7 +21,7 @@ class RequestError(MlvgmError, ValueError):
 
 
 def json_object(body: Any) -> dict[str, Any]:
-    """A body that must be a JSON object; TorchServe's settings may have it parsed already.
+    """A body that must be a JSON object, without entries that are null; the server may have parsed it already.
 
     Raises:
         RequestError: it is none, says a name twice, holds NaN or Infinity, or has more than `MAX_JSON_PARTS` parts.
@@ -24,8 +29,8 @@ def json_object(body: Any) -> dict[str, Any]:
     entries = body
     if isinstance(body, str | bytes | bytearray):
         text = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-        if text.count(b"[") + text.count(b"{") > MAX_JSON_PARTS:
-            raise RequestError(f"the JSON has more than {MAX_JSON_PARTS} lists and objects")
+        if text.count(b"[") + text.count(b"{") + text.count(b'"') // 2 > MAX_JSON_PARTS:
+            raise RequestError(f"the JSON has more than {MAX_JSON_PARTS} lists, objects and texts")
         try:
             entries = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
         except RequestError:
@@ -34,19 +39,30 @@ def json_object(body: Any) -> dict[str, Any]:
             entries = None
     if not isinstance(entries, dict):
         raise RequestError("the body is neither image bytes nor a JSON object with 'image' in base64")
-    return dict(entries)
+    return given(entries)
+
+
+def given(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """``entries`` without those that are null: clients with typed models write null for what they leave out."""
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def base64_bytes(text: Any) -> bytes:
-    """The bytes of an image in base64, which may be wrapped.
+    """The bytes of an image in base64: wrapped or not, padded or not, of either alphabet, alone or in a data URL.
 
     Raises:
         RequestError: not a text, or not base64.
     """
     if not isinstance(text, str):
         raise RequestError("JSON must hold the image in base64 under 'image'")
+    if text.startswith(("http:", "https:")):
+        raise RequestError(
+            "image: this is an address, and images are not fetched from anywhere: send its bytes in base64"
+        )
+    start = _DATA_URL.match(text)
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        letters = text[start.end() if start else 0 :].encode("ascii").translate(_URL_SAFE, b" \t\r\n\v\f").rstrip(b"=")
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("image: not valid base64") from None
 
@@ -65,6 +81,9 @@ def _refuse_constant(name: str) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RequestError(f"the JSON has {quoted(next(name for name in names if names.count(name) > 1))} twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise RequestError(f"the JSON has {quoted(name)} twice")
+            seen.add(name)
     return entries

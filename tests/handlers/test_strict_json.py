@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.wire import RequestError, base64_bytes, json_object, quoted
+from handlers.strict_json import RequestError, base64_bytes, json_object, quoted
 
 
 def reason(body: object) -> str:
@@ -34,8 +34,9 @@ def reason(body: object) -> str:
         (b'{"a": {"\\u2603": 1, "\\u2603": 2}}', "'\\u2603' twice"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": [-Infinity]}', "-Infinity"),
-        (b'{"a": [' + b"[]," * 300_000 + b"0]}", "250000 lists and objects"),
-        ('{"a": [' + "{}," * 300_000 + "0]}", "250000 lists and objects"),
+        (b'{"a": [' + b'"",' * 300_000 + b"0]}", "250000 lists, objects and texts"),
+        (b'{"a": [' + b"[]," * 300_000 + b"0]}", "250000 lists, objects and texts"),
+        ('{"a": [' + "{}," * 300_000 + "0]}", "250000 lists, objects and texts"),
         (None, "JSON object"),
     ],
     ids=lambda value: None if isinstance(value, str) else "",
@@ -48,7 +49,12 @@ def test_odd_json_is_read() -> None:
     assert json_object('{"a": "\\ud800", "b": 1e999, "c": -0}') == {"a": "\ud800", "b": float("inf"), "c": 0}
     assert json_object('{"a": "\ud800"}') == {"a": "\ud800"}
     assert json_object('{"a": 1}'.encode("utf-16")) == {"a": 1}
+    assert json_object(b'\xef\xbb\xbf \r\n{"a": 1}') == {"a": 1}
     assert json_object({"a": 1}) == {"a": 1}
+
+
+def test_null_is_what_is_left_out() -> None:
+    assert json_object(b'{"a": null, "b": 1, "c": [null]}') == {"b": 1, "c": [None]}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_memory_for_json_is_bounded(part: bytes) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
 def test_json_objects_come_back(value: object) -> None:
-    assert json_object(json.dumps({"a": value}).encode()) == {"a": value}
+    assert json_object(json.dumps({"a": [value]}).encode()) == {"a": [value]}
 
 
 @given(st.binary(max_size=200), st.integers(1, 100))
@@ -79,7 +85,19 @@ def test_base64_comes_back_however_it_is_wrapped(data: bytes, width: int) -> Non
     assert base64_bytes("\r\n".join(text[i : i + width] for i in range(0, len(text), width))) == data
 
 
-@pytest.mark.parametrize("text", ["%", "abc", "a=bc", "====", "\N{SNOWMAN}", "\ud800", "YQ==YQ==", "_-_-"])
+@given(st.binary(max_size=50))
+def test_base64_comes_back_from_every_way_to_write_it(data: bytes) -> None:
+    for text in (base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()):
+        for start in ("", "data:;base64,", "data:image/png;base64,", "DATA:image/svg+xml;charset=utf-8;base64,"):
+            assert base64_bytes(start + text) == base64_bytes(start + text.rstrip("=")) == data
+
+
+def test_addresses_are_not_fetched() -> None:
+    with pytest.raises(RequestError, match="not fetched"):
+        base64_bytes("https://example.com/sign.png")
+
+
+@pytest.mark.parametrize("text", ["%", "abcde", "a=bc", "\N{SNOWMAN}", "\ud800", "YQ==YQ==", "data:image/png,abcd"])
 def test_what_is_no_base64_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="not valid base64"):
         base64_bytes(text)

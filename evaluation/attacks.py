@@ -155,7 +155,7 @@ def attack(
             raise AttackError(f"no attack is called {method!r}: there are {', '.join(METHODS)}")
         method = METHODS[method]
     _foolbox()
-    key = _key(classifier, method)
+    key = fingerprint(classifier, method)
     fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
@@ -189,6 +189,15 @@ def load_target(recipe: Recipe, file: Path | None = None) -> nn.Module:
     if file is None and kind.file is None:
         raise AttackError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
     return load_classifier(kind.architecture, file or str(kind.file), len(recipe.classes))
+
+
+def fingerprint(classifier: nn.Module, method: Method) -> str:
+    """SHA-256 of what an attack depends on beside the images: the weights of ``classifier`` and all settings."""
+    digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -264,15 +273,6 @@ def _foolbox() -> Any:
         return importlib.import_module("foolbox")
     except ImportError:
         raise AttackError("foolbox is not installed: pip install foolbox") from None
-
-
-def _key(classifier: nn.Module, method: Method) -> str:
-    """What an attack depends on beside the images: weights and settings."""
-    digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
-    for name, tensor in classifier.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _cached(

@@ -16,12 +16,12 @@ _SIDE, _GAP, _CAPTION, _TOP = 160, 12, 40, 60
 
 @dataclass(frozen=True)
 class Row:
-    """One image: clean, attacked and purified, uint8 (H, W, 3), and what it was read as each time."""
+    """One image: clean, attacked and, if it was, purified, uint8 (H, W, 3), and what it was read as each time."""
 
     true: str
     clean: NDArray[np.uint8]
     attacked: NDArray[np.uint8]
-    purified: NDArray[np.uint8]
+    purified: NDArray[np.uint8] | None
     read_clean: str
     read_attacked: str
     read_purified: str
@@ -51,6 +51,8 @@ def _paste(sheet: Image.Image, row: Row, column: int, top: int) -> None:
     pictures = (row.clean, row.attacked, (128 + AMPLIFICATION * change).clip(0, 255).astype(np.uint8), row.purified)
     captions = (row.read_clean, row.read_attacked, "", row.read_purified)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        if picture is None:
+            continue
         left = _left(column, i)
         sheet.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
         colour = _GREEN if caption == row.true else _RED

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from handlers.image import decode, image_files
+from handlers.image import decode
+from mlvgm.files import image_files, read_file
 from mlvgm.training.data import Signs, load_signs, split_by_track
 
 
@@ -48,7 +49,7 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
         files = list(image_files(folder))[:count]
         if not files:
             raise FileNotFoundError(f"{folder}: holds no images")
-        return np.stack([decode(file.read_bytes(), size) for file in files])
+        return np.stack([decode(read_file(file), size) for file in files])
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(count):
@@ -65,8 +66,8 @@ def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -
     labels: list[int] = []
     for label, name in enumerate(classes):
         for class_folder in (folder / name, folder / str(label)):
-            for path in image_files(class_folder):
-                images.append(decode(path.read_bytes(), size))
+            for path in image_files(class_folder) if class_folder.is_dir() else ():
+                images.append(decode(read_file(path), size))
                 labels.append(label)
     if not images:
         raise FileNotFoundError(f"{folder}: no images in folders named like the classes, or by their numbers")

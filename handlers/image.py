@@ -9,8 +9,6 @@ import contextlib
 import io
 import struct
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +16,9 @@ from PIL import Image, ImageChops, ImageFile
 
 from handlers.metadata import DamagedError, ImageError, Stripped, strip_metadata
 
-__all__ = ["FORMATS", "SUFFIXES", "ImageError", "Pixels", "decode", "encode_png", "format_of", "image_files"]
+__all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_SIDE = 20_000
 MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
 MAX_JPEG_PIXELS = 64_000_000  # in one scan, it can be decoded at a fraction of its size, so larger ones are affordable
@@ -61,11 +58,6 @@ _SIGNATURES = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC"}
 
 Pixels = npt.NDArray[np.uint8]
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """The image files below ``folder``, by name."""
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def format_of(data: bytes | bytearray) -> str | None:

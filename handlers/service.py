@@ -86,20 +86,13 @@ class Service:
         start = time.perf_counter()
         answers: dict[Place, Answer] = {}
         parsed: dict[int, Request] = {}
-        groups: defaultdict[tuple[int, str], list[_Item]] = defaultdict(list)
         for position, (fields, headers) in enumerate(requests):
             request = self._parse(fields, headers)
             if isinstance(request, Answer):
                 answers[position, 0] = request
                 continue
             parsed[position] = request
-        for place, item in self._read_all(parsed):
-            if isinstance(item, Answer):
-                answers[place] = item
-            else:
-                groups[item.request.samples, item.request.alphas].append(item)
-        for (samples, alphas), items in groups.items():
-            answers |= self._purify(items, samples, alphas, self._pipeline)
+        answers |= self._answer_images(parsed)
         whole = [
             self._whole(parsed[position], [answers[position, i] for i in range(len(parsed[position].images))])
             if position in parsed
@@ -112,6 +105,11 @@ class Service:
         for _ in whole:
             self._measure(metrics.REQUEST, taken, "")
         return whole
+
+    def purify(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer for each request, which has been read already and has one image; never raises, as `answer`."""
+        answers = self._answer_images(dict(enumerate(requests)))
+        return [answers[position, 0] for position in range(len(requests))]
 
     def self_test(self) -> None:
         """Warm every batch size up, then answer one request.
@@ -126,6 +124,18 @@ class Service:
         )[0]
         if answer.status != 200:
             raise RuntimeError(f"self-test failed: {answer.body.decode()}")
+
+    def _answer_images(self, parsed: Mapping[int, Request]) -> dict[Place, Answer]:
+        answers: dict[Place, Answer] = {}
+        groups: defaultdict[tuple[int, str], list[_Item]] = defaultdict(list)
+        for place, item in self._read_all(parsed):
+            if isinstance(item, Answer):
+                answers[place] = item
+            else:
+                groups[item.request.samples, item.request.alphas].append(item)
+        for (samples, alphas), items in groups.items():
+            answers |= self._purify(items, samples, alphas, self._pipeline)
+        return answers
 
     def _parse(self, fields: Mapping[str, Any], headers: Mapping[str, Any]) -> Request | Answer:
         try:

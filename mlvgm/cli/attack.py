@@ -1,16 +1,25 @@
 """``mlvgm attack``: change image files as little as makes a recipe's classifier misread them."""
 
 import argparse
-import json
+import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.errors import CliError
-from mlvgm.cli.files import with_targets
+from mlvgm.cli.bulk import Bulk, Row, print_row
+from mlvgm.cli.purify import Purifier
+from mlvgm.files import read_file, shown
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
     from mlvgm.recipe import Recipe
+
+_BATCH = 32
+_PICTURED = 24  # images, on one sheet
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,8 +28,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "attack",
         help="attack image files through a classifier",
         description="Attack images through a recipe's classifier, away from what it reads in them now, and write what "
-        "comes out as 8-bit PNG. With --bundle, also say what purification makes of it. Exit code 1 when an image "
-        "could not be read or the attack on it failed.",
+        "comes out as 8-bit PNG. With --bundle, also say what purification makes of it. The same command goes on "
+        "where work was cut off. Exit code 1 when an image could not be read or the attack on it failed.",
         epilog="Example: mlvgm attack signs/*.png --method deepfool --out attacked --bundle build/road-signs",
     )
     parser.add_argument(
@@ -31,85 +40,139 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--method", choices=("deepfool", "cw"), default="cw", help="cw: Carlini-Wagner (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attacked"), metavar="DIR", help="for the PNGs (%(default)s)")
     parser.add_argument("--bundle", type=Path, help="purify the attacked images with this bundle")
-    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the bundle's)")
+    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
+    parser.add_argument("--overwrite", action="store_true", help="attack again what is there already")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Attack all images at once, then write and print them one by one."""
-    import numpy as np
-
-    from evaluation.attacks import attack, load_target, predict
-    from handlers.image import ImageError, decode
+def run(args: argparse.Namespace) -> int:
+    """Attack a batch after the other, and print what the classifier reads in the images before and after."""
+    from evaluation.attacks import METHODS, fingerprint, load_target
     from mlvgm.recipe import Recipe
 
-    recipe = Recipe.read(arguments.recipe)
-    classifier = load_target(recipe, arguments.classifier)
-    targets, images, failed = [], [], 0
-    for source, target in with_targets(arguments.files, arguments.out):
+    recipe = Recipe.read(args.recipe)
+    # Always the same noise: whoever attacks again sees what the attack has changed, not the luck of the draw.
+    purifier = Purifier(args.bundle, samples=args.samples, seed=0) if args.bundle else None
+    classifier = load_target(recipe, args.classifier)
+    settings = {"method": args.method, "classifier": fingerprint(classifier, METHODS[args.method])}
+    settings |= purifier.settings if purifier else {}
+    job = Bulk(args.files, args.out, "attacked", settings, _BATCH, args.overwrite)
+    rows: list[Row] = []
+    failed = 0
+    try:
+        for row in job.run(lambda images: _attack(images, recipe, classifier, args.method, purifier)):
+            print_row(row, args.json, _text)
+            if "error" in row:
+                failed += 1
+            else:
+                rows.append(row)
+        if args.picture and rows:
+            _picture(rows[:_PICTURED], recipe, purifier, args.picture)
+    finally:
+        if purifier:
+            purifier.close()
+    if rows:
+        print(_totals(rows), file=sys.stderr if args.json else sys.stdout)
+    return 1 if failed or not all(row["fooled"] for row in rows) else 0
+
+
+def _attack(
+    files: Sequence[bytes], recipe: "Recipe", classifier: "nn.Module", method: str, purifier: Purifier | None
+) -> list[tuple[bytes, Row] | str]:
+    """For each encoded image the attacked one as PNG and what is read in it, or what is wrong with it."""
+    import numpy as np
+
+    from evaluation.attacks import attack, predict
+    from handlers.image import ImageError, decode
+
+    images: dict[int, NDArray[np.uint8]] = {}
+    outcomes: list[tuple[bytes, Row] | str] = [""] * len(files)
+    for i, file in enumerate(files):
         try:
-            images.append(decode(source.read_bytes(), (recipe.image_size, recipe.image_size)))
-            targets.append((source, target))
-        except (ImageError, OSError) as error:
-            failed += 1
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            print(f"{source}: {reason}", file=sys.stderr)
+            images[i] = decode(file, (recipe.image_size, recipe.image_size))
+        except ImageError as error:
+            outcomes[i] = str(error)
     if not images:
-        raise CliError("no image to attack")
-    clean = np.stack(images)
-    labels = predict(classifier, clean)
-    result = attack(classifier, clean, labels, arguments.method)
+        return outcomes
+    clean = np.stack(list(images.values()))
+    before = predict(classifier, clean)
+    result = attack(classifier, clean, before, method)
     after = predict(classifier, result.images)
-    rows: list[dict[str, Any]] = [
-        {
-            "file": str(source),
-            "attacked": str(target),
-            "before": recipe.classes[labels[i]],
-            "after": recipe.classes[after[i]],
-            "fooled": bool(result.fooled[i]),
-            "l2": round(float(result.l2[i]), 4),
+    pngs = [_png(pixels) for pixels in result.images]
+    purified = purifier.purify(pngs) if purifier else [None] * len(pngs)
+    for place, i in enumerate(images):
+        row: dict[str, Any] = {
+            "before": recipe.classes[before[place]],
+            "after": recipe.classes[after[place]],
+            "fooled": bool(result.fooled[place]),
+            "l2": round(float(result.l2[place]), 4),
         }
-        for i, (source, target) in enumerate(targets)
+        answer = purified[place]
+        if isinstance(answer, tuple):
+            row |= {"purified": answer[1]["label"]} | {key: answer[1][key] for key in ("agreement", "flagged")}
+        outcomes[i] = answer if isinstance(answer, str) else (pngs[place], row)
+    return outcomes
+
+
+def _totals(rows: Sequence[Row]) -> str:
+    """How many were fooled and, with a bundle, how many of these purification restored and flagged; 95 % intervals."""
+    from statistics import median
+
+    from evaluation.defences import wilson
+
+    def share(what: str, mask: list[bool]) -> str:
+        low, high = wilson(sum(mask), len(mask))
+        return f"{what} {sum(mask)} of {len(mask)} ({low:.0%} to {high:.0%})"
+
+    fooled = [row for row in rows if row["fooled"]]
+    parts = [share("fooled", [row["fooled"] for row in rows])]
+    if fooled:
+        parts.append(f"median L2 {median(row['l2'] for row in fooled):.3f}")
+        if "purified" in fooled[0]:
+            parts.append(
+                share("of these purified to what was read before", [r["purified"] == r["before"] for r in fooled])
+            )
+            parts.append(share("flagged", [row["flagged"] for row in fooled]))
+    return ", ".join(parts)
+
+
+def _picture(rows: Sequence[Row], recipe: "Recipe", purifier: Purifier | None, path: Path) -> None:
+    from evaluation import contact_sheet
+    from handlers.image import decode
+
+    size = (recipe.image_size, recipe.image_size)
+    attacked = [read_file(Path(row["attacked"])) for row in rows]
+    purified = (
+        [outcome[0] if isinstance(outcome, tuple) else None for outcome in purifier.purify(attacked)]
+        if purifier
+        else [None] * len(rows)
+    )
+    shown_rows = [
+        contact_sheet.Row(
+            true=row["before"],
+            clean=decode(read_file(Path(row["file"])), size),
+            attacked=decode(attacked[i], size),
+            purified=decode(png, size) if png else None,
+            read_clean=row["before"],
+            read_attacked=row["after"],
+            read_purified=row.get("purified", ""),
+        )
+        for i, (row, png) in enumerate(zip(rows, purified, strict=True))
     ]
-    if arguments.bundle:
-        _purify(rows, result.images, arguments)
-    _write(targets, result.images)
-    _print(rows, recipe, arguments.json)
-    return 1 if failed or not result.fooled.all() else 0
+    contact_sheet.save(shown_rows, f"{recipe.name}: {rows[0]['method']}", path)
 
 
-def _purify(rows: list[dict[str, Any]], images: Any, arguments: argparse.Namespace) -> None:
-    """Add what the pipeline of ``arguments.bundle`` answers about the attacked ``images`` to ``rows``."""
-    from handlers.pipeline import Pipeline
-
-    with Pipeline.load(arguments.bundle) as pipeline:
-        result = pipeline.run(images, samples=arguments.samples)
-        for i, row in enumerate(rows):
-            row["purified"] = pipeline.manifest.classes[result.labels[i]]
-            row["agreement"] = round(float(result.agreement[i]), 4)
-            row["flagged"] = bool(result.flagged[i])
-
-
-def _write(targets: list[tuple[Path, Path]], images: Any) -> None:
+def _png(pixels: "NDArray[np.uint8]") -> bytes:
     from PIL import Image
 
-    for (_, target), pixels in zip(targets, images, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(target)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
-def _print(rows: list[dict[str, Any]], recipe: "Recipe", as_json: bool) -> None:
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    width = max(4, *(len(row["attacked"]) for row in rows))
-    names = max(len(name) for name in recipe.classes)
-    purified = "purified" in rows[0]
-    head = f"{'file':{width}}  {'before':{names}}  {'after':{names}}  {'L2':>6}"
-    print(head + (f"  {'purified':{names}}  agreement" if purified else ""))
-    for row in rows:
-        line = f"{row['attacked']:{width}}  {row['before']:{names}}  {row['after']:{names}}  {row['l2']:6.3f}"
-        if purified:
-            line += f"  {row['purified']:{names}}  {row['agreement']:9.0%}"
-        print(line + ("" if row["fooled"] else "  the attack failed"))
+def _text(row: Row) -> str:
+    line = f"{shown(row['attacked'])}  {row['before']} -> {row['after']}  L2 {row['l2']:.3f}"
+    if "purified" in row:
+        line += f"  purified: {row['purified']} {row['agreement']:.0%}"
+    return line + ("" if row["fooled"] else "  the attack failed")

@@ -1,18 +1,22 @@
 """``mlvgm purify``: purify image files in bulk, without a server."""
 
 import argparse
+import dataclasses
+import functools
+import hashlib
 import json
+import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deploy.errors import CliError
-from mlvgm.cli.files import with_targets
-
-if TYPE_CHECKING:
-    from handlers.pipeline import Pipeline
+from handlers.manifest import FILE_NAME, Manifest
+from handlers.pipeline import Pipeline
+from handlers.request import parse
+from handlers.service import Service
+from mlvgm.cli.bulk import Bulk, Row, print_row
+from mlvgm.files import shown
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,14 +24,15 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser = verbs.add_parser(
         "purify",
         help="purify a folder of images in bulk",
-        description="Purify images with a bundle, in this process. What was written before is left as it is, so that "
-        "work that was cut off goes on where it stopped. Exit code 1 when an image was refused.",
+        description="Purify images with a bundle, in this process. Each PNG holds its answer, so the same command goes "
+        "on where work was cut off, and prints the answers of all images, those that were there already among them. "
+        "An image that cannot be purified is named and the others go on. Exit code 1 when there was one.",
         epilog="Example: mlvgm purify signs/ --bundle build/road-signs --out purified --json > answers.jsonl",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
     parser.add_argument("--bundle", type=Path, required=True, help="the folder that mlvgm export wrote")
     parser.add_argument("--out", type=Path, default=Path("purified"), metavar="DIR", help="for the PNGs (%(default)s)")
-    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the bundle's)")
+    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
     parser.add_argument("--alphas", help="schedule of interpolation weights (default: the bundle's)")
     parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="purify again what is there already")
@@ -35,69 +40,78 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Purify a batch after the other, and print what the copies voted for."""
-    from handlers.pipeline import Pipeline
-
-    pairs = list(with_targets(args.files, args.out))
-    todo = [(source, target) for source, target in pairs if args.overwrite or not target.exists()]
-    if not pairs:
-        raise CliError("no image to purify")
-    if len(todo) < len(pairs):
-        print(f"{len(pairs) - len(todo)} of {len(pairs)} images are there already", file=sys.stderr)
-    if not todo:
-        return 0
-    refused, done, begun = 0, 0, time.monotonic()
-    with Pipeline.load(args.bundle, runtime=args.runtime) as pipeline:
-        step = pipeline.manifest.batch.opt
-        for some in (todo[start : start + step] for start in range(0, len(todo), step)):
-            for answer in _purify(pipeline, some, args):
-                refused += "error" in answer
-                _print(answer, args.json)
-            done += len(some)
-            left = (time.monotonic() - begun) / done * (len(todo) - done)
-            print(f"{done}/{len(todo)}, {left:.0f} s left", file=sys.stderr, flush=True)
-    return 1 if refused else 0
+    """Purify a batch after the other, and print what the samples voted for."""
+    failed = 0
+    with Purifier(args.bundle, args.runtime, samples=args.samples, alphas=args.alphas) as purifier:
+        job = Bulk(args.files, args.out, "purified", purifier.settings, purifier.batch, args.overwrite)
+        for row in job.run(purifier.purify):
+            failed += "error" in row
+            print_row(row, args.json, _text)
+    return 1 if failed else 0
 
 
-def _purify(
-    pipeline: "Pipeline", pairs: Sequence[tuple[Path, Path]], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """The answers about some files, whose purified images are written first."""
-    import numpy as np
+class Purifier:
+    """Purifies encoded images with the pipeline of a bundle, as its server would.
 
-    from handlers.image import ImageError, decode, encode_png
+    Args:
+        options: of a request, such as ``samples``; None stands for the bundle's default.
 
-    images, known = [], []
-    for source, target in pairs:
-        try:
-            images.append(decode(source.read_bytes(), pipeline.manifest.image_size))
-            known.append((source, target))
-        except (ImageError, OSError) as error:
-            yield {"file": str(source), "error": (isinstance(error, OSError) and error.strerror) or str(error)}
-    if not known:
-        return
-    result = pipeline.run(np.stack(images), samples=args.samples, alphas=args.alphas)
-    for i, (source, target) in enumerate(known):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside, then moved: a file that is there is whole.
-        draft = target.with_suffix(".part")
-        draft.write_bytes(encode_png(result.representative(i)))
-        draft.replace(target)
-        yield {
-            "file": str(source),
-            "purified": str(target),
-            "label": pipeline.manifest.classes[result.labels[i]],
-            "agreement": round(float(result.agreement[i]), 4),
-            "unpurified": pipeline.manifest.classes[result.unpurified_labels[i]],
-            "flagged": bool(result.flagged[i]),
+    Raises:
+        BundleError: the bundle cannot be read.
+        RequestError: the server would refuse the options.
+    """
+
+    def __init__(self, bundle: Path, runtime: str = "auto", **options: Any) -> None:
+        manifest = Manifest.read(bundle)
+        given = {name: value for name, value in options.items() if value is not None}
+        self._request = parse({"image": b"-", "return": "purified", **given}, {}, manifest, allow_seed=True)
+        self._load = functools.partial(Pipeline.load, bundle, runtime)
+        self._pipeline: Pipeline | None = None
+        self.batch = manifest.batch.opt
+        self.settings = {
+            "samples": self._request.samples,
+            "alphas": self._request.alphas,
+            "bundle": hashlib.sha256((bundle / FILE_NAME).read_bytes()).hexdigest(),
         }
+        logging.getLogger().addHandler(_OneLine())
+
+    def purify(self, images: Sequence[bytes]) -> list[tuple[bytes, Row] | str]:
+        """For each image a PNG and the answer, or what is wrong with it."""
+        requests = [dataclasses.replace(self._request, images=(image,)) for image in images]
+        return [
+            (answer.body, json.loads(answer.headers["X-Mlvgm-Answer"]))
+            if answer.status == 200
+            else str(json.loads(answer.body)["error"])
+            for answer in self._service.purify(requests)
+        ]
+
+    @functools.cached_property
+    def _service(self) -> Service:
+        """Loaded at the first image, for there may be none."""
+        self._pipeline = self._load()
+        return Service(self._pipeline)
+
+    def __enter__(self) -> "Purifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engines."""
+        if self._pipeline:
+            self._pipeline.close()
 
 
-def _print(answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer), flush=True)
-    elif "error" in answer:
-        print(f"{answer['file']}: {answer['error']}", file=sys.stderr)
-    else:
-        flag = f"  flagged: read as {answer['unpurified']} before" if answer["flagged"] else ""
-        print(f"{answer['purified']}  {answer['label']}  {answer['agreement']:.0%}{flag}", flush=True)
+def _text(row: Row) -> str:
+    flag = f"  flagged: {row['unpurified']['label']} before" if row["flagged"] else ""
+    return f"{shown(row['purified'])}  {row['label']}  {row['agreement']:.0%}{flag}"
+
+
+class _OneLine(logging.Handler):
+    """Says on the error stream in a line what the pipeline has to say: the file that it is about is named as well."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            cause = f": {record.exc_info[1]}" if record.exc_info else ""
+            print(" ".join(f"{record.getMessage()}{cause}".split()), file=sys.stderr)

@@ -61,11 +61,36 @@ def test_writes_images_that_fool(
         assert row["l2"] == pytest.approx(np.linalg.norm((after / 255 - before / 255).ravel()), abs=1e-4)
 
 
-def test_prints_a_table(recipe: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_a_line_each_and_totals(
+    recipe: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _attack(recipe, *files, "--out", tmp_path / "out") == 0
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["file", "before", "after", "L2"]
+    *rows, totals = capsys.readouterr().out.splitlines()
     assert len(rows) == 3
+    assert all(" -> " in row and "  L2 " in row for row in rows)
+    assert totals.startswith("fooled 3 of 3 (44% to 100%), median L2 ")
+
+
+def test_goes_on_where_it_was_cut_off(
+    recipe: Path, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert _attack(recipe, *files[:2], "--out", out, "--json") == 0
+    first = capsys.readouterr().out
+    attacked = []
+    attack = attacks.attack
+    monkeypatch.setattr(attacks, "attack", lambda *given: attacked.append(len(given[1])) or attack(*given))
+    assert _attack(recipe, *files, "--out", out, "--json") == 0
+    assert attacked == [1]
+    assert capsys.readouterr().out.startswith(first)
+    assert _attack(recipe, *files, "--out", out, "--method", "cw") == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_does_not_attack_what_it_has_written(recipe: Path, files: list[Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        assert _attack(recipe, tmp_path, "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 3
 
 
 def test_a_folder_keeps_its_shape(recipe: Path, tmp_path: Path) -> None:
@@ -84,9 +109,14 @@ def test_purifies_with_a_bundle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(attacks, "load_target", lambda _recipe, _file: of_bundle(nvae_bundle))
-    words = [*files, "--out", tmp_path / "out", "--bundle", nvae_bundle, "--samples", 3, "--json"]
+    sheet = tmp_path / "sheet.png"
+    words = [*files, "--out", tmp_path / "out", "--bundle", nvae_bundle, "--samples", 3, "--picture", sheet, "--json"]
     assert _attack(recipe, *words) == 0
-    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    captured = capsys.readouterr()
+    row = json.loads(captured.out.splitlines()[0])
+    assert "of these purified to what was read before" in captured.err
+    with Image.open(sheet) as picture:
+        assert picture.width > picture.height > 100
     assert row["purified"] in ("stop", "yield", "speed limit \N{DEGREE SIGN}")
     assert 0 < row["agreement"] <= 1
 

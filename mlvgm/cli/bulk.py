@@ -1,0 +1,225 @@
+"""Work on many image files: each becomes a PNG that holds its own answer, so that a job goes on where it was cut off.
+
+The PNG is written aside, then moved to its place. A file that is there is whole, and so is its answer: whatever ends a
+job, and when, no answer is lost and none is given twice.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.errors import CliError
+from evaluation.progress import track
+from mlvgm.files import MAX_BYTES, Complain, image_files, read_file, shown
+
+Row = dict[str, Any]
+"""What is said about one file: "file" and "error", or "file", where its PNG is, and the answer."""
+
+_KEY = "mlvgm"  # of the text in a PNG
+_LOCK = ".mlvgm-lock"
+_DRAFT = ".mlvgm-draft"  # a folder has at most one, for a folder has one job
+_HEADER = 33  # bytes of a PNG before which no text may stand
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """One job.
+
+    Attributes:
+        files: images, or folders of them.
+        out: folder of the PNGs.
+        name: what a PNG is called in a row, such as "purified".
+        settings: everything beside an image that its answer depends on. They are part of each answer, so that work
+            that was begun with others is told apart.
+        batch: images that are worked on at once.
+        overwrite: work again on what is there already.
+    """
+
+    files: Sequence[Path]
+    out: Path
+    name: str
+    settings: Mapping[str, Any]
+    batch: int
+    overwrite: bool = False
+
+    def run(self, work: "Work") -> Iterator[Row]:
+        """A row for each file, also for those that an earlier job has done.
+
+        Raises:
+            CliError: there is no image; ``out`` is taken by another job, or holds PNGs of other settings; it is full.
+        """
+        rows: list[Row] = []
+        pairs = list(_with_targets(self.files, self.out, lambda path, reason: rows.append(_refusal(path, reason))))
+        yield from rows
+        if not pairs:
+            raise CliError("no image among the files")
+        with _claim(self.out):
+            done = {} if self.overwrite else self._done(pairs)
+            if done:
+                print(f"{len(done)} of {len(pairs)} images are there already", file=sys.stderr)
+            yield from self._rows(pairs, done, work)
+
+    def _done(self, pairs: Sequence[tuple[Path, Path]]) -> dict[Path, Row | None]:
+        """The answers that are there, by PNG; None for a PNG without one, which no job of this kind has written."""
+        done = {target: _read_answer(target) for _, target in pairs if os.path.lexists(target)}
+        for target, answer in done.items():
+            if answer is not None and any(answer.get(key) != value for key, value in self.settings.items()):
+                raise CliError(
+                    f"{shown(target)} was made with other settings, or from another bundle: choose another --out, "
+                    "or --overwrite it"
+                )
+        return done
+
+    def _rows(self, pairs: Sequence[tuple[Path, Path]], done: Mapping[Path, Row | None], work: "Work") -> Iterator[Row]:
+        waiting: list[tuple[Path, Path, bytes]] = []
+        for source, target in track(pairs, f"{self.name}:"):
+            try:
+                str(source).encode()
+                data = read_file(source)
+            except UnicodeEncodeError:
+                yield _refusal(source, "its name is not UTF-8: rename it")
+                continue
+            except OSError as error:
+                yield _refusal(source, str(error.strerror))
+                continue
+            if target in done:
+                answer = done[target]
+                if answer is None or answer["sha256"] != hashlib.sha256(data).hexdigest():
+                    yield _refusal(source, f"{shown(target)} is there and not made from it: --overwrite, or move it")
+                else:
+                    yield self._row(source, target, answer)
+                continue
+            waiting.append((source, target, data))
+            if len(waiting) == self.batch or sum(len(data) for *_, data in waiting) > MAX_BYTES:
+                yield from self._work_on(waiting, work)
+                waiting = []
+        yield from self._work_on(waiting, work)
+
+    def _work_on(self, files: Sequence[tuple[Path, Path, bytes]], work: "Work") -> Iterator[Row]:
+        outcomes = work([data for *_, data in files]) if files else []
+        for (source, target, data), outcome in zip(files, outcomes, strict=True):
+            if isinstance(outcome, str):
+                yield _refusal(source, outcome)
+                continue
+            png, answer = outcome
+            answer = {**answer, **self.settings, "sha256": hashlib.sha256(data).hexdigest()}
+            try:
+                _write(target, png, answer)
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise CliError(f"{shown(target)}: {error.strerror}; the same command goes on from here") from None
+                yield _refusal(source, f"{shown(target)}: {error.strerror}")
+                continue
+            yield self._row(source, target, answer)
+
+    def _row(self, source: Path, target: Path, answer: Row) -> Row:
+        return {"file": str(source), self.name: str(target), **answer}
+
+
+Work = Callable[[Sequence[bytes]], Sequence["tuple[bytes, Row] | str"]]
+"""Takes encoded images, and gives for each a PNG and the answer, or what is wrong with it."""
+
+
+def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
+    """One line: JSON, or ``text`` of it, or on the error stream what is wrong with the file.
+
+    Raises:
+        CliError: standard output takes no more.
+    """
+    try:
+        if "error" in row and not as_json:
+            print(f"{row['file']}: {row['error']}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(row) if as_json else text(row), flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or leaving would fail for the same reason
+        raise CliError(f"standard output: {error.strerror}; the same command prints all answers again") from None
+
+
+def _refusal(path: Path, reason: str) -> Row:
+    return {"file": shown(path), "error": reason}
+
+
+def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Iterator[tuple[Path, Path]]:
+    """Every image file and the PNG below ``out`` that it becomes; files of a folder keep their places in it.
+
+    What lies below ``out`` itself is no input, but for a file that is named.
+
+    Raises:
+        CliError: two files would become one, or a file itself would be overwritten.
+    """
+    taken: dict[Path, Path] = {}
+    for path in given:
+        is_folder = os.path.isdir(path)
+        for file in image_files(path, out, complain) if is_folder else [path]:
+            target = (out / (file.relative_to(path) if is_folder else file.name)).with_suffix(".png")
+            if target in taken:
+                raise CliError(
+                    f"{shown(taken[target])} and {shown(file)} would both become {shown(target)}: "
+                    "take them one after the other, with an --out for each"
+                )
+            if os.path.realpath(target) == os.path.realpath(file):
+                raise CliError(f"{shown(file)} would be overwritten: choose another --out")
+            taken[target] = file
+            yield file, target
+
+
+@contextlib.contextmanager
+def _claim(out: Path) -> Iterator[None]:
+    """Have ``out`` for this process alone."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / _LOCK).open("w")
+    except OSError as error:
+        raise CliError(f"{shown(out)}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CliError(f"another job is writing to {shown(out)}: wait for it, or choose another --out") from None
+        yield
+
+
+def _write(target: Path, png: bytes, answer: Row) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(_DRAFT)
+    try:
+        with draft.open("wb") as file:
+            file.write(_with_text(png, json.dumps(answer)))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _with_text(png: bytes, text: str) -> bytes:
+    chunk = b"tEXt" + _KEY.encode() + b"\0" + text.encode("ascii")
+    whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png[:_HEADER] + whole + png[_HEADER:]
+
+
+def _read_answer(png: Path) -> Row | None:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(read_file(png)), formats=("PNG",)) as image:
+            answer = json.loads(image.info[_KEY])
+        return answer if isinstance(answer, dict) and isinstance(answer.get("sha256"), str) else None
+    except (OSError, ValueError, KeyError, SyntaxError, RecursionError):
+        return None

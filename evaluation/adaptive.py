@@ -78,7 +78,7 @@ def attack_within(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     parts = []
-    for start in track(range(0, len(images), _CHUNK), f"{what} on {_CHUNK} images each:"):
+    for start in track(range(0, len(images), _CHUNK), what, f"x{_CHUNK} image"):
         clean, truth = to_float(images[start : start + _CHUNK]), torch.from_numpy(labels[start : start + _CHUNK])
         parts.append(to_bytes(_descend(logits, clean, truth, settings, generator)))
     return np.concatenate(parts)

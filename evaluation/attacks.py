@@ -159,7 +159,7 @@ def attack(
     fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = []
-    for start in track(range(0, len(images), _CHUNK), f"{type(method).__name__} on {_CHUNK} images each:"):
+    for start in track(range(0, len(images), _CHUNK), type(method).__name__, f"x{_CHUNK} image"):
         chunk, truth = images[start : start + _CHUNK], labels[start : start + _CHUNK]
 
         def compute(chunk: NDArray[np.uint8] = chunk, truth: NDArray[np.int64] = truth) -> NDArray[np.uint8]:

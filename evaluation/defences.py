@@ -107,7 +107,7 @@ def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list
 
     def read(images: Images) -> Reading:
         labels, copies, flagged = [], [], []
-        for start in track(range(0, len(images), _CHUNK), f"purifying {_CHUNK} images, {samples} copies each:"):
+        for start in track(range(0, len(images), _CHUNK), f"purifying, {samples} samples each", f"x{_CHUNK} image"):
             part = images[start : start + _CHUNK]
             seeds = range(seed + start, seed + start + len(part))
             result = pipeline.run(part, samples=samples, seeds=seeds, alphas=alphas)

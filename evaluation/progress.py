@@ -1,26 +1,29 @@
-"""A line of progress for long work, on the error stream: rewritten in place on a terminal, seldom in a log."""
+"""The one progress bar, tqdm's, on the error stream. Short work shows none, and a log gets a line of it seldom."""
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
 
 T = TypeVar("T")
-_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 15.0
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield ``items`` while showing how many are done and how many seconds are left, as far as pace tells."""
-    terminal = sys.stderr.isatty()
-    interval = _TERMINAL_SECONDS if terminal else _LOG_SECONDS
-    begun = shown = time.monotonic()
-    for done, item in enumerate(items):
-        yield item
-        now = time.monotonic()
-        if now - shown >= interval:
-            shown = now
-            left = (now - begun) / (done + 1) * (len(items) - done - 1)
-            line = f"{what} {done + 1}/{len(items)}, {left:.0f} s left"
-            print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal and shown > begun:
-        print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
+def bar(total: int, what: str, unit: str = "image") -> "tqdm[None]":
+    """A bar to be moved by its ``update`` and closed as a context."""
+    seconds = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, desc=what, unit=f" {unit}s", mininterval=seconds, delay=seconds, leave=False)
+
+
+def track(items: Sequence[T], what: str, unit: str = "image") -> Iterator[T]:
+    """Yield ``items`` while a bar shows how many are done and how long the rest will take."""
+    with bar(len(items), what, unit) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line, on standard output by default, without breaking a bar."""
+    tqdm.write(line, file or sys.stdout)
+    (file or sys.stdout).flush()

@@ -73,5 +73,5 @@ async def _run(
 def _mixed(subject: Subject, hostile: list[Call], count: int) -> Iterator[Call]:
     rng = np.random.default_rng(0)
     valid = subject.calls(samples=1)
-    for _ in track(range(count), "hostile and valid requests"):
+    for _ in track(range(count), "hostile and valid", "request"):
         yield next(valid) if rng.random() < 0.5 else hostile[rng.integers(len(hostile))]

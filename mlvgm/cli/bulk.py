@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import CliError
-from evaluation.progress import track
+from evaluation.progress import say, track
 from mlvgm.files import MAX_BYTES, Complain, image_files, read_file, shown
 
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ class Bulk:
 
     def _rows(self, pairs: Sequence[tuple[Path, Path]], done: Mapping[Path, Row | None], work: "Work") -> Iterator[Row]:
         waiting: list[tuple[Path, Path, bytes]] = []
-        for source, target in track(pairs, f"{self.name}:"):
+        for source, target in track(pairs, self.name):
             try:
                 str(source).encode()
                 data = read_file(source)
@@ -140,9 +140,9 @@ def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
     """
     try:
         if "error" in row and not as_json:
-            print(f"{row['file']}: {row['error']}", file=sys.stderr, flush=True)
+            say(f"{row['file']}: {row['error']}", sys.stderr)
         else:
-            print(json.dumps(row) if as_json else text(row), flush=True)
+            say(json.dumps(row) if as_json else text(row))
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise

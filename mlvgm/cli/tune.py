@@ -1,6 +1,7 @@
 """``mlvgm tune``: find the interpolation weights of a bundle on labelled photographs."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.errors import CliError
 
 if TYPE_CHECKING:
-    from evaluation.tuning import Trial
+    from evaluation.tuning import Gain, Trial
     from handlers.manifest import Manifest
 
 
@@ -21,7 +22,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Choose how much of each latent is drawn afresh: scaled linear, cosine and constant schedules "
         "first, then the best of them weight by weight. The score is the mean of the accuracies on clean and on "
         "attacked validation images after purification. The best few are compared once more on images that the search "
-        "has not seen, and the winner is printed as it goes into a recipe.",
+        "has not seen, with the bundle's own weights beside them. A winner that is better by more than chance is "
+        "printed as it goes into a recipe; or else that there is no difference.",
         epilog="Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json",
     )
     parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
@@ -31,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--images", type=int, default=300, help="to search with (%(default)s)")
     parser.add_argument("--check", type=int, default=600, help="other images, to compare the best with (%(default)s)")
     parser.add_argument("--finalists", type=int, default=5, help="how many are compared so (%(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="purified copies that vote (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="purified samples that vote (%(default)s)")
     parser.add_argument("--trials", type=int, default=100, help="at most (%(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
     parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from evaluation import tuning
     from evaluation.attacks import attack, load_target
     from evaluation.photographs import read_photographs
+    from evaluation.progress import bar, say
     from handlers.pipeline import Pipeline
     from mlvgm.recipe import Recipe
 
@@ -56,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         signs = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size, count)
         if len(signs) <= arguments.images:
             raise CliError(f"{arguments.data}: {len(signs)} validation images, too few for --images {arguments.images}")
-        _say(f"attacking {len(signs)} validation images")
+        say(f"attacking {len(signs)} validation images", sys.stderr)
         cache = Path("build/attacks")
         attacked = {
             name: attack(classifier, signs.images, signs.labels, name, cache).images for name in arguments.attacks
@@ -67,17 +70,30 @@ def run(arguments: argparse.Namespace) -> int:
             return tuning.objective(pipeline, signs.images[part], sets, signs.labels[part], arguments.samples)
 
         seen, unseen = slice(0, arguments.images), slice(arguments.images, None)
-        trials = tuning.search(objective(seen), manifest.n_latents, arguments.trials, _say)
-        _say(f"comparing the best on {len(signs) - arguments.images} other images")
+        with bar(arguments.trials, "searching", "trial") as shown:
+
+            def tell(trial: "Trial") -> None:
+                shown.update()
+                say(tuning.describe(trial), sys.stderr)
+
+            trials = tuning.search(objective(seen), manifest.n_latents, arguments.trials, tell)
+        say(f"comparing the best on {len(signs) - arguments.images} other images", sys.stderr)
         score = objective(unseen)
         finalists = tuning.ranked(score(trial.weights, trial.origin) for trial in trials[: arguments.finalists])
         as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
-    _write(arguments, manifest, trials, finalists, as_it_is)
+    best = finalists[0]
+    gain = tuning.gain(best, as_it_is, len(finalists))
+    _write(arguments, manifest, trials, finalists, as_it_is, gain)
     for trial in [*finalists, as_it_is]:
         print(f"{trial.origin:28} {tuning.describe(trial)}")
+    interval = f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+    if not gain.is_certain:
+        print(f"no difference: the best scores {interval} against the bundle's own weights; keep these")
+        return 0
     # A recipe's weights are multiplied by its attenuation before use; these are what is used.
     scale = recipe.attenuation or 1.0
-    print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in finalists[0].weights)}]")
+    print(f"better than the bundle's own weights by {interval}:")
+    print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in best.weights)}]")
     return 0
 
 
@@ -87,10 +103,12 @@ def _write(
     trials: "list[Trial]",
     finalists: "list[Trial]",
     as_it_is: "Trial",
+    gain: "Gain",
 ) -> None:
     content = {
         "model": manifest.name,
-        "alphas": finalists[0].weights,
+        "alphas": (finalists[0] if gain.is_certain else as_it_is).weights,
+        "gain": {**dataclasses.asdict(gain), "is_certain": gain.is_certain},
         "finalists": [_entry(trial) for trial in finalists],
         "as_it_is": _entry(as_it_is),
         "trials": [_entry(trial) for trial in trials],
@@ -111,7 +129,3 @@ def _entry(trial: "Trial") -> dict[str, Any]:
         "clean": round(trial.clean, 5),
         "attacked": round(trial.attacked, 5),
     }
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

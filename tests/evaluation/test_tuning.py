@@ -1,8 +1,10 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from evaluation.tuning import Trial, Weights, objective, ranked, schedules, search
+from evaluation.tuning import Trial, Weights, gain, objective, ranked, schedules, search
 from handlers.pipeline import Pipeline
 from tests import bundles
 
@@ -29,11 +31,11 @@ def test_keeps_to_the_number_of_trials_and_never_repeats_one() -> None:
         asked.append(weights)
         return near_target(weights, origin)
 
-    lines: list[str] = []
+    told: list[Trial] = []
     for limit in (3, 24, 40):
         asked.clear()
-        lines.clear()
-        assert len(search(score, 4, limit, lines.append)) == len(asked) == len(set(asked)) == len(lines) == limit
+        told.clear()
+        assert len(search(score, 4, limit, told.append)) == len(asked) == len(set(asked)) == len(told) == limit
 
 
 def test_weights_stay_in_range() -> None:
@@ -52,5 +54,35 @@ def test_the_score_is_the_mean_of_clean_and_attacked(nvae_bundle: Path) -> None:
         wrong = pipeline.run(other, samples=1, seeds=range(6), alphas=list(weights)).labels
         trial = objective(pipeline, images, {"a": images, "b": other}, labels, samples=2)(weights, "none")
     assert trial.clean == 1.0
-    assert trial.attacked == (1.0 + (wrong == labels).mean()) / 2
+    assert trial.attacked == pytest.approx((1.0 + (wrong == labels).mean()) / 2)
     assert trial.score == (trial.clean + trial.attacked) / 2
+    assert trial.scores.shape == (6,)
+    assert trial.scores.mean() == pytest.approx(trial.score)
+
+
+def trial(scores: Sequence[float]) -> Trial:
+    return Trial((), "", 0.0, 0.0, np.array(scores, np.float64))
+
+
+def test_weights_do_not_gain_on_themselves() -> None:
+    same = trial(np.random.default_rng(0).random(500))
+    found = gain(same, same)
+    assert found.mean == 0
+    assert found.low < 0 < found.high
+    assert not found.is_certain
+
+
+def test_a_gain_on_few_images_is_not_certain_and_on_many_it_is() -> None:
+    assert not gain(trial([1.0] * 4), trial([0.5] * 4)).is_certain
+    assert gain(trial([1.0] * 400), trial([0.5] * 400)).is_certain
+    assert not gain(trial([0.5] * 400), trial([1.0] * 400)).is_certain
+
+
+def test_chance_seldom_looks_like_a_gain() -> None:
+    """Of five candidates without any merit, the best on 200 images is called better in at most 5 % of tries."""
+    random, called = np.random.default_rng(0), 0
+    for _ in range(400):
+        own = trial(random.integers(0, 3, 200) / 2)
+        best = max((trial(random.integers(0, 3, 200) / 2) for _ in range(5)), key=lambda each: each.scores.mean())
+        called += gain(best, own, 5).is_certain
+    assert called <= 20

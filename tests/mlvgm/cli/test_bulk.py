@@ -3,13 +3,14 @@ the job.
 """
 
 import errno
+import functools
 import io
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,41 +244,33 @@ def test_no_image_at_all(tmp_path: Path) -> None:
         rows(tmp_path)
 
 
-@pytest.fixture
-def killed() -> Iterator[Callable[[Callable[[], object], int], bool]]:
-    """Runs something in a process that is killed at its n-th call of the system, as Python reports them."""
+def killed(job: Callable[[], object], calls: int) -> bool:
+    """Whether ``job``, in a process of its own, was killed at its n-th call of the system, as Python reports them."""
+    child = os.fork()
+    if child == 0:
+        left = [calls]
 
-    def run(job: Callable[[], object], calls: int) -> bool:
-        child = os.fork()
-        if child == 0:
-            left = [calls]
+        def count(event: str, _: object) -> None:
+            if event.startswith(("open", "os.", "fcntl.")):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-            def count(event: str, _: object) -> None:
-                if event.startswith(("open", "os.", "fcntl.")):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
-            try:
-                job()
-            finally:
-                os._exit(0)
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-    yield run
+        sys.addaudithook(count)
+        try:
+            job()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_whatever_kills_it_and_when_every_image_has_one_answer(
-    folder: Path, killed: Callable[[Callable[[], object], int], bool]
-) -> None:
-    work = negate
+def test_whatever_kills_it_and_when_every_image_has_one_answer(folder: Path) -> None:
     calls, cut_off = 0, True
     while cut_off:
         calls += 1
         out = folder.parent / f"out{calls}"
-        cut_off = killed(lambda out=out: rows(folder, out=out), calls)  # type: ignore[misc]
+        cut_off = killed(functools.partial(rows, folder, out=out), calls)
         for png in out.rglob("*.png"):
             assert bulk._read_answer(png) is not None
-        check(folder, rows(folder, out=out, work=work))
+        check(folder, rows(folder, out=out))
     assert calls > 20

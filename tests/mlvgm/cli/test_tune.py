@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation import attacks
+from evaluation import attacks, tuning
 from mlvgm.cli.main import main
 from tests.evaluation.models import of_bundle, pictures
 
@@ -29,12 +29,32 @@ def test_finds_and_writes_weights(words: list[str], capsys: pytest.CaptureFixtur
     content = json.loads(Path("tuned.json").read_text())
     assert len(content["trials"]) <= 26
     assert len(content["finalists"]) == 2
-    assert content["alphas"] == content["finalists"][0]["alphas"]
     assert content["finalists"][0]["score"] >= content["finalists"][1]["score"]
     assert content["as_it_is"]["alphas"] == [0.5, 1.0]
-    captured = capsys.readouterr()
-    assert f"tuned: [{', '.join(f'{a:g}' for a in content['alphas'])}]" in captured.out
-    assert "1/26" in captured.err
+    assert capsys.readouterr().err.count("score ") == len(content["trials"])
+
+
+def test_says_that_there_is_no_difference(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Four images to compare on cannot show one."""
+    assert main([*words, "--images", "5", "--check", "4", "--trials", "3"]) == 0
+    content = json.loads(Path("tuned.json").read_text())
+    assert content["alphas"] == [0.5, 1.0]
+    assert not content["gain"]["is_certain"]
+    out = capsys.readouterr().out
+    assert "no difference" in out
+    assert "tuned:" not in out
+
+
+def test_prints_weights_that_are_better(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "gain", lambda *_: tuning.Gain(0.1, 0.05, 0.15))
+    assert main([*words, "--images", "5", "--check", "4", "--trials", "3"]) == 0
+    content = json.loads(Path("tuned.json").read_text())
+    assert content["alphas"] == content["finalists"][0]["alphas"]
+    out = capsys.readouterr().out
+    assert "better than the bundle's own weights by +0.1000 (+0.0500 to +0.1500)" in out
+    assert f"tuned: [{', '.join(f'{a:g}' for a in content['alphas'])}]" in out
 
 
 def test_refuses_what_cannot_work(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,14 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 
 
-def bar(total: int, what: str, unit: str = "image") -> "tqdm[None]":
+def bar(total: int, what: str, unit: str = "image") -> "tqdm[Any]":
     """A bar to be moved by its ``update`` and closed as a context."""
     seconds = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, desc=what, unit=f" {unit}s", mininterval=seconds, delay=seconds, leave=False)

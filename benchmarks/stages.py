@@ -29,7 +29,7 @@ from export.models import load_models
 from export.parity import relative_error
 from export.stage import Stage, as_tuple
 from handlers import cores, runtimes
-from handlers.job import Job
+from handlers.inputs import PipelineInputs
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.recipe import Recipe
@@ -212,8 +212,8 @@ def _run(
             as pipeline,
         ):  # fmt: skip
 
-            def served(job: Job) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
-                result = pipeline.run(job.images, samples=job.copies, seeds=job.seeds)
+            def served(inputs: PipelineInputs) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+                result = pipeline.run(inputs.images, samples=inputs.samples, seeds=inputs.seeds)
                 purified = result.purified.reshape(-1, *result.purified.shape[2:])
                 return purified, result.sample_logits.reshape(len(purified), -1), result.timing_ms
 
@@ -221,7 +221,7 @@ def _run(
     return matmul_gflops(technique.precision), results
 
 
-Served = Callable[[Job], tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]]
+Served = Callable[[PipelineInputs], tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]]
 
 
 def _measure(
@@ -229,20 +229,20 @@ def _measure(
 ) -> Measured:
     purified, labels, stage_ms = [], [], []
     times: list[float] = []
-    jobs = [
-        Job.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
+    calls = [
+        PipelineInputs.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
         for start in range(0, max(load.compared // load.batch // load.samples, 1) * load.batch, load.batch)
     ]
-    gflops = twin.count(jobs[0]) / load.batch if twin else None
+    gflops = twin.count(calls[0]) / load.batch if twin else None
     if twin is None:  # the count has warmed the twin up
-        run(jobs[0])
+        run(calls[0])
     begun = time.perf_counter()
-    while len(times) < len(jobs) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
+    while len(times) < len(calls) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
-        found, logits, milliseconds = run(jobs[len(times) % len(jobs)])
+        found, logits, milliseconds = run(calls[len(times) % len(calls)])
         times.append(time.perf_counter() - started)
         stage_ms.append(milliseconds)
-        if len(times) <= len(jobs):
+        if len(times) <= len(calls):
             purified.append(found)
             labels.append(logits.argmax(-1))
     return Measured(
@@ -271,24 +271,24 @@ class _Twin:
         self.noise = {name for names in inputs for name in names if "noise" in name}
         self.per_image = next(i for i, names in enumerate(inputs) if self.noise & set(names))
 
-    def run(self, job: Job) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+    def run(self, inputs: PipelineInputs) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
         """As the pipeline runs them, its look at the unpurified images included; what needs no noise once per image."""
         timing = dict.fromkeys((stage.name for stage in self.stages), 0.0)
         with torch.inference_mode():
-            known = {"images": torch.from_numpy(job.images), "alphas": torch.from_numpy(job.weights)}
+            known = {"images": torch.from_numpy(inputs.images), "alphas": torch.from_numpy(inputs.alphas)}
             for index in range(self.per_image):
                 self._run_stage(index, known, timing)
             parts = []
             # Never more rows than images: with all copies at once, the published operators run out of memory.
-            for rows in np.split(np.arange(len(job.images) * job.copies), job.copies):
-                owners = torch.from_numpy(rows // job.copies)
+            for rows in np.split(np.arange(len(inputs.images) * inputs.samples), inputs.samples):
+                owners = torch.from_numpy(rows // inputs.samples)
                 part = {name: tensor if name == "alphas" else tensor[owners] for name, tensor in known.items()}
-                drawn = job.draw(self.manifest, rows, self.noise)
+                drawn = inputs.draw(self.manifest, rows, self.noise)
                 part |= {name: torch.from_numpy(array) for name, array in drawn.items()}
                 for index in range(self.per_image, len(self.stages)):
                     self._run_stage(index, part, timing)
                 parts.append(part)
-            self._run_stage(len(self.stages) - 1, {"images": torch.from_numpy(job.images)}, timing)
+            self._run_stage(len(self.stages) - 1, {"images": torch.from_numpy(inputs.images)}, timing)
         purified, logits = (torch.cat([part[name] for part in parts]).numpy() for name in ("images", "logits"))
         return purified, logits, timing
 
@@ -300,10 +300,10 @@ class _Twin:
         timing[stage.name] += (time.perf_counter() - begun) * 1000
         known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
 
-    def count(self, job: Job) -> float:
-        """10^9 floating-point operations of ``job``; a multiplication and an addition are two."""
+    def count(self, inputs: PipelineInputs) -> float:
+        """10^9 floating-point operations of ``inputs``; a multiplication and an addition are two."""
         with FlopCounterMode(display=False) as counter:
-            self.run(job)
+            self.run(inputs)
         return counter.get_total_flops() / 1e9
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = pipeline.manifest
         signs = read_photographs(args.data, args.part, manifest.classes, manifest.image_size, args.limit)
         default = load_default(args.recipe or str(manifest.source.get("recipe", "road-signs")))
-        samples = args.samples or manifest.samples.default
+        samples = args.samples or manifest.samples.typical
         schedule = args.alphas or manifest.default_alphas
         content: dict[str, Any] = {
             "benchmark": "robustness",

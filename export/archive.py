@@ -94,7 +94,7 @@ def build_archive(
 def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
     """Requests of one image, with its default samples, that are worth answering together; more would only wait."""
     full = _full_call(manifest, runtime)
-    return min(full, -(-ROWS_ON_CPU // manifest.samples.default)) if _on_cpu(manifest, runtime) else full
+    return min(full, -(-ROWS_ON_CPU // manifest.samples.typical)) if _on_cpu(manifest, runtime) else full
 
 
 def fitting_queue(manifest: Manifest, runtime: str = "auto", batch_size: int = 0) -> int:
@@ -104,7 +104,7 @@ def fitting_queue(manifest: Manifest, runtime: str = "auto", batch_size: int = 0
 
 def _full_call(manifest: Manifest, runtime: str) -> int:
     """Requests of one image, with its default samples, that fill a call of an engine."""
-    return -(-manifest.batch.most(_on_cpu(manifest, runtime)) // manifest.samples.default)
+    return -(-manifest.batch.most(_on_cpu(manifest, runtime)) // manifest.samples.typical)
 
 
 def _on_cpu(manifest: Manifest, runtime: str) -> bool:

@@ -18,6 +18,8 @@ from handlers.errors import MlvgmError
 
 FORMAT = 1
 FILE_NAME = "pipeline.json"
+AUTO = "auto"
+"""Number of samples: as many as the vote needs (`handlers.vote`)."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOISE_I = re.compile(r"noise_(\d+)")
@@ -55,10 +57,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Samples:
-    """Purified copies per image: what is drawn when a request does not say, and the most it may ask for."""
+    """Purified samples per image: what is drawn when a request does not say, a number or `AUTO`, and the most."""
 
-    default: int
+    default: int | str
     max: int
+
+    @property
+    def typical(self) -> int:
+        """Of an ordinary image by default: the vote of "auto" is mostly decided after the first two."""
+        return self.default if isinstance(self.default, int) else min(2, self.max)
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,10 @@ class Manifest:
             _require(len(weights) == n, f"alphas {schedule!r} has {len(weights)} weights for {n} latents")
             _require(all(0 <= a <= 1 for a in weights), f"alphas {schedule!r} has a weight outside 0 to 1")
         _require(self.default_alphas in self.alphas, f"default_alphas {self.default_alphas!r} is not among the alphas")
-        _require(1 <= self.samples.default <= self.samples.max, "samples must have 1 <= default <= max")
+        _require(
+            1 <= self.samples.typical <= self.samples.max and self.samples.default in (AUTO, self.samples.typical),
+            f"samples must have 1 <= default <= max, or default {AUTO!r}",
+        )
         _require(1 <= self.batch.min <= self.batch.opt <= self.batch.max, "batch must have 1 <= min <= opt <= max")
         _require(
             self.batch.cpu == 0 or self.batch.min <= self.batch.cpu <= self.batch.max,
@@ -297,7 +307,7 @@ def _manifest(content: Any) -> Manifest:
             for key, value in _dict(entries["alphas"], "alphas").items()
         },
         default_alphas=_str(entries["default_alphas"], "default_alphas"),
-        samples=Samples(*_ints(entries["samples"], "samples", ("default", "max"))),
+        samples=_samples(entries["samples"], "samples"),
         classes=_list(entries["classes"], "classes", _str),
         batch=Batch(*_ints({"cpu": 0, **_dict(entries["batch"], "batch")}, "batch", ("min", "opt", "max", "cpu"))),
         stages=_list(entries["stages"], "stages", _stage),
@@ -314,6 +324,11 @@ def _image_size(value: Any) -> tuple[int, int]:
     sizes = _list(value, "image_size", _int)
     _require(len(sizes) == 2, "image_size must be [H, W]")
     return sizes[0], sizes[1]
+
+
+def _samples(value: Any, at: str) -> Samples:
+    default, most = _entries(value, at, ("default", "max"))
+    return Samples(default if default == AUTO else _int(default, f"{at}.default"), _int(most, f"{at}.max"))
 
 
 def _stage(value: Any, at: str) -> Stage:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from handlers.manifest import Manifest
+from handlers.manifest import AUTO, Manifest
 from handlers.strict_json import RequestError, base64_bytes, given, quoted
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
@@ -37,6 +37,8 @@ _PLAIN: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "confidence": ("FP32", lambda answer: answer["confidence"]),
     "agreement": ("FP32", lambda answer: answer["agreement"]),
     "flagged": ("BOOL", lambda answer: answer["flagged"]),
+    "score": ("FP32", lambda answer: answer["score"]),
+    "samples": ("INT64", lambda answer: answer["samples"]),
     "unpurified_label": ("BYTES", lambda answer: answer["unpurified"]["label"]),
     "unpurified_index": ("INT64", lambda answer: answer["unpurified"]["index"]),
     "unpurified_confidence": ("FP32", lambda answer: answer["unpurified"]["confidence"]),
@@ -91,11 +93,12 @@ def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str
             shape = (len(answers), len(answers[0]["top_k"]))
             outputs.append(_tensor(name, _RANKED[key], shape, data))
     named = {} if envelope.id is None else {"id": envelope.id}
+    drawn = {each["samples"] for each in answers}
     return {
         "model_name": manifest.name,
         "model_version": manifest.version,
         **named,
-        "parameters": {"samples": answers[0]["samples"]},
+        "parameters": {"samples": drawn.pop() if len(drawn) == 1 else AUTO},
         "outputs": outputs,
     }
 

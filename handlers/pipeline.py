@@ -1,7 +1,7 @@
 """The pipeline: runs a bundle's stages on a batch of images. Every server, bulk job and benchmark stands on it.
 
 Nothing here knows a model family. The manifest declares which tensors each stage takes and gives; a stage that depends
-on noise, directly or through another stage, runs once per purified copy, any other once per image.
+on noise, directly or through another stage, runs once per sample, any other once per image.
 """
 
 import logging
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from handlers import runtimes
-from handlers.job import Job, checked_images
+from handlers import runtimes, vote
+from handlers.inputs import PipelineInputs, checked_images
 from handlers.manifest import Batch, Manifest, Stage
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, EngineError, Options
@@ -60,10 +60,10 @@ class Pipeline:
         self._fallback: Pipeline | None = None
         on_cpu = runtime in runtimes.ON_CPU
         self._buckets = _buckets(manifest.batch, on_cpu)
-        # An image and its copies are classified together: the one is not worth a call of its own.
-        self._classify_buckets = _buckets(manifest.batch, on_cpu, 1 + manifest.samples.default)
-        self._per_image, self._per_copy = _split(manifest.stages[:-1])
-        outside = _inputs_from_outside(self._per_copy)
+        # An image and its samples are classified together: the one is not worth a call of its own.
+        self._classify_buckets = _buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
+        self._per_image, self._per_sample = _split(manifest.stages[:-1])
+        outside = _inputs_from_outside(self._per_sample)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
         self._from_image = outside - self._noise_inputs - {"alphas"}
 
@@ -113,20 +113,21 @@ class Pipeline:
     def run(
         self,
         images: npt.ArrayLike,
-        samples: int | None = None,
+        samples: int | str | None = None,
         seeds: Sequence[int] | None = None,
         noise: Sequence[npt.ArrayLike] | None = None,
         input_noise: npt.ArrayLike | None = None,
         alphas: str | Sequence[float] | None = None,
     ) -> Result:
-        """Purify every image ``samples`` times and let the copies vote.
+        """Purify every image ``samples`` times and let the samples vote.
 
         Args:
             images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1].
-            samples: copies per image, K, from 1 to the bundle's maximum; None for the bundle's default.
+            samples: per image, K, from 1 to the bundle's maximum; "auto" stops at each image when its vote is decided
+                (`handlers.vote`), and K is the maximum then; None for the bundle's default.
             seeds: one whole number from 0 to 2^63 - 1 per image; None takes fresh ones from the operating system.
             noise: replaces the drawn noise: per latent, coarse to fine, standard-normal (B * K, *noise_shapes[i]),
-                where row b * K + k belongs to copy k of image b.
+                where row b * K + k belongs to sample k of image b.
             input_noise: replaces the drawn input noise: standard-normal (B * K, 3, H, W).
             alphas: a schedule of the bundle by name, or the n effective weights in [0, 1]; None for the default one.
 
@@ -135,46 +136,7 @@ class Pipeline:
             NonFiniteError: a stage gave NaN or infinity, with the images concerned.
             EngineError: a stage cannot be run.
         """
-        job = Job.of(self.manifest, images, samples, seeds, noise, input_noise, alphas)
-        count, copies = len(job.images), job.copies
-        made: list[Array] = []  # the copies, in their order
-        timing = _Timing()
-
-        # Copies are made within the chunk of their images, so that an encoded image need not be kept or moved.
-        for items in _chunks(0, count, self._buckets):
-            encoded: dict[str, Array] = {"images": job.images[items], "alphas": job.weights}
-            for stage in self._per_image:
-                encoded |= self._run_stage(stage, encoded, items, timing)
-            for rows in _chunks(int(items[0]) * copies, (int(items[-1]) + 1) * copies, self._buckets):
-                owners = rows // copies
-                tensors = encoded | {name: encoded[name][owners - items[0]] for name in self._from_image}
-                with timing.of("noise"):
-                    tensors |= job.draw(self.manifest, rows, self._noise_inputs)
-                for stage in self._per_copy:
-                    tensors |= self._run_stage(stage, tensors, owners, timing)
-                if not isinstance(tensors["images"], np.ndarray):
-                    _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
-                made.append(tensors["images"])
-
-        # The images as they came, and behind them their copies: all at once, but for what is kept on a device.
-        batches = [job.images, *made]
-        if all(isinstance(batch, np.ndarray) for batch in batches):
-            batches = [np.concatenate(batches)]
-            made = [batches[0][count:]]
-        owners = np.append(np.arange(count), np.arange(count * copies) // copies)
-        parts = np.split(owners, np.cumsum([len(batch) for batch in batches[:-1]]))
-        logits = np.concatenate([self._classify(*each, timing) for each in zip(batches, parts, strict=True)])
-
-        def purified() -> FloatArray:
-            fetched = np.concatenate([np.asarray(array) for array in made])
-            return fetched.reshape(count, copies, *job.images.shape[1:])
-
-        return Result(
-            sample_logits=logits[count:].reshape(count, copies, -1),
-            copies=purified,
-            unpurified_logits=logits[:count],
-            timing_ms=dict(timing.milliseconds),
-        )
+        return self._run(PipelineInputs.of(self.manifest, images, samples, seeds, noise, input_noise, alphas))
 
     def classify(self, images: npt.ArrayLike) -> FloatArray:
         """The logits (B, C) of images (as for `run`) that are not purified.
@@ -183,7 +145,7 @@ class Pipeline:
             ValueError, NonFiniteError, EngineError: as for `run`.
         """
         batch = checked_images(self.manifest, images)
-        return self._classify(batch, np.arange(len(batch)), _Timing())
+        return self._classify([batch], np.arange(len(batch)), _Timing())
 
     def warm_up(self) -> None:
         """Run every stage once at each size it will ever be run at, so that no request pays for a first time.
@@ -212,12 +174,83 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _classify(self, images: Array, owners: IntArray, timing: "_Timing") -> FloatArray:
-        stage = self.manifest.stages[-1]
+    def _run(self, inputs: PipelineInputs) -> Result:
+        count, most, timing = len(inputs.images), inputs.samples, _Timing()
+        sample_logits = np.full((count, most, len(self.manifest.classes)), np.nan, np.float32)
+        unpurified_logits = np.empty_like(sample_logits[:, 0])
+        made: list[tuple[IntArray, Array]] = []  # rows, and the purified images in them
+        rounds = vote.rounds(most) if inputs.auto else [most]
+        if inputs.auto and not inputs.random(self.manifest):
+            rounds = [1]  # further samples would be the same
+
+        # A group of images after the other, so that few encoded ones need be kept.
+        group = self._buckets[0]
+        for items in np.split(np.arange(count), range(group, count, group)):
+            encoded = self._encode(inputs, items, timing)
+            undecided, drawn = items, 0
+            for stop in rounds:
+                rows = (undecided[:, None] * most + np.arange(drawn, stop)).ravel()
+                images = self._purify(inputs, encoded, rows, items[0], timing)
+                made += zip(np.split(rows, np.cumsum([len(batch) for batch in images[:-1]])), images, strict=True)
+                if drawn == 0:  # the images as they came are classified with their first samples
+                    logits = self._classify([inputs.images[items], *images], np.append(items, rows // most), timing)
+                    unpurified_logits[items], logits = logits[: len(items)], logits[len(items) :]
+                else:
+                    logits = self._classify(images, rows // most, timing)
+                sample_logits[rows // most, rows % most] = logits
+                if stop == rounds[-1]:
+                    break
+                undecided = undecided[~vote.decided(sample_logits[undecided, :stop], most)]
+                if not len(undecided):
+                    break
+                drawn = stop
+        longest = int((~np.isnan(sample_logits[:, :, 0])).any(axis=0).sum())
+
+        def purified() -> FloatArray:
+            fetched = np.full((count, longest, *inputs.images.shape[1:]), np.nan, np.float32)
+            for rows, images in made:
+                fetched[rows // most, rows % most] = np.asarray(images)
+            return fetched
+
+        return Result(sample_logits[:, :longest], purified, unpurified_logits, dict(timing.milliseconds))
+
+    def _encode(self, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
+        """What the stages that run once per sample take from those that run once per image, for these images."""
         parts = []
-        for rows in _chunks(0, len(images), self._classify_buckets):
-            logits = self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"]
-            parts.append(_fetched(stage.name, logits, owners[rows]))
+        for chunk in _chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
+            tensors: dict[str, Array] = {"images": inputs.images[chunk], "alphas": inputs.alphas}
+            for stage in self._per_image:
+                tensors |= self._run_stage(stage, tensors, chunk, timing)
+            parts.append(tensors)
+        return {name: _joined([part[name] for part in parts]) for name in self._from_image}
+
+    def _purify(
+        self, inputs: PipelineInputs, encoded: Mapping[str, Array], rows: IntArray, first: int, timing: "_Timing"
+    ) -> list[Array]:
+        """The purified images of ``rows``, in batches; ``first`` is the image that ``encoded`` begins with."""
+        made = []
+        for chunk in _chunks(0, len(rows), self._buckets):
+            owners = rows[chunk] // inputs.samples
+            tensors = {name: array[owners - first] for name, array in encoded.items()} | {"alphas": inputs.alphas}
+            with timing.of("noise"):
+                tensors |= inputs.draw(self.manifest, rows[chunk], self._noise_inputs)
+            for stage in self._per_sample:
+                tensors |= self._run_stage(stage, tensors, owners, timing)
+            if not isinstance(tensors["images"], np.ndarray):
+                _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
+            made.append(tensors["images"])
+        return made
+
+    def _classify(self, batches: list[Array], owners: IntArray, timing: "_Timing") -> FloatArray:
+        """The logits of all ``batches``, which are joined but for what is kept on a device."""
+        stage, parts = self.manifest.stages[-1], []
+        if all(isinstance(batch, np.ndarray) for batch in batches):
+            batches = [_joined(batches)]
+        ends = np.cumsum([len(batch) for batch in batches[:-1]], dtype=np.int64)
+        for batch, owning in zip(batches, np.split(owners, ends), strict=True):
+            for rows in _chunks(0, len(batch), self._classify_buckets):
+                logits = self._run_stage(stage, {"images": batch[rows]}, owning[rows], timing)["logits"]
+                parts.append(_fetched(stage.name, logits, owning[rows]))
         return np.concatenate(parts)
 
     def _run_stage(
@@ -262,6 +295,12 @@ def _engines(runtime: str, files: Mapping[str, Path], options: Options) -> dict[
     return engines
 
 
+def _joined(parts: Sequence[Array]) -> Array:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0].followed_by(parts[1:])
+
+
 def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
     """``array``, which ``stage`` gave, on the host. One that was there all the time has been checked already."""
     fetched: FloatArray = np.asarray(array)
@@ -283,17 +322,17 @@ def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
 
 
 def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
-    """The stages that run once per image, and those that run once per copy."""
+    """The stages that run once per image, and those that run once per sample."""
     per_image: list[Stage] = []
-    per_copy: list[Stage] = []
+    per_sample: list[Stage] = []
     random: set[str] = set()
     for stage in stages:
         if any(_is_noise(t.name) or t.name in random for t in stage.inputs):
-            per_copy.append(stage)
+            per_sample.append(stage)
             random |= {output.name for output in stage.outputs}
         else:
             per_image.append(stage)
-    return per_image, per_copy
+    return per_image, per_sample
 
 
 def _inputs_from_outside(stages: Sequence[Stage]) -> set[str]:

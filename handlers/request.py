@@ -13,7 +13,7 @@ from typing import Any
 
 from handlers import form
 from handlers.image import format_of
-from handlers.manifest import Manifest
+from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS
 from handlers.open_inference import JSON_LENGTH_HEADER, Envelope, Image, read
 from handlers.strict_json import RequestError, base64_bytes, json_object, quoted
@@ -40,7 +40,7 @@ class Request:
 
     Attributes:
         images: encoded, or uint8 (H, W, 3).
-        samples: purified copies to draw.
+        samples: purified samples to draw, or "auto" for as many as the vote needs.
         top_k: classes to name in the answer.
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
@@ -50,7 +50,7 @@ class Request:
     """
 
     images: tuple[Image, ...]
-    samples: int
+    samples: int | str
     top_k: int
     wants_image: bool
     alphas: str
@@ -87,7 +87,7 @@ def parse(
     most_named = min(len(manifest.classes), _MOST_TOP_K)
     request = Request(
         images=content.images,
-        samples=_integer(options, "samples", 1, manifest.samples.max, manifest.samples.default),
+        samples=_samples(options, manifest),
         top_k=_integer(options, "top_k", 1, most_named, min(_DEFAULT_TOP_K, most_named)),
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
@@ -97,7 +97,7 @@ def parse(
     )
     if request.listed and request.wants_image:
         raise RequestError("return: a purified image comes for one image a request, as 'image'")
-    if len(request.images) * request.samples > 4 * manifest.samples.max:
+    if request.samples != AUTO and len(request.images) * int(request.samples) > 4 * manifest.samples.max:
         raise RequestError(f"images times samples may be {4 * manifest.samples.max} at most")
     return request
 
@@ -211,13 +211,20 @@ def _accepted(headers: Mapping[str, str]) -> str:
     return "purified" if taken & {"image/png", "image/*"} and not takes_json else "json"
 
 
-def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default: int) -> int:
+def _samples(options: Mapping[str, Any], manifest: Manifest) -> int | str:
+    wanted = _text(options.get("samples", manifest.samples.default))
+    if wanted == AUTO:
+        return AUTO
+    return _integer({"samples": wanted}, "samples", 1, manifest.samples.max, 1, f", or {AUTO!r}")
+
+
+def _integer(options: Mapping[str, Any], name: str, low: int, high: int, default: int, other: str = "") -> int:
     """A whole number: JSON's, or its decimal digits."""
     value = _text(options.get(name, default))
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         value = int(value)
     if type(value) is not int or not low <= value <= high:
-        raise RequestError(f"{name} must be a whole number from {low} to {high}")
+        raise RequestError(f"{name} must be a whole number from {low} to {high}{other}")
     return value
 
 

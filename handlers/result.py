@@ -1,4 +1,4 @@
-"""What a purified batch says: votes, mean logits, and how far they agree."""
+"""What a purified batch says: votes, mean logits, how far they agree, and how suspicious the images are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,40 +13,45 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Result:
-    """The answer for B images of K purified copies each and C classes.
+    """The answer for B images of up to K purified samples each and C classes.
 
     Attributes:
-        sample_logits: (B, K, C), the logits of every copy.
-        copies: the purified images, or what fetches them from where they are; read them as ``purified``.
+        sample_logits: (B, K, C), the logits of every sample; NaN from ``samples[b]`` on.
+        images: the purified images, or what fetches them from where they are; read them as ``purified``.
         unpurified_logits: (B, C), the logits of the images as they came.
         timing_ms: milliseconds spent in each stage, for the whole batch; "noise" is the drawing of it.
     """
 
     sample_logits: FloatArray
-    copies: FloatArray | Callable[[], FloatArray]
+    images: FloatArray | Callable[[], FloatArray]
     unpurified_logits: FloatArray
     timing_ms: dict[str, float]
 
     @cached_property
     def purified(self) -> FloatArray:
-        """(B, K, 3, H, W): nominally in [0, 1]; a generator may overshoot a little."""
-        return self.copies() if callable(self.copies) else self.copies
+        """(B, K, 3, H, W): nominally in [0, 1]; a generator may overshoot a little. NaN from ``samples[b]`` on."""
+        return self.images() if callable(self.images) else self.images
+
+    @cached_property
+    def samples(self) -> IntArray:
+        """(B,): samples drawn of each image: K, or as many as its vote needed."""
+        drawn: IntArray = (~np.isnan(self.sample_logits[:, :, 0])).sum(axis=1)
+        return drawn
 
     @cached_property
     def logits(self) -> FloatArray:
-        """(B, C): mean over the copies."""
-        mean: FloatArray = self.sample_logits.mean(axis=1)
-        return mean
+        """(B, C): mean over the samples."""
+        return self._mean(self.sample_logits)
 
     @cached_property
     def sample_labels(self) -> IntArray:
-        """(B, K): the class each copy votes for."""
-        labels: IntArray = self.sample_logits.argmax(axis=2)
+        """(B, K): the class each sample votes for; -1 from ``samples[b]`` on."""
+        labels: IntArray = np.where(self._is_drawn, self.sample_logits.argmax(axis=2), -1)
         return labels
 
     @cached_property
     def votes(self) -> IntArray:
-        """(B, C): copies that vote for each class; a row sums to K."""
+        """(B, C): samples that vote for each class; row b sums to ``samples[b]``."""
         classes = np.arange(self.sample_logits.shape[2])
         counts: IntArray = (self.sample_labels[:, :, None] == classes).sum(axis=1)
         return counts
@@ -69,9 +74,9 @@ class Result:
 
     @property
     def agreement(self) -> FloatArray:
-        """(B,): share of the copies that vote for the label, above 0 and up to 1."""
+        """(B,): share of the samples that vote for the label, above 0 and up to 1."""
         won: IntArray = self.votes.max(axis=1)
-        share: FloatArray = (won / self.sample_logits.shape[1]).astype(np.float32)
+        share: FloatArray = (won / self.samples).astype(np.float32)
         return share
 
     @property
@@ -79,6 +84,18 @@ class Result:
         """(B,): purification changed the label, as it does for most adversarial images."""
         changed: npt.NDArray[np.bool_] = self.labels != self.unpurified_labels
         return changed
+
+    @cached_property
+    def scores(self) -> FloatArray:
+        """(B,): how suspicious an image is, 0 or more.
+
+        The Kullback-Leibler divergence, in nats, of the unpurified softmax from the mean softmax of the samples: an
+        attack that purification removes has moved the prediction far.
+        """
+        before = log_softmax(self.unpurified_logits)
+        after = np.log(np.maximum(self._mean(softmax(self.sample_logits)), np.finfo(np.float32).tiny))
+        divergence: FloatArray = np.maximum((np.exp(before) * (before - after)).sum(axis=1), 0)
+        return divergence
 
     @cached_property
     def confidences(self) -> FloatArray:
@@ -91,10 +108,20 @@ class Result:
         return softmax(self.unpurified_logits)
 
     def representative(self, item: int) -> FloatArray:
-        """(3, H, W): the first purified copy of an image that votes for its label."""
-        copy = int((self.sample_labels[item] == self.labels[item]).argmax())
-        chosen: FloatArray = self.purified[item, copy]
+        """(3, H, W): the first purified sample of an image that votes for its label."""
+        first = int((self.sample_labels[item] == self.labels[item]).argmax())
+        chosen: FloatArray = self.purified[item, first]
         return chosen
+
+    @cached_property
+    def _is_drawn(self) -> npt.NDArray[np.bool_]:
+        drawn: npt.NDArray[np.bool_] = np.arange(self.sample_logits.shape[1]) < self.samples[:, None]
+        return drawn
+
+    def _mean(self, values: FloatArray) -> FloatArray:
+        """(B, C): the mean of (B, K, C) over the samples that were drawn."""
+        mean: FloatArray = values.mean(axis=1, where=self._is_drawn[:, :, None])
+        return mean
 
 
 def softmax(logits: FloatArray) -> FloatArray:
@@ -102,3 +129,10 @@ def softmax(logits: FloatArray) -> FloatArray:
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
     return shares
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    """Over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logs: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs

@@ -127,7 +127,7 @@ class Service:
 
     def _answer_images(self, parsed: Mapping[int, Request]) -> dict[Place, Answer]:
         answers: dict[Place, Answer] = {}
-        groups: defaultdict[tuple[int, str], list[_Item]] = defaultdict(list)
+        groups: defaultdict[tuple[int | str, str], list[_Item]] = defaultdict(list)
         for place, item in self._read_all(parsed):
             if isinstance(item, Answer):
                 answers[place] = item
@@ -170,7 +170,7 @@ class Service:
         seed = fresh_seeds(1)[0] if request.seed is None else request.seed + place[1]
         return _Item(place, request, pixels, seed, (time.perf_counter() - start) * 1000)
 
-    def _purify(self, items: list[_Item], samples: int, alphas: str, pipeline: Pipeline) -> dict[Place, Answer]:
+    def _purify(self, items: list[_Item], samples: int | str, alphas: str, pipeline: Pipeline) -> dict[Place, Answer]:
         """Answers by place. Items do not depend on each other, so those without a fault can simply be run again."""
         answers: dict[Place, Answer] = {}
         while items:
@@ -240,12 +240,13 @@ class Service:
             "confidence": _share(result.confidences[i, label]),
             "agreement": _share(result.agreement[i]),
             "flagged": bool(result.flagged[i]),
+            "score": _share(result.scores[i]),
             "unpurified": {
                 "label": classes[unpurified],
                 "index": unpurified,
                 "confidence": _share(result.unpurified_confidences[i, unpurified]),
             },
-            "samples": request.samples,
+            "samples": int(result.samples[i]),
         }
         if request.wants_image:
             image = encode_png(result.representative(i))

@@ -1,6 +1,6 @@
 """Stand-ins for a GPU, on the CPU: arrays that count what leaves them, and graphs that are recorded and replayed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -22,6 +22,9 @@ class Resident(DeviceArray):
 
     def __getitem__(self, rows: Any) -> "Resident":
         return Resident(self.tensor[rows], self.fetched)
+
+    def followed_by(self, others: Sequence[DeviceArray]) -> "Resident":
+        return Resident(super().followed_by(others).tensor, self.fetched)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         self.fetched.append(self.shape)

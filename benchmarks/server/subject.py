@@ -28,17 +28,19 @@ class Settings:
 
     Attributes:
         bundle: its folder.
-        samples: purified copies of an image.
+        samples: purified samples of an image, or "auto".
         batch: images a call.
         runtime: as for `Pipeline.load`.
         threads: CPU threads; 0 for every core.
+        images: folder of what is sent; None for synthetic pictures, whose votes are less often unanimous.
     """
 
     bundle: Path
-    samples: int
+    samples: int | str
     batch: int
     runtime: str = "auto"
     threads: int = 0
+    images: Path | None = None
 
 
 class Subject(Started):
@@ -48,9 +50,9 @@ class Subject(Started):
         self.settings = settings
         self.manifest = Manifest.read(settings.bundle)
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (settings,))
-        images = pictures(None, _PICTURES, self.manifest.image_size)
+        images = pictures(settings.images, _PICTURES, self.manifest.image_size)
         self._images = [_encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
-        self._labels: dict[int, list[int]] = {}
+        self._labels: dict[int | str, list[int]] = {}
 
     def stop(self) -> None:
         self._pool.shutdown()
@@ -64,7 +66,7 @@ class Subject(Started):
         """Of the pipeline alone, on decoded images, at the batch and samples of the settings; two calls at least."""
         return self._pool.submit(_rate, seconds).result()
 
-    def calls(self, samples: int | None = None, as_json: bool = False) -> Iterator[Call]:
+    def calls(self, samples: int | str | None = None, as_json: bool = False) -> Iterator[Call]:
         """Valid requests without end, for so many samples (default: those of the settings)."""
         samples = samples or self.settings.samples
         if samples not in self._labels:
@@ -100,7 +102,7 @@ def _runtime() -> str:
 
 def _rate(seconds: float) -> float:
     settings, pipeline = _loaded[0]
-    batch = pictures(None, settings.batch, pipeline.manifest.image_size)
+    batch = pictures(settings.images, settings.batch, pipeline.manifest.image_size)
     calls, begun = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - begun < seconds:
         pipeline.run(batch, settings.samples)
@@ -108,7 +110,7 @@ def _rate(seconds: float) -> float:
     return calls * len(batch) / (time.perf_counter() - begun)
 
 
-def _answers(images: list[bytes], samples: int) -> list[int]:
+def _answers(images: list[bytes], samples: int | str) -> list[int]:
     """The label of each image, whose seed is its number."""
     settings, pipeline = _loaded[0]
     labels: list[int] = []

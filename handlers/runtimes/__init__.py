@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from handlers.errors import MlvgmError
 
 # numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``; its
-# ``finite()`` tells, row by row, whether all of its numbers are.
+# ``finite()`` tells, row by row, whether all of its numbers are, and ``followed_by(others)`` joins it with more rows.
 Array = Any
 
 

@@ -1,5 +1,6 @@
 """Arrays that stay on a GPU between stages."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ class DeviceArray:
 
     def __getitem__(self, rows: Any) -> "DeviceArray":
         return DeviceArray(self.tensor[rows])
+
+    def followed_by(self, others: Sequence["DeviceArray"]) -> "DeviceArray":
+        """The rows of this array, then those of ``others``."""
+        import torch
+
+        return DeviceArray(torch.cat([self.tensor, *(other.tensor for other in others)]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self.tensor.cpu().numpy(), dtype)

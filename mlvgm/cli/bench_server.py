@@ -9,6 +9,7 @@ from deploy.errors import CliError
 from deploy.signals import stop_once
 from deploy.workers import chosen
 from handlers import runtimes
+from mlvgm.cli.options import number_of_samples
 
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,7 +30,10 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
     parser.add_argument("--seconds", type=float, default=10, help="of each load (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each server at saturation (%(default)s)")
-    parser.add_argument("--samples", type=int, metavar="K", help="copies of an image (default: the bundle's)")
+    parser.add_argument(
+        "--samples", type=number_of_samples, metavar="K", help="of an image, or auto (default: the bundle's)"
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="to send (default: synthetic pictures)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch (default: the archive's)")
     parser.add_argument(
         "--batch-delay", type=int, metavar="MS", help="to wait for a full batch (default: the archive's)"
@@ -47,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.server.subject import Settings
     from evaluation import machine, report
     from export import archive
-    from handlers.manifest import Manifest
+    from handlers.manifest import AUTO, Manifest
 
     _check(args)
     manifest = Manifest.read(args.bundle)
     samples = args.samples or manifest.samples.default
-    if samples > manifest.samples.max:
-        raise CliError(f"--samples must be 1 to {manifest.samples.max} with this bundle")
+    if samples != AUTO and int(samples) > manifest.samples.max:
+        raise CliError(f"--samples must be 1 to {manifest.samples.max} or {AUTO!r} with this bundle")
     defaults = archive.Settings()
     served = archive.Settings(
         runtime=args.runtime,
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     )
     compare = litserve.is_installed() and not args.no_litserve
     plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
-    settings = Settings(args.bundle, samples, served.batch_size, args.runtime)
+    settings = Settings(args.bundle, samples, served.batch_size, args.runtime, images=args.images)
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
     stop_once()  # or the servers would be left behind

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from handlers.manifest import FILE_NAME, BundleError, Manifest
+from handlers.manifest import FILE_NAME, BundleError, Manifest, Samples
 from handlers.pipeline import Pipeline
 from tests import bundles
 
@@ -163,3 +163,16 @@ def test_nothing_inconsistent_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="default_alphas"):
         bundles.write_nvae(tmp_path, default_alphas="sine")
     assert not (tmp_path / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize(("default", "typical"), [(5, 5), ("auto", 2)])
+def test_samples_may_be_left_to_the_vote(tmp_path: Path, default: int | str, typical: int) -> None:
+    bundles.write_nvae(tmp_path, samples=Samples(default, 16))
+    samples = Manifest.read(tmp_path).samples
+    assert (samples.default, samples.max, samples.typical) == (default, 16, typical)
+
+
+@pytest.mark.parametrize("samples", [Samples("all", 16), Samples(0, 16), Samples(17, 16), Samples("auto", 0)])
+def test_samples_without_sense_are_refused(tmp_path: Path, samples: Samples) -> None:
+    with pytest.raises(BundleError, match="samples"):
+        bundles.write_nvae(tmp_path, samples=samples)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handlers import vote
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import PROGRESS, NonFiniteError, Pipeline
@@ -83,10 +84,90 @@ def test_more_samples_begin_with_the_same_copies(pipeline: Pipeline) -> None:
     assert np.allclose(few.purified, many.purified[:, :3], atol=1e-6)
 
 
+def test_auto_draws_the_first_samples_of_the_maximum_until_the_vote_is_decided(pipeline: Pipeline) -> None:
+    images, seeds, most = bundles.images(13), range(13), pipeline.manifest.samples.max
+    auto, full = (pipeline.run(images, samples, seeds) for samples in ("auto", most))
+    assert set(auto.samples) <= set(vote.rounds(most))
+    assert auto.sample_logits.shape[1] == auto.samples.max()
+    for i, drawn in enumerate(auto.samples):
+        assert np.allclose(auto.sample_logits[i, :drawn], full.sample_logits[i, :drawn], atol=1e-5)
+        assert np.allclose(auto.purified[i, :drawn], full.purified[i, :drawn], atol=1e-6)
+        assert np.isnan(auto.sample_logits[i, drawn:]).all()
+        assert np.isnan(auto.purified[i, drawn:]).all()
+        assert drawn == most or vote.decided(full.sample_logits[i : i + 1, :drawn], most)[0]
+        assert auto.votes[i].sum() == drawn
+        first = pipeline.run(images[i : i + 1], int(drawn), [i])
+        for value in ("logits", "confidences", "agreement", "scores", "labels", "ranking"):
+            assert np.allclose(getattr(auto, value)[i], getattr(first, value)[0], atol=1e-5)
+        assert np.allclose(auto.representative(i), first.representative(0), atol=1e-6)
+    assert np.allclose(auto.unpurified_logits, full.unpurified_logits, atol=1e-5)
+    assert (auto.labels == full.labels).mean() > 0.9
+
+
+@settings(max_examples=4)
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=20))
+def test_auto_does_not_depend_on_the_batch(pipeline: Pipeline, seeds: list[int]) -> None:
+    images = bundles.images(len(seeds))
+    together = pipeline.run(images, "auto", seeds)
+    for i, seed in enumerate(seeds):
+        alone = pipeline.run(images[i : i + 1], "auto", [seed])
+        drawn = alone.samples[0]
+        assert drawn == together.samples[i]
+        assert np.allclose(alone.sample_logits[0], together.sample_logits[i, :drawn], rtol=0, atol=1e-5)
+        assert alone.labels[0] == together.labels[i]
+
+
+def test_auto_replays_explicit_noise(nvae: Pipeline) -> None:
+    most, seeds = nvae.manifest.samples.max, [3, 4]
+    rows = [(seed, k) for seed in seeds for k in range(most)]
+    noise = [latent_noise(*zip(*rows, strict=True), i, shape) for i, shape in enumerate(nvae.manifest.noise_shapes)]
+    seeded, replayed = nvae.run(bundles.images(2), "auto", seeds), nvae.run(bundles.images(2), "auto", noise=noise)
+    assert np.array_equal(seeded.sample_logits, replayed.sample_logits, equal_nan=True)
+
+
+def test_one_sample_is_enough_where_nothing_is_random(nvae: Pipeline, noisy_bundle: Path) -> None:
+    assert nvae.run(bundles.images(3), "auto", alphas="none").samples.tolist() == [1, 1, 1]
+    with Pipeline.load(noisy_bundle, "onnxruntime") as noisy:
+        assert noisy.run(bundles.images(1), "auto", alphas=[0, 0, 0]).samples[0] > 1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_auto_encodes_once_and_batches_what_is_undecided(
+    nvae: Pipeline, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = nvae.run(bundles.images(7), "auto", range(7))
+    if on_device:
+        fetched: list[tuple[int, ...]] = []
+        monkeypatch.setattr(nvae, "_engines", {name: OnDevice(e, fetched) for name, e in nvae._engines.items()})
+    rows = rows_by_call(nvae, "encode", monkeypatch)
+    decoded: list[int] = []
+    decode = nvae._engines["decode"].run
+    monkeypatch.setattr(
+        nvae._engines["decode"], "run", lambda feeds: decoded.append(len(feeds["noise_0"])) or decode(feeds)
+    )
+    result = nvae.run(bundles.images(7), "auto", range(7))
+    assert np.array_equal(result.samples, expected.samples)
+    assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5, equal_nan=True)
+    assert np.allclose(result.purified, expected.purified, atol=1e-6, equal_nan=True)
+    assert sorted(rows) == [1, 2, 4], "each image once, in the sizes that engines are run at"
+    assert len(set(expected.samples)) > 1
+    per_round, before = [], 0
+    for stop in vote.rounds(nvae.manifest.samples.max):
+        per_round.append(int((expected.samples >= stop).sum()) * (stop - before))
+        before = stop
+    sizes = [
+        [size for size in (8, 4, 2, 1) for _ in range(count // size if size == 8 else count // size % 2)]
+        for count in per_round
+    ]
+    assert decoded == [size for round_sizes in sizes for size in round_sizes]
+
+
 def test_the_result_has_the_shapes_of_the_contract(pipeline: Pipeline) -> None:
     result = pipeline.run(bundles.images(3), samples=4)
     assert result.logits.shape == (3, 3)
     assert result.votes.shape == (3, 3)
+    assert result.samples.tolist() == [4, 4, 4]
+    assert result.scores.shape == (3,)
     assert result.purified.shape == (3, 4, 3, 8, 8)
     assert result.purified.dtype == np.float32
     assert result.unpurified_logits.shape == (3, 3)
@@ -170,6 +251,7 @@ def test_engines_only_see_the_sizes_of_their_profile(
             result = pipeline.run(bundles.images(count), 3, range(count))
             expected = nvae.run(bundles.images(count), 3, range(count))
             assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5)
+            pipeline.run(bundles.images(count), "auto", range(count))
     assert seen <= warm, "warm_up must run every size that requests can cause"
     sizes = [rows for _, rows in warm]
     assert batch.min <= min(sizes)
@@ -307,7 +389,9 @@ WRONG_ARGUMENTS = {
     "out of range": ({"images": np.full((1, 3, 8, 8), 1.1)}, "0 to 1"),
     "NaN": ({"images": np.full((1, 3, 8, 8), np.nan)}, "0 to 1"),
     "no samples": ({"samples": 0}, "samples must be 1 to 16"),
-    "too many samples": ({"samples": 17}, "samples must be 1 to 16"),
+    "too many samples": ({"samples": 17}, "samples must be 1 to 16 or 'auto'"),
+    "samples by another name": ({"samples": "all"}, "samples must be 1 to 16 or 'auto'"),
+    "half a sample": ({"samples": 2.5}, "samples must be 1 to 16 or 'auto'"),
     "seeds": ({"seeds": [1, 2]}, "seeds must hold one"),
     "negative seed": ({"seeds": [-1]}, "seeds must be 0 to"),
     "large seed": ({"seeds": [2**63]}, "seeds must be 0 to"),

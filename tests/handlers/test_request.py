@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handlers.manifest import Manifest
+from handlers.manifest import Manifest, Samples
 from handlers.request import MOST_IMAGES, OPTIONS, Request, parse
 from handlers.strict_json import RequestError
 from tests.handlers import forms
@@ -234,8 +234,22 @@ def test_any_request_is_parsed_or_refused(
         return
     assert all(isinstance(image, bytes) for image in request.images)
     assert 1 <= len(request.images) <= MOST_IMAGES
-    assert len(request.images) * request.samples <= 64
-    assert 1 <= request.samples <= 16
+    if request.samples != "auto":
+        assert 1 <= int(request.samples) <= 16
+        assert len(request.images) * int(request.samples) <= 64
     assert 1 <= request.top_k <= 3
     assert request.alphas in manifest.alphas
     assert request.seed is None or (allow_seed and 0 <= request.seed < 2**63)
+
+
+def test_samples_can_be_left_to_the_vote(manifest: Manifest) -> None:
+    for fields, headers in (
+        ({"body": IMAGE}, {"X-Mlvgm-Samples": "auto"}),
+        ({"body": {"image": BASE64, "samples": "auto"}}, {}),
+        ({"image": IMAGE, "samples": b"auto"}, {}),
+        ({"body": {"images": [BASE64] * MOST_IMAGES, "samples": "auto"}}, {}),
+    ):
+        assert parse(fields, headers, manifest).samples == "auto"
+    by_default = replace(manifest, samples=Samples("auto", 16))
+    assert parse({"body": IMAGE}, {}, by_default).samples == "auto"
+    assert parse({"body": IMAGE}, {"X-Mlvgm-Samples": "2"}, by_default).samples == 2

@@ -47,5 +47,36 @@ def test_votes_and_ranking_are_consistent(logits: np.ndarray) -> None:
     assert ((result.agreement > 0.3) & (result.agreement <= 1)).all()
 
 
+def test_the_score_is_the_divergence_of_before_and_after() -> None:
+    samples = np.array([[[0, 1, 2], [3, 0, 1]]], np.float32)
+    result = Result(samples, np.empty(0, np.float32), np.array([[1, 1, 4]], np.float32), {})
+    before, after = softmax(np.array([1.0, 1, 4])), softmax(samples[0].astype(float)).mean(axis=0)
+    assert result.scores[0] == pytest.approx(float(np.sum(before * np.log(before / after))), rel=1e-5)
+
+
+@given(arrays(np.float32, (5, 4, 3), elements=st.floats(-1e4, 1e4, width=32)))
+def test_scores_are_finite_and_not_negative(logits: np.ndarray) -> None:
+    assert np.isfinite(scores := Result(logits[:, 1:], np.empty(0, np.float32), logits[:, 0], {}).scores).all()
+    assert (scores >= 0).all()
+
+
+def test_an_image_that_purification_does_not_change_is_not_suspicious() -> None:
+    same, moved = (result_of([[9, 0], [8, 0]], before).scores[0] for before in ([8.5, 0], [0, 5]))
+    assert same < 0.001
+    assert moved > 5
+
+
+def test_samples_that_were_not_drawn_do_not_count() -> None:
+    logits = np.array([[[1, 0], [3, 0], [np.nan] * 2], [[0, 1], [2, 0], [0, 5]]], np.float32)
+    result = Result(logits, np.zeros((2, 3, 3, 1, 1), np.float32), np.zeros((2, 2), np.float32), {})
+    alone = Result(logits[:1, :2], np.zeros((1, 2, 3, 1, 1), np.float32), np.zeros((1, 2), np.float32), {})
+    assert result.samples.tolist() == [2, 3]
+    assert result.votes.tolist() == [[2, 0], [1, 2]]
+    assert result.sample_labels.tolist() == [[0, 0, -1], [1, 0, 1]]
+    assert result.agreement[0] == 1
+    for value in ("logits", "confidences", "scores"):
+        assert getattr(result, value)[0] == pytest.approx(getattr(alone, value)[0])
+
+
 def test_softmax_does_not_overflow() -> None:
     assert np.allclose(softmax(np.array([[1e4, 0]], np.float32)), [[1, 0]])

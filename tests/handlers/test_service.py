@@ -79,6 +79,7 @@ def test_an_answer_has_all_its_fields(service: Service, pipeline: Pipeline) -> N
     assert figures["agreement"] == pytest.approx(result.agreement[0], abs=1e-6)
     assert figures["flagged"] == (label != before)
     assert figures["samples"] == 7
+    assert figures["score"] == pytest.approx(result.scores[0], abs=1e-6)
     assert figures["unpurified"]["index"] == before
     assert figures["unpurified"]["label"] == bundles.CLASSES[before]
     assert figures["unpurified"]["confidence"] == pytest.approx(result.unpurified_confidences[0, before], abs=1e-6)
@@ -87,7 +88,8 @@ def test_an_answer_has_all_its_fields(service: Service, pipeline: Pipeline) -> N
     assert figures["top_k"][0]["votes"] == result.votes[0, label]
     assert set(figures["timing_ms"]) == {"image", "noise", "encode", "decode", "classify"}
     assert set(figures) == {
-        *("label", "index", "confidence", "agreement", "flagged", "unpurified", "top_k", "samples", "timing_ms"),
+        *("label", "index", "confidence", "agreement", "flagged", "score", "unpurified", "top_k", "samples"),
+        "timing_ms",
     }
 
 
@@ -144,6 +146,16 @@ def test_items_of_one_batch_may_differ_in_their_options(service: Service) -> Non
         alone = said(service.answer([request])[0])
         assert alone["label"] == answer["label"]
         assert alone["confidence"] == pytest.approx(answer["confidence"], abs=1e-5)
+
+
+def test_auto_says_how_many_samples_were_drawn(service: Service, pipeline: Pipeline) -> None:
+    answers = [said(answer) for answer in service.answer([ask(png(i), samples="auto", seed=i) for i in range(6)])]
+    images = np.concatenate([bundles.images(1, seed=i) for i in range(6)])
+    result = pipeline.run(images, "auto", range(6))
+    assert [answer["samples"] for answer in answers] == result.samples.tolist()
+    assert len(set(result.samples.tolist())) > 1
+    for answer in answers:
+        assert sum(entry["votes"] for entry in answer["top_k"]) == answer["samples"]
 
 
 def several(images: list[bytes], **options: object) -> tuple[dict[str, Any], dict[str, Any]]:

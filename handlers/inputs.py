@@ -1,4 +1,4 @@
-"""One call of the pipeline with its arguments checked: images, seeds, copies, weights and noise."""
+"""The arguments of one `Pipeline.run`, checked: images, seeds, number of samples, alphas and noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from handlers.manifest import Manifest
+from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
 
 FloatArray = npt.NDArray[np.float32]
@@ -14,22 +14,24 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be purified. Row b * copies + k of any noise belongs to copy k of image b.
+class PipelineInputs:
+    """What is to be purified. Row b * samples + k of any noise belongs to sample k of image b.
 
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1].
         seeds: one per image; they decide all noise that is not given.
-        copies: purified copies per image, K.
-        weights: float32 (n,), the effective weights a_i.
+        samples: purified samples per image, K; with ``auto`` the most that an image may get.
+        auto: stop sampling an image once its vote is decided (`handlers.vote`).
+        alphas: float32 (n,), the effective weights a_i.
         noise: one float32 (B * K, *noise_shapes[i]) per latent, or None to draw it.
         input_noise: float32 (B * K, 3, H, W), or None to draw it.
     """
 
     images: FloatArray
     seeds: list[int]
-    copies: int
-    weights: FloatArray
+    samples: int
+    auto: bool
+    alphas: FloatArray
     noise: list[FloatArray] | None
     input_noise: FloatArray | None
 
@@ -38,38 +40,44 @@ class Job:
         cls,
         manifest: Manifest,
         images: npt.ArrayLike,
-        samples: int | None = None,
+        samples: int | str | None = None,
         seeds: Sequence[int] | None = None,
         noise: Sequence[npt.ArrayLike] | None = None,
         input_noise: npt.ArrayLike | None = None,
         alphas: str | Sequence[float] | None = None,
-    ) -> "Job":
+    ) -> "PipelineInputs":
         """Check the arguments of `handlers.pipeline.Pipeline.run` against the bundle.
 
         Raises:
             ValueError: naming the first argument that is wrong, and what it should be.
         """
         batch = checked_images(manifest, images)
-        copies = _copies(manifest, samples)
-        rows = len(batch) * copies
+        wanted = manifest.samples.default if samples is None else samples
+        count = _samples(manifest, wanted)
+        rows = len(batch) * count
         return cls(
             images=batch,
             seeds=_seeds(seeds, len(batch)),
-            copies=copies,
-            weights=_weights(manifest, alphas),
+            samples=count,
+            auto=wanted == AUTO,
+            alphas=_alphas(manifest, alphas),
             noise=None if noise is None else _noise(manifest, noise, rows),
             input_noise=None if input_noise is None else _input_noise(manifest, input_noise, rows),
         )
 
+    def random(self, manifest: Manifest) -> bool:
+        """Whether the samples of an image differ at all."""
+        return bool(self.alphas.any()) or manifest.input_noise_l2 > 0
+
     def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
-        """The noise inputs among ``wanted`` for some rows: given ones cut out, the others drawn."""
-        seeds = [self.seeds[row // self.copies] for row in rows]
-        samples = [int(row % self.copies) for row in rows]
+        """The noise inputs among ``wanted`` for some rows: given ones are sliced, the others drawn."""
+        seeds = [self.seeds[row // self.samples] for row in rows]
+        samples = [int(row % self.samples) for row in rows]
 
         def latent(i: int) -> FloatArray:
             if self.noise is not None:
                 return self.noise[i][rows]
-            if self.weights[i] == 0:  # multiplied by nothing: not worth drawing
+            if self.alphas[i] == 0:  # multiplied by nothing: not worth drawing
                 return np.zeros((len(rows), *manifest.noise_shapes[i]), np.float32)
             return latent_noise(seeds, samples, i, manifest.noise_shapes[i])
 
@@ -105,11 +113,12 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
     )
 
 
-def _copies(manifest: Manifest, samples: int | None) -> int:
-    if samples is None:
-        return manifest.samples.default
-    if not 1 <= samples <= manifest.samples.max:
-        raise ValueError(f"samples must be 1 to {manifest.samples.max}, not {samples}")
+def _samples(manifest: Manifest, samples: int | str) -> int:
+    """K, for "auto" the most that an image may get."""
+    if samples == AUTO:
+        return manifest.samples.max
+    if not isinstance(samples, int | np.integer) or not 1 <= samples <= manifest.samples.max:
+        raise ValueError(f"samples must be 1 to {manifest.samples.max} or {AUTO!r}, not {samples!r}")
     return int(samples)
 
 
@@ -123,17 +132,17 @@ def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def _weights(manifest: Manifest, alphas: str | Sequence[float] | None) -> FloatArray:
+def _alphas(manifest: Manifest, alphas: str | Sequence[float] | None) -> FloatArray:
     if alphas is None:
         alphas = manifest.default_alphas
     if isinstance(alphas, str):
         if alphas not in manifest.alphas:
             raise ValueError(f"alphas must be one of {', '.join(manifest.alphas)}, not {alphas!r}")
         alphas = manifest.alphas[alphas]
-    weights = _floats("alphas", alphas, (manifest.n_latents,))
-    if not ((weights >= 0) & (weights <= 1)).all():
+    checked = _floats("alphas", alphas, (manifest.n_latents,))
+    if not ((checked >= 0) & (checked <= 1)).all():
         raise ValueError("alphas must lie in 0 to 1")
-    return weights
+    return checked
 
 
 def _noise(manifest: Manifest, noise: Sequence[npt.ArrayLike], rows: int) -> list[FloatArray]:

@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Sequence
 
+from handlers.errors import MlvgmError
+
 VERBS = {
     "demo": "export, serve and attack the shipped road-sign model",
     "export": "export a model to a bundle of engines",
@@ -43,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `mlvgm ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (line := _how_to_install(error)):
-            print(f"mlvgm {words[0]}: {line}", file=sys.stderr)
-            return 2
-        if not _is_for_the_user(error):
+    except ModuleNotFoundError as error:
+        if not (cure := _how_to_install(error)):
             raise
-        print(f"mlvgm {words[0]}: {_one_line(error)}", file=sys.stderr)
-        return 2
+        line = cure
+    except (MlvgmError, OSError) as error:  # the system's are about files and ports
+        line = " ".join(str(error).split()) or type(error).__name__
+    print(f"mlvgm {words[0]}: {line}", file=sys.stderr)
+    return 2
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -70,11 +72,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         else:
             verbs.add_parser(verb, help=summary)
     return parser
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """The project's own exceptions are written for the user, and so are the system's about files and ports."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _OWN_PACKAGES
 
 
 def _version() -> str:
@@ -97,7 +94,3 @@ def _how_to_install(error: ModuleNotFoundError) -> str | None:
         known = []
     wanted = next((line for line in known if re.split(r"[^\w-]", line)[0] == package), package)
     return f"{package} is not installed: pip install '{wanted}'"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

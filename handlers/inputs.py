@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from handlers import vote
 from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
 
@@ -20,8 +21,8 @@ class PipelineInputs:
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1].
         seeds: one per image; they decide all noise that is not given.
-        samples: purified samples per image, K; with ``auto`` the most that an image may get.
-        auto: stop sampling an image once its vote is decided (`handlers.vote`).
+        samples: purified samples per image, K, or the most that an image may get.
+        rounds: how many samples an image has after each round; it gets no more once its vote is decided.
         alphas: float32 (n,), the effective weights a_i.
         noise: one float32 (B * K, *noise_shapes[i]) per latent, or None to draw it.
         input_noise: float32 (B * K, 3, H, W), or None to draw it.
@@ -30,7 +31,7 @@ class PipelineInputs:
     images: FloatArray
     seeds: list[int]
     samples: int
-    auto: bool
+    rounds: list[int]
     alphas: FloatArray
     noise: list[FloatArray] | None
     input_noise: FloatArray | None
@@ -52,22 +53,19 @@ class PipelineInputs:
             ValueError: naming the first argument that is wrong, and what it should be.
         """
         batch = checked_images(manifest, images)
-        wanted = manifest.samples.default if samples is None else samples
-        count = _samples(manifest, wanted)
-        rows = len(batch) * count
+        count, rounds = _samples(manifest, manifest.samples.default if samples is None else samples)
+        rows, weights = len(batch) * count, _alphas(manifest, alphas)
+        if len(rounds) > 1 and not weights.any() and not manifest.input_noise_l2:
+            rounds = [1]  # nothing is random, so further samples would be the same
         return cls(
             images=batch,
             seeds=_seeds(seeds, len(batch)),
             samples=count,
-            auto=wanted == AUTO,
-            alphas=_alphas(manifest, alphas),
+            rounds=rounds,
+            alphas=weights,
             noise=None if noise is None else _noise(manifest, noise, rows),
             input_noise=None if input_noise is None else _input_noise(manifest, input_noise, rows),
         )
-
-    def random(self, manifest: Manifest) -> bool:
-        """Whether the samples of an image differ at all."""
-        return bool(self.alphas.any()) or manifest.input_noise_l2 > 0
 
     def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
         """The noise inputs among ``wanted`` for some rows: given ones are sliced, the others drawn."""
@@ -113,13 +111,13 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
     )
 
 
-def _samples(manifest: Manifest, samples: int | str) -> int:
-    """K, for "auto" the most that an image may get."""
+def _samples(manifest: Manifest, samples: int | str) -> tuple[int, list[int]]:
+    """Samples per image at most, and those that it has after each round."""
     if samples == AUTO:
-        return manifest.samples.max
+        return manifest.samples.max, vote.rounds(manifest.samples.max)
     if not isinstance(samples, int | np.integer) or not 1 <= samples <= manifest.samples.max:
         raise ValueError(f"samples must be 1 to {manifest.samples.max} or {AUTO!r}, not {samples!r}")
-    return int(samples)
+    return int(samples), [int(samples)]
 
 
 def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:

@@ -21,6 +21,11 @@ def fresh_seeds(count: int) -> list[int]:
     return [secrets.randbits(SEED_BITS) for _ in range(count)]
 
 
+def fresh_generator() -> np.random.Generator:
+    """A generator whose key comes from the operating system; what it draws cannot be repeated."""
+    return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
+
+
 def latent_noise(seeds: Sequence[int], samples: Sequence[int], latent: int, shape: Sequence[int]) -> FloatArray:
     """Standard-normal noise of one latent, (R, *shape); row r is that of ``seeds[r]`` and sample ``samples[r]``."""
     return _normal(seeds, samples, latent, _LATENT_STREAM, shape)

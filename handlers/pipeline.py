@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers import runtimes, vote
+from handlers.batching import buckets, chunks
+from handlers.certify import Certified, certify
 from handlers.inputs import PipelineInputs, checked_images
-from handlers.manifest import Batch, Manifest, Stage
+from handlers.manifest import Manifest, Stage
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, EngineError, Options
 
@@ -34,9 +36,8 @@ class NonFiniteError(EngineError):
 
     def __init__(self, stage: str, items: Sequence[int]) -> None:
         self.stage, self.items = stage, list(items)
-        super().__init__(
-            f"stage {stage} gave NaN or infinite values for image {', '.join(map(str, items))} of the batch"
-        )
+        which = ", ".join(map(str, items))
+        super().__init__(f"stage {stage} gave NaN or infinite values for image {which} of the batch")
 
 
 class Pipeline:
@@ -59,9 +60,10 @@ class Pipeline:
         self._load_fallback = load_fallback
         self._fallback: Pipeline | None = None
         on_cpu = runtime in runtimes.ON_CPU
-        self._buckets = _buckets(manifest.batch, on_cpu)
+        self._buckets = buckets(manifest.batch, on_cpu)
+        self._group = self._buckets[0]
         # An image and its samples are classified together: the one is not worth a call of its own.
-        self._classify_buckets = _buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
+        self._classify_buckets = buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
         self._per_image, self._per_sample = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_sample)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
@@ -145,7 +147,30 @@ class Pipeline:
             ValueError, NonFiniteError, EngineError: as for `run`.
         """
         batch = checked_images(self.manifest, images)
-        return self._classify([batch], np.arange(len(batch)), _Timing())
+        return self._classify([(np.arange(len(batch)), batch)], _Timing())
+
+    def certify(
+        self,
+        images: npt.ArrayLike,
+        sigma: float = 0.25,
+        draws: int = 1000,
+        alpha: float = 0.001,
+        alphas: str | Sequence[float] | None = None,
+    ) -> Certified:
+        """Answers that no change of an image within a radius can change: see `handlers.certify`.
+
+        Args:
+            images: as for `run`.
+            sigma: standard deviation of the noise, per pixel of images in [0, 1].
+            draws: noisy images that are purified and classified for each image, beside the few that choose its class.
+            alpha: accepted probability, for each image, that its radius is too large.
+            alphas: as for `run`.
+
+        Raises:
+            ValueError, EngineError: as for `run`. A noisy image on which a stage overflows counts for no class.
+        """
+        checked, classes = checked_images(self.manifest, images), len(self.manifest.classes)
+        return certify(lambda noisy: self._labels(noisy, alphas), checked, classes, sigma, draws, alpha, self._group)
 
     def warm_up(self) -> None:
         """Run every stage once at each size it will ever be run at, so that no request pays for a first time.
@@ -159,8 +184,8 @@ class Pipeline:
             self.classify(images)
             if size in self._buckets:
                 self.run(images, samples=1, seeds=range(size))
-            taken, of = time.perf_counter() - start, len(self._classify_buckets)
-            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, of)
+            taken, n = time.perf_counter() - start, len(self._classify_buckets)
+            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, n)
 
     def close(self) -> None:
         """Free the engines."""
@@ -174,50 +199,62 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, inputs: PipelineInputs) -> Result:
+    def _labels(self, images: FloatArray, alphas: str | Sequence[float] | None) -> IntArray:
+        """(B,): the class of one sample of each image; -1 where a stage overflows."""
+        labels = np.full(len(images), -1)
+        todo = np.arange(len(images))
+        while len(todo):
+            try:
+                result = self._run(PipelineInputs.of(self.manifest, images[todo], 1, alphas=alphas), compare=False)
+                labels[todo] = result.sample_labels[:, 0]
+                break
+            except NonFiniteError as error:
+                broken, todo = todo[error.items], np.delete(todo, error.items)
+                if self.fallback:
+                    labels[broken] = self.fallback._labels(images[broken], alphas)
+        return labels
+
+    def _run(self, inputs: PipelineInputs, compare: bool = True) -> Result:
+        """As `run`; the images as they came are classified only to ``compare``."""
         count, most, timing = len(inputs.images), inputs.samples, _Timing()
         sample_logits = np.full((count, most, len(self.manifest.classes)), np.nan, np.float32)
-        unpurified_logits = np.empty_like(sample_logits[:, 0])
+        unpurified_logits = np.full_like(sample_logits[:, 0], np.nan)
         made: list[tuple[IntArray, Array]] = []  # rows, and the purified images in them
-        rounds = vote.rounds(most) if inputs.auto else [most]
-        if inputs.auto and not inputs.random(self.manifest):
-            rounds = [1]  # further samples would be the same
 
         # A group of images after the other, so that few encoded ones need be kept.
-        group = self._buckets[0]
-        for items in np.split(np.arange(count), range(group, count, group)):
+        for items in np.split(np.arange(count), range(self._group, count, self._group)):
             encoded = self._encode(inputs, items, timing)
             undecided, drawn = items, 0
-            for stop in rounds:
-                rows = (undecided[:, None] * most + np.arange(drawn, stop)).ravel()
-                images = self._purify(inputs, encoded, rows, items[0], timing)
-                made += zip(np.split(rows, np.cumsum([len(batch) for batch in images[:-1]])), images, strict=True)
-                if drawn == 0:  # the images as they came are classified with their first samples
-                    logits = self._classify([inputs.images[items], *images], np.append(items, rows // most), timing)
-                    unpurified_logits[items], logits = logits[: len(items)], logits[len(items) :]
-                else:
-                    logits = self._classify(images, rows // most, timing)
-                sample_logits[rows // most, rows % most] = logits
-                if stop == rounds[-1]:
-                    break
-                undecided = undecided[~vote.decided(sample_logits[undecided, :stop], most)]
+            for stop in inputs.rounds:
+                if drawn:
+                    undecided = undecided[~vote.decided(sample_logits[undecided, :drawn], most)]
                 if not len(undecided):
                     break
+                rows = (undecided[:, None] * most + np.arange(drawn, stop)).ravel()
+                purified = list(self._purify(inputs, encoded, rows, items[0], timing))
+                made += purified
+                batches = [(some // most, images) for some, images in purified]
+                if compare and drawn == 0:  # the images as they came are classified with their first samples
+                    batches.insert(0, (items, inputs.images[items]))
+                logits = self._classify(batches, timing)
+                sample_logits[rows // most, rows % most] = logits[-len(rows) :]
+                if compare and drawn == 0:
+                    unpurified_logits[items] = logits[: len(items)]
                 drawn = stop
         longest = int((~np.isnan(sample_logits[:, :, 0])).any(axis=0).sum())
 
-        def purified() -> FloatArray:
+        def fetch() -> FloatArray:
             fetched = np.full((count, longest, *inputs.images.shape[1:]), np.nan, np.float32)
             for rows, images in made:
                 fetched[rows // most, rows % most] = np.asarray(images)
             return fetched
 
-        return Result(sample_logits[:, :longest], purified, unpurified_logits, dict(timing.milliseconds))
+        return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(timing.milliseconds))
 
     def _encode(self, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
         """What the stages that run once per sample take from those that run once per image, for these images."""
         parts = []
-        for chunk in _chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
+        for chunk in chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
             tensors: dict[str, Array] = {"images": inputs.images[chunk], "alphas": inputs.alphas}
             for stage in self._per_image:
                 tensors |= self._run_stage(stage, tensors, chunk, timing)
@@ -226,10 +263,9 @@ class Pipeline:
 
     def _purify(
         self, inputs: PipelineInputs, encoded: Mapping[str, Array], rows: IntArray, first: int, timing: "_Timing"
-    ) -> list[Array]:
-        """The purified images of ``rows``, in batches; ``first`` is the image that ``encoded`` begins with."""
-        made = []
-        for chunk in _chunks(0, len(rows), self._buckets):
+    ) -> Iterator[tuple[IntArray, Array]]:
+        """Some of ``rows`` after the other with their purified images; ``encoded`` begins with image ``first``."""
+        for chunk in chunks(0, len(rows), self._buckets):
             owners = rows[chunk] // inputs.samples
             tensors = {name: array[owners - first] for name, array in encoded.items()} | {"alphas": inputs.alphas}
             with timing.of("noise"):
@@ -238,19 +274,17 @@ class Pipeline:
                 tensors |= self._run_stage(stage, tensors, owners, timing)
             if not isinstance(tensors["images"], np.ndarray):
                 _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
-            made.append(tensors["images"])
-        return made
+            yield rows[chunk], tensors["images"]
 
-    def _classify(self, batches: list[Array], owners: IntArray, timing: "_Timing") -> FloatArray:
-        """The logits of all ``batches``, which are joined but for what is kept on a device."""
+    def _classify(self, batches: list[tuple[IntArray, Array]], timing: "_Timing") -> FloatArray:
+        """The logits of all images of ``batches``, each with the numbers of the images that its rows come from."""
         stage, parts = self.manifest.stages[-1], []
-        if all(isinstance(batch, np.ndarray) for batch in batches):
-            batches = [_joined(batches)]
-        ends = np.cumsum([len(batch) for batch in batches[:-1]], dtype=np.int64)
-        for batch, owning in zip(batches, np.split(owners, ends), strict=True):
-            for rows in _chunks(0, len(batch), self._classify_buckets):
-                logits = self._run_stage(stage, {"images": batch[rows]}, owning[rows], timing)["logits"]
-                parts.append(_fetched(stage.name, logits, owning[rows]))
+        if all(isinstance(images, np.ndarray) for _, images in batches):  # what is kept on a device stays apart
+            batches = [(np.concatenate([owners for owners, _ in batches]), _joined([images for _, images in batches]))]
+        for owners, images in batches:
+            for rows in chunks(0, len(images), self._classify_buckets):
+                logits = self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"]
+                parts.append(_fetched(stage.name, logits, owners[rows]))
         return np.concatenate(parts)
 
     def _run_stage(
@@ -269,9 +303,7 @@ class Pipeline:
             outputs = {name: array[np.arange(count)] for name, array in outputs.items()}
         for declared in stage.outputs:
             if declared.name not in outputs:
-                raise EngineError(
-                    f"stage {stage.name}: its file gives no {declared.name!r}, which the manifest declares"
-                )
+                raise EngineError(f"stage {stage.name}: its file does not give {declared.name!r}, as declared")
             array = outputs[declared.name]
             expected = tuple(count if size == "B" else size for size in declared.shape)
             if tuple(array.shape) != expected:
@@ -347,24 +379,6 @@ def _inputs_from_outside(stages: Sequence[Stage]) -> set[str]:
 
 def _is_noise(name: str) -> bool:
     return name in ("noise", "input_noise") or name.startswith("noise_")
-
-
-def _buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:
-    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few.
-
-    Those of ``further`` are among them where the engine takes so many.
-    """
-    most = batch.most(on_cpu)
-    powers = {2**i for i in range(most.bit_length())}
-    return sorted((size for size in powers | {batch.opt, most, *further} if batch.min <= size <= most), reverse=True)
-
-
-def _chunks(start: int, stop: int, buckets: Sequence[int]) -> Iterator[IntArray]:
-    """The numbers from ``start`` to ``stop`` in runs that fill a bucket, but for a last one that fills none."""
-    while start < stop:
-        size = next((bucket for bucket in buckets if bucket <= stop - start), stop - start)
-        yield np.arange(start, start + size)
-        start += size
 
 
 def _close(engines: dict[str, Engine]) -> None:

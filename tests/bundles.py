@@ -151,6 +151,21 @@ def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BAT
     return _manifest("tiny-style", "e4e", ((width,),) * n, schedules, stages, batch, **changes).write(folder)
 
 
+def write_plain(folder: Path, weights: Floats, batch: Batch = BATCH) -> Manifest:
+    """A bundle that changes no image, and whose logits are the ``weights`` (3 * SIZE * SIZE, 3) times image - 0.5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    feature = Tensor("feature_0", "float32", IMAGES.shape)
+    noise, alphas = Tensor("noise_0", "float32", ("B", 1)), Tensor("alphas", "float32", (1,))
+    encode = [helper.make_node("Identity", ["images"], ["feature_0"])]
+    decode = [helper.make_node("Identity", ["feature_0"], ["images"])]
+    stages = [
+        _save(folder, "encode", encode, (IMAGES,), (feature,), {}),
+        _save(folder, "decode", decode, (feature, noise, alphas), (IMAGES,), {}),
+        _linear(folder, weights),
+    ]
+    return _manifest("plain", "nvae", ((1,),), {"all": (1.0,)}, stages, batch).write(folder)
+
+
 def images(count: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Random pictures, (count, SIZE, SIZE, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
@@ -182,14 +197,18 @@ def _manifest(
 
 
 def _classifier(folder: Path, random: np.random.Generator) -> Stage:
+    return _linear(folder, _weights(random, 3 * SIZE * SIZE, len(CLASSES)))
+
+
+def _linear(folder: Path, weights: Floats) -> Stage:
     """A linear classifier that centres its input; its weights lie in an external data file."""
     nodes = [
         helper.make_node("Sub", ["images", "half"], ["centred"]),
         helper.make_node("Flatten", ["centred"], ["flat"]),
         helper.make_node("MatMul", ["flat", "w"], ["logits"]),
     ]
-    weights = {"half": np.float32(0.5), "w": _weights(random, 3 * SIZE * SIZE, len(CLASSES))}
-    return _save(folder, "classify", nodes, (IMAGES,), (LOGITS,), weights, external=True)
+    constants = {"half": np.float32(0.5), "w": weights}
+    return _save(folder, "classify", nodes, (IMAGES,), (LOGITS,), constants, external=True)
 
 
 def _weights(random: np.random.Generator, *shape: int) -> Floats:

@@ -380,6 +380,55 @@ def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCapture
     assert lines[-1].endswith("(5 of 5)")
 
 
+def test_certified_radii_never_exceed_those_of_a_linear_classifier(tmp_path: Path) -> None:
+    """Classes 0 and 1 meet in a plane through mid-gray, and the purifier changes nothing: radii are distances."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(3 * bundles.SIZE**2)
+    normal /= np.linalg.norm(normal)
+    weights = np.stack([normal, -normal, np.zeros_like(normal)], axis=1).astype(np.float32)
+    bundles.write_plain(tmp_path, weights)
+    moved = 128 + 255 * np.linspace(-0.4, 0.4, 9)[:, None] * normal
+    images = np.rint(moved).astype(np.uint8).reshape(-1, 3, bundles.SIZE, bundles.SIZE)
+    distances = (images.reshape(9, -1) / 255 - 0.5) @ normal
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
+        certified = pipeline.certify(images.transpose(0, 2, 3, 1), sigma=0.1, draws=400, alpha=0.001)
+    assert certified.counts.shape == (9, 3)
+    assert (certified.counts.sum(axis=1) == 400).all()
+    sure = ~certified.abstained
+    assert sure[[0, 1, 7, 8]].all()
+    assert (certified.labels[sure] == (distances[sure] < 0)).all()
+    assert (certified.radii <= np.abs(distances) + 0.002).all()
+    assert certified.radii.max() > 0.2
+
+
+def test_certificates_classify_purified_samples_and_nothing_else(
+    nvae: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {name: rows_by_call(nvae, name, monkeypatch) for name in ("encode", "classify")}
+    certified = nvae.certify(bundles.images(2), draws=50)
+    assert rows["encode"] == rows["classify"]
+    assert sum(rows["classify"]) == 2 * (50 + 10)
+    assert (certified.sigma, certified.draws, certified.alpha) == (0.25, 50, 0.001)
+    assert (certified.counts.sum(axis=1) == 50).all()
+
+
+def test_a_draw_that_overflows_is_drawn_for_no_class(nvae: Pipeline, half_bundle: Path) -> None:
+    white = np.full((1, 8, 8, 3), 255, np.uint8)
+    barely = {"sigma": 1e-6, "draws": 20}  # so that the noise is rounded away
+    assert nvae.certify(white, **barely).counts.sum() == 0
+    assert nvae.certify(white, **barely).abstained.all()
+    beside = nvae.certify(np.concatenate([white, bundles.images(1)]), **barely)
+    assert beside.counts.sum(axis=1).tolist() == [0, 20]
+    with Pipeline.load(half_bundle, "onnxruntime") as half:
+        assert half.certify(white, **barely).counts.sum() == 20, "computed in fp32"
+
+
+def test_certificates_need_sensible_arguments(nvae: Pipeline) -> None:
+    for wrong, reason in (({"sigma": -1}, "sigma"), ({"draws": 0}, "draws"), ({"alphas": "sine"}, "one of linear")):
+        with pytest.raises(ValueError, match=reason):
+            nvae.certify(bundles.images(1), **wrong)
+
+
 WRONG_ARGUMENTS = {
     "no image": ({"images": bundles.images(0)}, "images must be"),
     "one image without batch": ({"images": bundles.images(1)[0]}, "images must be"),

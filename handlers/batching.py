@@ -1,0 +1,28 @@
+"""In which sizes rows go through an engine."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.manifest import Batch
+
+IntArray = npt.NDArray[np.int64]
+
+
+def buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:
+    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few.
+
+    Those of ``further`` are among them where the engine takes so many.
+    """
+    most = batch.most(on_cpu)
+    powers = {2**i for i in range(most.bit_length())}
+    return sorted((size for size in powers | {batch.opt, most, *further} if batch.min <= size <= most), reverse=True)
+
+
+def chunks(start: int, stop: int, sizes: Sequence[int]) -> Iterator[IntArray]:
+    """The numbers from ``start`` to ``stop`` in runs that fill a bucket, but for a last one that fills none."""
+    while start < stop:
+        size = next((size for size in sizes if size <= stop - start), stop - start)
+        yield np.arange(start, start + size)
+        start += size

@@ -1,0 +1,31 @@
+"""Exact bounds on a probability from a count, without SciPy."""
+
+import numpy as np
+
+_ROUNDING = 1e-9
+"""Of a probability, relatively: more than the sums below lose, so that a bound errs on the safe side."""
+
+
+def lower_bound(count: int, n: int, alpha: float) -> float:
+    """The p from which on a binomial of ``n`` trials reaches ``count`` with probability ``alpha`` or more.
+
+    The lower Clopper-Pearson bound (Biometrika 1934): the true probability lies below it with probability ``alpha`` at
+    most. It is also the ``alpha`` quantile of the beta distribution with parameters count and n - count + 1.
+    """
+    if count == 0:
+        return 0.0
+    reached = np.arange(count, n + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])  # of factorials
+    chosen = logs[n] - logs[reached] - logs[n - reached]
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        tail = np.exp(chosen + reached * np.log(middle) + (n - reached) * np.log1p(-middle)).sum()
+        low, high = (middle, high) if tail <= alpha * (1 - _ROUNDING) else (low, middle)
+    return low
+
+
+def interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The two-sided Clopper-Pearson interval of a probability that came up ``count`` times in ``n``."""
+    alpha = (1 - confidence) / 2
+    return lower_bound(count, n, alpha), 1 - lower_bound(n - count, n, alpha)

@@ -1,0 +1,115 @@
+"""Certified answers: a radius within which no change of the image changes the answer, by randomized smoothing.
+
+Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing" (ICML 2019): the answer is the
+class that a random classifier gives most often when Gaussian noise of standard deviation sigma per pixel is added to
+the image. If it gives that class with probability p > 1/2, then it does so for every image nearer than
+sigma * Phi^-1(p) in the L2 norm. Here the random classifier purifies one sample and classifies it.
+
+What is served is what is certified. The noise is added to the 8-bit values, is unbounded, and the sum is rounded to
+whole ones; what lies outside 0 to 255 is clamped then, as a part of the classifier. So the classifier sees whole
+numbers only, and no rounding error of floating-point arithmetic can carry information about the image, which makes
+other samplers unsound (Voracek and Hein, "Sound Randomized Smoothing in Floating-Point Arithmetic", ICLR 2023,
+arXiv:2207.07209). Its generator is keyed by the operating system, anew for every call.
+
+The class is chosen by draws of its own; fresh ones count how often it comes. From these p is bounded below by
+Clopper-Pearson at alpha, the probability that the radius of an image is too large. Where p is 1/2 or less there is no
+answer. An engine or a precision that was exchanged makes another classifier, with certificates of its own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.binomial import lower_bound
+from handlers.noise import fresh_generator
+
+_ON_GRID = 1e-4
+"""Of an 8-bit step: what float32 loses of a whole number is less."""
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The answer for B images and C classes.
+
+    Attributes:
+        labels: (B,), the class of each image; -1 where no class can be certified.
+        radii: (B,), in the L2 norm of images in [0, 1]; 0 where no class can be certified.
+        counts: (B, C), how often each class came in the draws that count; less than ``draws`` where stages overflowed.
+        sigma: standard deviation of the noise, per pixel of images in [0, 1].
+        draws: noisy images that count, for each image.
+        alpha: probability, for each image, that its radius is too large.
+    """
+
+    labels: IntArray
+    radii: npt.NDArray[np.float64]
+    counts: IntArray
+    sigma: float
+    draws: int
+    alpha: float
+
+    @property
+    def abstained(self) -> npt.NDArray[np.bool_]:
+        """(B,): whether no class can be certified."""
+        without: npt.NDArray[np.bool_] = self.labels < 0
+        return without
+
+
+def certify(
+    classify: Callable[[FloatArray], IntArray],
+    images: FloatArray,
+    n_classes: int,
+    sigma: float,
+    draws: int,
+    alpha: float,
+    batch: int,
+) -> Certified:
+    """Certify ``images``, (B, 3, H, W) in [0, 1].
+
+    Args:
+        classify: the label (R,) of noisy images (R, 3, H, W), each from 0 to ``n_classes`` - 1, or -1 for none. It may
+            be random, but must treat each image alone.
+        batch: the most images that it is given at once.
+
+    Raises:
+        ValueError: sigma, draws or alpha is out of its range.
+    """
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma must be more than 0, not {sigma}")
+    if draws < 1:
+        raise ValueError(f"draws must be 1 or more, not {draws}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie between 0 and 1, not {alpha}")
+    first = selection_draws(draws)
+    generator = fresh_generator()
+    steps = _steps(images)
+    tallies = np.zeros((2, len(images), n_classes + 1), np.int64)  # the last class is none
+    owners, places = np.divmod(np.arange(len(images) * (first + draws)), first + draws)
+    for rows in np.split(np.arange(len(owners)), range(batch, len(owners), batch)):
+        noise = generator.standard_normal((len(rows), *images.shape[1:]))
+        noisy = np.clip(np.rint(steps[owners[rows]] + 255 * sigma * noise), 0, 255).astype(np.float32)
+        labels = classify(noisy / np.float32(255))
+        np.add.at(tallies, ((places[rows] >= first).astype(int), owners[rows], labels), 1)
+    chosen = tallies[0, :, :-1].argmax(axis=1)
+    counts = tallies[1, :, :-1]
+    bounds = [lower_bound(int(count), draws, alpha) for count in counts[np.arange(len(images)), chosen]]
+    radii = np.array([sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0 for p in bounds])
+    return Certified(np.where(radii > 0, chosen, -1), radii, counts, sigma, draws, alpha)
+
+
+def selection_draws(draws: int) -> int:
+    """How many noisy images choose the class that ``draws`` others count."""
+    return min(100, max(10, draws // 10))
+
+
+def _steps(images: FloatArray) -> npt.NDArray[np.float64]:
+    """The images in 8-bit steps: whole numbers where they came in 8 bits."""
+    steps = images.astype(np.float64) * 255
+    whole = np.rint(steps)
+    return np.where(np.abs(steps - whole) < _ON_GRID, whole, steps)

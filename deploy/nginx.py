@@ -1,20 +1,22 @@
 """nginx in front of TorchServe."""
 
-import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+from deploy.child import Child, kill_group
 from deploy.errors import CliError
+from deploy.health import Health
+from deploy.output import Output
 from deploy.readiness import Readiness
-from deploy.server import Server
-from deploy.signals import undisturbed
-from deploy.torchserve import kill_group
+from deploy.server import DEPLOY, Server
+from deploy.signals import pause
 
 UPSTREAM = """\
-# Written by deploy/pair.py.
+# Written by deploy/nginx.py.
 upstream torchserve {{
     # TorchServe buffers bodies outside its queue, so what reaches it at once is bounded here.
     zone torchserve 64k;
@@ -24,41 +26,57 @@ upstream torchserve {{
 upstream torchserve_metrics {{
     server 127.0.0.1:{metrics_port};
 }}
+upstream health {{
+    server unix:{socket};
+}}
 map "" $torchserve_key {{
     default "{key}";
 }}
+map "" $most_requests {{
+    default "{most_requests}";
+}}
+map "" $most_bytes {{
+    default "{most_bytes}";
+}}
+client_max_body_size {most_bytes};
+# Half of what the smallest model takes in, at work and in its queue: no client can fill it alone.
+limit_conn requests_of_client {most_requests};
 """
 
 
-class Front:
+class Nginx:
     """nginx, which sends what it takes to ``server``.
 
     Args:
         conf: nginx's configuration; a change in its folder reloads it. It includes ``upstream.conf``, which is written
             into the folder of the servers.
-        timeout: seconds after which a model that does not answer is not ready.
+        readiness: of the models, for its ``/v2`` paths.
+        output: gets its log.
     """
 
-    def __init__(self, conf: Path, server: Server, timeout: float) -> None:
-        self._conf, self._server = conf.absolute(), server
+    def __init__(self, conf: Path, server: Server, readiness: Readiness, output: Output) -> None:
+        self._conf, self._server, self._readiness = conf.absolute(), server, readiness
+        self._output = output
+        self._state = server.folder.parent
+        self._health = Health(self._state / "health.sock", readiness, lambda: self._server)
         self._upstream = ""
         self._seen: list[tuple[str, int, int]] = []
-        self._readiness = Readiness(server, server.folder.parent / "ready", timeout)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
 
     def start(self) -> None:
+        """Start it; whoever calls this holds the lock of the state folder."""
+        self._end_remains()
         self._changed()
-        command = [*self._command(), "-g", "daemon off;"]
-        with undisturbed():
-            self._process = subprocess.Popen(command, start_new_session=True)
-        self._readiness.start()
+        self._health.start()
+        # SIGTERM, as a master that is killed leaves its workers listening.
+        self._process = Child([*self._command(), "-g", "daemon off;"], self._output, signal.SIGTERM)
 
     def ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
+        return self._process is not None and self._process.ended()
 
     def reload_if_changed(self) -> None:
         if self._changed() and self._process:
-            self._process.send_signal(signal.SIGHUP)
+            self._process.send(signal.SIGHUP)
 
     def switch(self, server: Server, timeout: float) -> None:
         """Send what comes from now on to another server, and wait until all that went to the former is answered.
@@ -74,13 +92,17 @@ class Front:
         assert self._process
         former, self._server = self._server, server
         master = psutil.Process(self._process.pid)
-        workers = master.children()
+        workers = set(master.children())
         self._changed()
-        checked = subprocess.run([*self._command(), "-t", "-q"], capture_output=True, text=True)
+        checked = subprocess.run([*self._command(), "-t", "-q"], capture_output=True, text=True, timeout=60)
         if checked.returncode == 0:
-            self._process.send_signal(signal.SIGHUP)
+            self._process.send(signal.SIGHUP)
             self._readiness.follow(server)
-            if not psutil.wait_procs(workers, timeout)[1] or set(master.children()) - set(workers):
+            for _ in range(int(timeout * 10)):
+                if not any(worker.is_running() for worker in workers):
+                    return
+                pause(0.1)
+            if set(master.children()) - workers:
                 return
         self._server = former
         self._readiness.follow(former)
@@ -92,10 +114,8 @@ class Front:
         if self._process is None:
             return
         self._readiness.stop()
-        self._process.send_signal(signal.SIGQUIT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        kill_group(self._process)  # a master that was killed leaves its workers behind, and they go on listening
+        self._process.end(signal.SIGQUIT, timeout)
+        self._health.stop()
 
     def _command(self) -> list[str]:
         program = find_nginx()
@@ -103,14 +123,36 @@ class Front:
             raise CliError("nginx is not installed (Debian: apt install nginx-light)")
         return [program, "-c", str(self._conf), "-e", "stderr"]
 
+    def _end_remains(self) -> None:
+        """Master or workers of a nginx whose starter was killed: they would keep the port."""
+        try:
+            leader = int((self._state / "nginx.pid").read_text())
+        except (OSError, ValueError):
+            return
+        import psutil
+
+        for process in psutil.process_iter(["name"]):
+            try:
+                if process.info["name"] == "nginx" and os.getpgid(process.pid) == leader:
+                    kill_group(leader)
+            except ProcessLookupError:
+                continue
+
     def _changed(self) -> bool:
         """Whether anything nginx reads is new; ``upstream.conf`` is then as it should be."""
         files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
         seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
-        server, key = self._server, self._server.client().key("inference")
-        upstream = UPSTREAM.format(port=server.port, metrics_port=server.metrics_port, key=key)
+        server = self._server
+        upstream = UPSTREAM.format(
+            port=server.port,
+            metrics_port=server.metrics_port,
+            socket=self._state / "health.sock",
+            key=server.client().key("inference"),
+            most_requests=most_requests(server),
+            most_bytes=most_bytes(),
+        )
         if upstream != self._upstream:
-            path = self._server.folder.parent / "upstream.conf"
+            path = self._state / "upstream.conf"
             fresh = path.with_suffix(".new")
             fresh.touch(0o600)
             fresh.write_text(upstream)
@@ -118,6 +160,19 @@ class Front:
         changed = (upstream, seen) != (self._upstream, self._seen)
         self._upstream, self._seen = upstream, seen
         return changed
+
+
+def most_requests(server: Server) -> int:
+    """Of one client at once: half of what the smallest model of ``server`` takes in, at work and in its queue."""
+    taken = [model.queue + model.workers * model.batch_size for model in server.served().values()]
+    return max(1, min(taken, default=64) // 2)
+
+
+def most_bytes() -> int:
+    """Of a body, as TorchServe's settings say."""
+    match = re.search(r"^max_request_size=(\d+)$", (DEPLOY / "config.properties").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1])
 
 
 def find_nginx() -> str | None:

@@ -1,105 +1,170 @@
-"""Whether models answer, as files for nginx, which cannot ask: TorchServe's own health check says yes too early.
+"""Whether models answer, and whether a server that does not is busy or hung. TorchServe's health check tells neither.
 
-There is a file of a model's name while it is ready, and `ALL` while every model is: it has answered a prediction, which
-is asked for again every `PREDICT_EVERY_S`, and has a worker, which is looked for every `LOOK_EVERY_S`.
+A probe is a prediction for a grey image. It is marked as such, so that it does not count as traffic in the metrics.
 """
 
-import logging
-import shutil
+import http.client
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
 from deploy.server import Server, grey_png
-from handlers.client import Client, ServerError
+from handlers.client import ServerError, refusal
+from handlers.torchserve import PROBE_HEADER
 
-ALL = " all"  # no model is called so
 PREDICT_EVERY_S = 15.0
 LOOK_EVERY_S = 2.0
+HANGS_S = 10.0
+"""For so long a server that is asked may neither answer nor compute; then it is not ready."""
+COMPUTES_S = 0.05
+"""CPU time of the workers, from one look at it to the next, that shows that they compute."""
 
-logger = logging.getLogger(__name__)
 
+def ask(server: Server, model: str, timeout: float) -> None:
+    """Have ``model`` predict.
 
-def check(client: Client, model: str) -> tuple[bool, str]:
-    """Whether ``model`` answers, or is too busy to while a worker of it is up; and that in words."""
+    Raises:
+        ServerError: unreachable, or refused, or no answer within ``timeout`` seconds.
+    """
+    headers = {"Authorization": f"Bearer {server.client().key('inference')}", PROBE_HEADER: "1", "X-Mlvgm-Samples": "1"}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     try:
-        answer = client.predict(grey_png(), model, samples=1)
-    except ServerError as error:
-        if error.status == 503 and _has_worker(client, model):
-            # The worker has passed its self-test, or it would not be up. A probe that fails under load makes more load.
-            return True, "ready, and busy: its queue is full"
-        return False, f"not ready: {error}"
-    return True, f"ready: {sum(answer['timing_ms'].values()):.0f} ms"
+        connection.request("POST", f"/predictions/{model}", grey_png(), headers)
+        response = connection.getresponse()
+        status, body = response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"{server.url}: {str(error) or type(error).__name__}") from None
+    finally:
+        connection.close()
+    if status != 200:
+        raise refusal(status, body)
 
 
-def _has_worker(client: Client, model: str) -> bool:
+class Finding(NamedTuple):
+    """Of a probe.
+
+    Attributes:
+        ready: whether the model answers, or is too busy to while its workers compute.
+        words: the same for people.
+        hangs: whether nothing came back at all, or only that the queue is full.
+    """
+
+    ready: bool
+    words: str
+    hangs: bool = False
+
+
+def check(server: Server, model: str, timeout: float) -> Finding:
+    """Probe ``model``."""
+    began, seconds = time.monotonic(), server.worker_seconds()
+    while True:
+        left = began + timeout - time.monotonic()
+        try:
+            ask(server, model, max(left, 0.1))
+            return Finding(True, f"ready: answered after {time.monotonic() - began:.2f} s")
+        except ServerError as error:
+            # A full queue is no fault, and a probe that fails under load makes more load: but somebody must be at work.
+            if error.status != 503 or left <= 0:
+                return Finding(False, f"not ready: {error}", error.status in (0, 503))
+            if server.worker_seconds() - seconds >= COMPUTES_S and _has_worker(server, model):
+                return Finding(True, "ready, and busy: its queue is full")
+        time.sleep(0.2)
+
+
+def _has_worker(server: Server, model: str) -> bool:
     try:
-        return client.ready_workers(model) > 0
+        return server.client(5).ready_workers(model) > 0
     except ServerError:
         return False
 
 
 class Readiness:
-    """Looks, in a thread of its own, at the models of ``server``, and keeps the files in ``folder``.
+    """Looks at the models of ``server``, in a thread of its own.
+
+    A model is ready when it has answered a prediction, which is asked for again every `PREDICT_EVERY_S`, and has a
+    worker, which is looked for every `LOOK_EVERY_S`. What has not been confirmed for too long is not ready.
 
     Args:
         timeout: seconds that an answer may take: longer than requests wait in the queue of a busy server.
     """
 
-    def __init__(self, server: Server, folder: Path, timeout: float) -> None:
-        self._server, self._folder, self._timeout = server, folder, timeout
-        self._answered: dict[str, float] = {}  # when each ready model was last asked
-        self._ended = threading.Event()
+    def __init__(self, server: Server, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._server, self._timeout, self._clock = server, timeout, clock
+        self._asked: dict[str, float] = {}  # when each ready model was last asked for a prediction
+        self._until: dict[str, float] = {}  # how long each counts as ready
+        self._stopped = threading.Event()
+        self._progress = clock()
+        self._seconds = 0.0
 
     def start(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # what an earlier run believed
-        self._folder.mkdir()
         threading.Thread(target=self._look_on, daemon=True).start()
 
     def follow(self, server: Server) -> None:
-        """From now on look at the models of another server, which has answered."""
+        """From now on look at the models of another server, or of one that was started anew, which have answered."""
         self._server = server
+        self._progress = self._clock()
+        self._confirm(server.models)
 
     def stop(self) -> None:
         """From now on no model is ready."""
-        self._ended.set()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._stopped.set()
+        self._until = {}
+
+    def models(self) -> dict[str, bool]:
+        """Every model, and whether it is ready."""
+        if self.hung_for() > HANGS_S:
+            return dict.fromkeys(self._server.models, False)
+        now, until = self._clock(), self._until
+        return {model: until.get(model, 0.0) > now for model in self._server.models}
+
+    def ready(self) -> bool:
+        """Whether all are, and there is one."""
+        models = self.models()
+        return bool(models) and all(models.values())
+
+    def hung_for(self) -> float:
+        """Seconds for which no model has answered and no worker has computed, while an answer was asked for."""
+        seconds = self._server.worker_seconds()
+        # A new worker begins at 0 again.
+        if abs(seconds - self._seconds) >= COMPUTES_S:
+            self._seconds, self._progress = seconds, self._clock()
+        return self._clock() - self._progress
 
     def look(self) -> None:
         """Look at every model once."""
         server = self._server
-        models = server.models
-        ready = {model for model in models if self._is_ready(server, model)}
-        if server is self._server:
-            self._show(ready | {ALL} if models and ready == set(models) else ready)
+        for model in server.models:
+            is_ready = self._is_ready(server, model)
+            if server is not self._server or self._stopped.is_set():
+                return
+            if is_ready:
+                self._confirm([model])
+            else:
+                self._until.pop(model, None)
 
     def _is_ready(self, server: Server, model: str) -> bool:
-        asked = self._answered.pop(model, None)
-        client = server.client(self._timeout)
-        try:
-            if asked is not None and time.monotonic() < asked + PREDICT_EVERY_S:
-                ready = client.ready_workers(model) > 0
-            else:
-                asked = time.monotonic()
-                ready = check(client, model)[0]
-        except ServerError:
-            return False
+        asked = self._asked.pop(model, None)
+        if asked is not None and self._clock() < asked + PREDICT_EVERY_S:
+            ready = _has_worker(server, model)
+        else:
+            asked = self._clock()
+            finding = check(server, model, self._timeout)
+            ready = finding.ready
+            if not finding.hangs:
+                self._progress = self._clock()
         if ready:
-            self._answered[model] = asked
+            self._asked[model] = asked
         return ready
 
-    def _show(self, names: set[str]) -> None:
-        for name in {path.name for path in self._folder.iterdir()} - names:
-            (self._folder / name).unlink(missing_ok=True)
-        for name in names:
-            (self._folder / name).touch()
+    def _confirm(self, models: "list[str]") -> None:
+        now = self._clock()
+        self._progress = now
+        self._until |= dict.fromkeys(models, now + PREDICT_EVERY_S + self._timeout)
 
     def _look_on(self) -> None:
-        while not self._ended.wait(LOOK_EVERY_S):
+        while not self._stopped.wait(LOOK_EVERY_S):
             try:
                 self.look()
-            except Exception:
-                if not self._ended.is_set():
-                    logger.exception("no model counts as ready")
-                    shutil.rmtree(self._folder, ignore_errors=True)
-                    self._folder.mkdir(exist_ok=True)
+            except Exception:  # a file that is being replaced, say; what is not confirmed expires
+                self._until = {}

@@ -1,45 +1,69 @@
-"""The signals that ask a program to stop, so that it does so once, in order, and leaves no child behind."""
+"""The signals that stop or upgrade a server: blocked, and fetched where it is safe to act on them.
+
+No handler runs, so none can interrupt the start of a child, a lock or a cleanup. A signal waits in the kernel until the
+main thread calls `pause`; what comes after the first that stops is never fetched.
+"""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+UPGRADE = signal.SIGUSR2
 
-stopping = threading.Event()
-"""Set once one of `STOPS` has come; a `KeyboardInterrupt` can get lost in a destructor, this cannot."""
+upgrade_requested = False
+"""Set by `pause` when `UPGRADE` has come; whoever upgrades clears it."""
 
-
-def stop_once() -> None:
-    """From now on the first of `STOPS` raises `KeyboardInterrupt`, and later ones do not disturb what follows it."""
-    for number in STOPS:
-        signal.signal(number, _stop)
+_awaited: tuple[signal.Signals, ...] = ()
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    stopping.set()
-    for number in STOPS:
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
+class Stopped(Exception):
+    """One of `STOPS` has come."""
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let signals wait: between the start of a child and its being known, one would leave the child behind.
-
-    Only the main thread may, and need: signals reach no other.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPS}
+def blocked() -> Iterator[None]:
+    """Within, `STOPS` and `UPGRADE` wait for `pause`. Before any thread is started: threads inherit what is blocked."""
+    global _awaited
+    # nohup ignores SIGHUP, and so it stays.
+    _awaited = tuple(n for n in (*STOPS, UPGRADE) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _awaited)
     try:
         yield
     finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-    if came:
-        signal.raise_signal(came[0])
+        _awaited = ()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def pause(seconds: float) -> None:
+    """Wait; a signal ends it early. Outside of `blocked`, or in another thread, only wait.
+
+    Raises:
+        Stopped: see there.
+    """
+    global upgrade_requested
+    if not _awaited or threading.current_thread() is not threading.main_thread():
+        time.sleep(seconds)
+        return
+    info = signal.sigtimedwait(_awaited, seconds)
+    if info is None:
+        return
+    if info.si_signo == UPGRADE:
+        upgrade_requested = True
+        return
+    raise Stopped(signal.Signals(info.si_signo).name)
+
+
+def end_by(seconds: float) -> None:
+    """Have the kernel end this process after so many seconds, whatever it is stuck in; its children end with it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def leave(code: int) -> None:
+    """End now: no thread that waits for a reader of our output is waited for."""
+    os._exit(code)

@@ -1,96 +1,302 @@
-"""TorchServe behind nginx."""
+"""TorchServe as a child of ours, with its configuration, keys and logs in a private folder."""
 
-import contextlib
+import fcntl
+import importlib.util
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import threading
-from collections import deque
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from deploy import model_archive
+from deploy.child import Child
+from deploy.errors import CliError
 from deploy.java import find_java
-from deploy.server import Server
-from deploy.signals import undisturbed
+from deploy.output import Output
+from deploy.readiness import ask
+from deploy.server import DEPLOY, MAIN_CLASS, STATE_VARIABLE, Server, port_is_taken
+from deploy.signals import pause
+from handlers.client import ServerError
+from handlers.pipeline import PROGRESS
+from handlers.torchserve import FAILED, THREADS_VARIABLE
 
-# The key changes when TorchServe starts and when somebody renews it: every change costs the requests of that moment.
-KEY_DAYS = 366
-RENEW_BEFORE = timedelta(hours=1)
+INSTALL = "pip install torchserve==0.12.0 torch-model-archiver==0.12.0"
+
+_RENEW_BEFORE = timedelta(hours=1)
+_STOP_SECONDS = 20.0
+_SOCKET_PATH_LIMIT = 90  # the workers' sockets lie below this folder, and a socket's path has 107 bytes at most
+_GRPC_CLASS = "org/pytorch/serve/grpc/inference/InferenceAPIsServiceGrpc.class"
+_STREAMING = (b"StreamPredictions", b"StreamPredictions2")
+
+T = TypeVar("T")
 
 
-class Back(Server):
-    """TorchServe as a child of ours, java run directly: its log is our output, and no launcher can leave it behind."""
+class TorchServe(Server):
+    """The server of one port, started by this object; java is run directly, as its launcher would leave it behind.
 
-    java: "subprocess.Popen[bytes] | None" = None
+    Args:
+        output: gets its log; None writes ``server.log``.
+        detached: whether it lives on when this process ends.
+    """
 
-    @property
-    def log(self) -> Path:
-        return Path("/dev/stdout")
+    def __init__(
+        self,
+        port: int = 8080,
+        state: str | Path | None = None,
+        output: Output | None = None,
+        detached: bool = False,
+    ) -> None:
+        super().__init__(port, state)
+        self._output, self._detached = output, detached
+        self._java: Child | None = None
+        self._lock: int | None = None
 
-    def stop(self, timeout: float = 60) -> bool:
-        """As `Server.stop`, and the workers of a java that was killed."""
-        stopped = super().stop(timeout)
-        if self.java:
-            kill_group(self.java)
-        return stopped
+    def start(
+        self,
+        archives: Sequence[Path],
+        workers: int = 1,
+        timeout: float = 600,
+        threads: int = 0,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Start TorchServe with ``archives``, all of one folder, and wait until every model has answered a prediction.
+
+        Args:
+            workers: per model.
+            timeout: seconds to wait.
+            threads: of each worker; 0 leaves the number to $MLVGM_THREADS or the archive.
+            progress: is told in one line how far a worker is.
+
+        Raises:
+            CliError: something is missing, a port is taken, or the server or a bundle does not come up.
+            Stopped: a signal asked us to stop (`deploy.signals`).
+        """
+        models = {model.name: (model, archive) for archive in archives for model in [model_archive.read(archive)]}
+        self._check()
+        self._take_lock()
+        try:
+            self._prepare({name: asdict(replace(model, workers=workers)) for name, (model, _) in models.items()})
+            store = archives[0].parent
+            self._launch(store, [f"{name}={archive.name}" for name, (_, archive) in models.items()], threads)
+            deadline = time.monotonic() + timeout
+            for model in models:
+                self._await_answer(model, deadline, progress)
+                if workers > 1:
+                    client = self.client(max(1.0, deadline - time.monotonic()))
+                    _patiently(partial(client.set_workers, model, workers))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, timeout: float = _STOP_SECONDS) -> bool:
+        """Stop what this object has started, and nothing else; False when that is nothing."""
+        if self._lock is None:
+            return False
+        if self._java:
+            self._java.end(signal.SIGTERM, timeout)
+        self.clear()
+        os.close(self._lock)
+        self._java = self._lock = None
+        return True
 
     def ended(self) -> bool:
-        return self.java is not None and self.java.poll() is not None
+        return self._java is not None and self._java.ended()
 
     def renew_if_due(self) -> None:
         """Long before the key expires, or after a jump of the clock."""
         text = json.loads(self.key_file.read_text())["inference"]["expiration time"]
         expires = datetime.fromisoformat(text[:19]).replace(tzinfo=timezone.utc)
-        if expires - datetime.now(timezone.utc) < RENEW_BEFORE:
-            self.client().renew_key("inference")
+        if expires - datetime.now(timezone.utc) < _RENEW_BEFORE:
+            self.client(5).renew_key("inference")
 
-    def _prepare(self, models: dict[str, Path]) -> None:
-        super()._prepare(models)
-        with (self.folder / "config.properties").open("a") as settings:
-            settings.write(f"token_expiration_min={KEY_DAYS * 24 * 60}\n")
+    def _check(self) -> None:
+        """Everything that would make TorchServe fail without saying so."""
+        if importlib.util.find_spec("ts") is None:
+            raise CliError(f"TorchServe is not installed: {INSTALL}")
+        if self.process():
+            raise CliError(self._already())
+        for port in self.ports:
+            if port_is_taken(port):
+                raise CliError(
+                    f"port {port} is taken by another program: choose five free ports in a row with --port "
+                    f"(this server needs {self.ports[0]} to {self.ports[-1]})"
+                )
+        if len(os.fsencode(self.folder)) > _SOCKET_PATH_LIMIT:
+            raise CliError(
+                f"{self.folder}: too long a path for the workers' sockets: set {STATE_VARIABLE} to a short one"
+            )
 
-    def _launch(self, store: Path, models: dict[str, Path], threads: int) -> None:
+    def _take_lock(self) -> None:
+        """The folder is ours until java, which holds the lock too, has ended; however it or we end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)  # keys, and a log configuration that TorchServe would take from its working directory
+        self._lock = try_lock(self.folder / "lock")
+        if self._lock is None:
+            raise CliError(self._already())
+        self._end_remains()
+
+    def _already(self) -> str:
+        return f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}"
+
+    def _end_remains(self) -> None:
+        """Java and workers of this folder whose starter was killed: nobody else can have any, as the lock is ours."""
+        import psutil  # type: ignore[import-untyped]
+
+        mark = str(self.folder / "tmp")
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            is_ours = MAIN_CLASS in words or any("model_service_worker" in word for word in words)
+            if is_ours and any(mark in word for word in words):
+                process.kill()
+                psutil.wait_procs([process], 5)
+
+    def _prepare(self, models: dict[str, object]) -> None:
+        self.clear()
+        for name in ("tmp", "logs", "org"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir()
+        ports = {
+            "inference_address": f"http://127.0.0.1:{self.port}",
+            "management_address": f"http://127.0.0.1:{self.port + 1}",
+            "metrics_address": f"http://127.0.0.1:{self.metrics_port}",
+            "grpc_inference_port": str(self.port + 3),
+            "grpc_management_port": str(self.port + 4),
+            "metrics_config": str(self.folder / "metrics.yaml"),
+        }
+        settings = (DEPLOY / "config.properties").read_text()
+        settings += "\n# Of this server; of two equal settings the later one holds.\n"
+        settings += "".join(f"{name}={value}\n" for name, value in ports.items())
+        (self.folder / "config.properties").write_text(settings)
+        for name in ("log4j2.xml", "metrics.yaml"):
+            shutil.copyfile(DEPLOY / name, self.folder / name)
+        (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": models}))
+
+    def _launch(self, store: Path, models: list[str], threads: int) -> None:
         from ts import model_server  # type: ignore[import-untyped]
 
         site = Path(model_server.__file__).parents[1]
         config, temporary = self.folder / "config.properties", self.folder / "tmp"
-        command = [str(find_java().home / "bin" / "java"), f"-Dmodel_server_home={site}"]
+        _refuse_streams(site, self.folder)
+        java = find_java().home
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
+        environment |= {
+            "JAVA_HOME": str(java),
+            "TEMP": str(temporary),
+            "TMPDIR": str(temporary),
+            "LOG_LOCATION": str(self.folder / "logs"),
+            "METRICS_LOCATION": str(self.folder / "logs"),
+        }
+        if threads:
+            environment[THREADS_VARIABLE] = str(threads)
+        command = [str(java / "bin" / "java"), f"-Dmodel_server_home={site}"]
         command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile=file://{self.folder}/log4j2.xml"]
         command += model_server.load_properties(str(config)).get("vmargs", "").split()
-        command += ["-cp", f"{site}/ts/frontend/*"]
-        command += ["org.pytorch.serve.ModelServer", "--python", sys.executable, "-f", str(config), "-ncs"]
-        command += ["-s", str(store.resolve()), "-m", *(f"{name}={path.name}" for name, path in models.items())]
-        with undisturbed():
-            self.java = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self._environment(threads),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            (temporary / ".model_server.pid").write_text(str(self.java.pid))
-        self._lines: deque[str] = deque(maxlen=200)
-        threading.Thread(target=self._pass_on, daemon=True).start()
+        command += ["-cp", f"{self.folder}:{site}/ts/frontend/*"]
+        command += [MAIN_CLASS, "--python", sys.executable, "-f", str(config), "-ncs"]
+        command += ["-s", str(store.resolve()), "-m", *models]
+        dies_by = 0 if self._detached else signal.SIGKILL
+        assert self._lock is not None
+        with self.log.open("wb") as log:
+            output = self._output or log
+            self._java = Child(command, output, dies_by, self.folder, environment, [self._lock])
+        (temporary / ".model_server.pid").write_text(str(self._java.pid))
 
-    def _pass_on(self) -> None:
-        """What java says goes on to our output; if that is full or closed, java must not wait for it."""
-        assert self.java
-        assert self.java.stdout
-        for line in self.java.stdout:
-            self._lines.append(line.decode(errors="replace").rstrip())
-            with contextlib.suppress(OSError):
-                os.write(1, line)
+    def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:
+        """TorchServe's own health check says yes long before a worker is up: only an answer counts."""
+        said, shown = "nothing", 0
+        while time.monotonic() < deadline:
+            steps = [line[line.index(PROGRESS) :] for line in self._said() if PROGRESS in line]
+            for step in steps[shown:]:
+                progress(step)
+            shown = len(steps)
+            if self.ended():
+                raise CliError(f"TorchServe ended while starting: {self._last_words()}")
+            if reason := self._failure():
+                raise CliError(reason)
+            try:
+                if _patiently(lambda: self.client(5).ready_workers(model)):
+                    _patiently(lambda: ask(self, model, max(1.0, deadline - time.monotonic())))
+                    return
+            except ServerError as error:
+                if error.status == 404:
+                    raise CliError(f"TorchServe could not load {model}: {self._last_words()}") from None
+                said = str(error)
+            pause(0.25)
+        raise CliError(f"{model} has not answered in time (last: {said}); its log is {self.log}")
+
+    def _failure(self) -> str | None:
+        """What a worker said when it could not serve its bundle."""
+        for line in self._said():
+            if FAILED in line:
+                return line[line.index(FAILED) :]
+        return None
 
     def _said(self) -> list[str]:
-        return list(self._lines)
+        """The lines of the log."""
+        if self._output:
+            return list(self._java.lines) if self._java else []
+        return self.log.read_text(errors="replace").splitlines()
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._said() if line.strip()]
+        telling = [line for line in lines if "bind" in line or "ERROR" in line or "not found" in line]
+        return f"{(telling or lines or ['nothing in its log'])[-1].strip()} (log: {self.log})"
 
 
-def kill_group(leader: "subprocess.Popen[bytes]") -> None:
-    """End ``leader`` and every child that it has left behind."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait()
+def try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of this file until all copies of it are closed; None where another holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises; signals are heeded meanwhile."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        pause(0.02)
+        thread.join(0.02)
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _refuse_streams(site: Path, folder: Path) -> None:
+    """Have TorchServe answer UNIMPLEMENTED to its two streaming gRPC calls.
+
+    With a handler that does not stream, the first costs the worker its life, and the second leaves the thread that
+    feeds the worker dead for good. TorchServe has no setting for them, so a copy of the class that registers the calls,
+    with their names blank, goes before TorchServe's own on the class path.
+    """
+    with zipfile.ZipFile(site / "ts" / "frontend" / "model-server.jar") as jar:
+        content = jar.read(_GRPC_CLASS)
+    for name in _STREAMING:
+        constant = b"\x01" + len(name).to_bytes(2, "big")  # a text of the class, with its length
+        assert content.count(constant + name) == 1, f"another TorchServe than the one that is pinned: no {name!r}"
+        content = content.replace(constant + name, constant + b" " * len(name))
+    path = folder / _GRPC_CLASS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

@@ -103,6 +103,23 @@ def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str
     }
 
 
+def metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How the protocol describes a model; -1 stands for any number.
+
+    Args:
+        manifest: the content of a bundle's pipeline.json.
+    """
+    kinds = [(name, kind, [-1]) for name, (kind, _) in _PLAIN.items()]
+    kinds += [(f"top_{name}", kind, [-1, -1]) for name, kind in _RANKED.items()]
+    return {
+        "name": manifest["name"],
+        "versions": [manifest["version"]],
+        "platform": "mlvgm",
+        "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [{"name": name, "datatype": kind, "shape": shape} for name, kind, shape in kinds],
+    }
+
+
 def _tensor(name: str, datatype: str, shape: tuple[int, ...], data: list[Any]) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": list(shape), "data": data}
 

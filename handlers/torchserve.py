@@ -14,6 +14,8 @@ BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
 SETTINGS = {"runtime": "auto", "threads": 0, "allow_seed": False, "max_wait_s": 30}
 THREADS_VARIABLE = "MLVGM_THREADS"
+PROBE_HEADER = "X-Readiness-Probe"
+"""Marks a request that is no traffic: it is answered, and not measured."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class PurifierHandler:
             pipeline = Pipeline.load(folder, settings["runtime"], threads, device)
             self._service = Service(pipeline, settings["allow_seed"], settings["max_wait_s"], sink(context))
             self._service.self_test()
+            self._unmeasured = Service(pipeline)
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
             logger.error("%s: %s", FAILED, str(error).replace("\n", " "))
@@ -43,8 +46,14 @@ class PurifierHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One body per request, in order; status, content type and headers are set on ``context``."""
         requests = [(fields, context.get_all_request_header(i)) for i, fields in enumerate(data)]
+        probes = {i: request for i, request in enumerate(requests) if PROBE_HEADER in request[1]}
+        answers = dict(zip(probes, self._unmeasured.answer(list(probes.values())), strict=True)) if probes else {}
+        others = {i: request for i, request in enumerate(requests) if i not in probes}
+        answers |= zip(others, self._service.answer(list(others.values())), strict=True)
         bodies = []
-        for i, answer in enumerate(self._service.answer(requests)):
+        for i, answer in sorted(answers.items()):
+            if not requests[i][1]:  # only gRPC has no headers; its streaming call waits for a last part
+                context.set_response_header(i, "ts_stream_next", "false")
             # The phrase must be ASCII: anything else breaks the frame of the whole batch.
             context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
             context.set_response_content_type(i, answer.content_type)

@@ -95,7 +95,7 @@ def test_a_verb_says_which_library_it_lacks() -> None:
 def test_console_scripts_find_every_package(tmp_path: Path) -> None:
     """They start with the folder of the scripts, not with that of the checkout, on the path."""
     program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
-    names = ["mlvgm.cli.main", "evaluation.robustness", "deploy.pair", "deploy.trial"]
+    names = ["mlvgm.cli.main", "evaluation.robustness", "deploy.pair", "deploy.supervisor", "deploy.trial"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program, *names], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -1,7 +1,10 @@
 """nginx in front of TorchServe, as deploy/nginx.conf has it: what passes, what does not, and how fast it says so."""
 
+import base64
 import contextlib
 import json
+import re
+import socket
 import ssl
 import time
 import urllib.error
@@ -12,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from deploy import readiness
+from deploy.nginx import most_requests
 from tests import bundles
 from tests.deploy.pair import KEY, LONG_KEY, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
@@ -54,8 +59,8 @@ def test_torchserves_own_key_is_no_clients_key(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "path", ["/", "/ping", "/models", "/models/tiny", "/metrics", "/token?type=inference", "/predictions/tiny/1.0",
-             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny", "/v2/health/live",
-             "/explanations/tiny"],
+             "/predictions/../models", "/predictions/%2e%2e/models", "/v2/models/tiny/stats", "/v2/repository/index",
+             "/explanations/tiny", "/error", "/malformed", "/plain"],
 )  # fmt: skip
 def test_other_paths_are_not_there(pair: Pair, path: str) -> None:
     assert pair.ask("POST", path)[0] == 404
@@ -68,14 +73,84 @@ def test_malformed_requests_are_told_so(pair: Pair, line: bytes) -> None:
     head, _, body = pair.raw(line + b"\r\nHost: x\r\nConnection: close\r\n\r\n").partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert json.loads(body) == {"error": "malformed request"}
-    assert pair.ask("POST", "/malformed")[0] == 404
 
 
 def test_readiness_needs_no_key_and_is_said_of_models_that_answer(pair: Pair) -> None:
-    until(lambda: pair.ask("GET", "/v2/health/ready", headers={}) == (200, {"ready": True}))
+    assert pair.ask("GET", "/v2/health/ready", headers={}) == (200, {"ready": True})
+    assert pair.ask("GET", "/v2/health/live", headers={}) == (200, {"live": True})
     assert pair.ask("GET", "/v2/models/tiny/ready", headers={}) == (200, {"name": "tiny", "ready": True})
+    assert pair.ask("GET", "/v2/models/tiny/versions/1.0/ready", headers={})[0] == 200
+    assert pair.ask("GET", "/v2/models/tiny/versions/2.0/ready", headers={})[0] == 503
     assert pair.ask("GET", "/v2/models/other/ready", headers={}) == (503, {"name": "other", "ready": False})
     assert pair.ask("GET", "/v2/models/../ready", headers={})[0] == 404
+
+
+def test_models_are_described_to_clients_with_a_key(pair: Pair) -> None:
+    assert pair.ask("GET", "/v2")[1]["extensions"] == ["binary_tensor_data"]
+    status, model = pair.ask("GET", "/v2/models/tiny")
+    assert (status, model["name"], model["versions"]) == (200, "tiny", ["1.0"])
+    assert pair.ask("GET", "/v2/models/tiny/versions/1.0") == (status, model)
+    answer = pair.ask("POST", "/v2/models/tiny/versions/1.0/infer", infer_request())[1]
+    names = [(tensor["name"], tensor["datatype"], len(tensor["shape"])) for tensor in answer["outputs"]]
+    assert names == [(tensor["name"], tensor["datatype"], len(tensor["shape"])) for tensor in model["outputs"]]
+    assert pair.ask("GET", "/v2/models/other")[0] == 404
+    assert pair.ask("GET", "/v2/models/tiny/versions/2.0")[0] == 404
+    assert pair.ask("POST", "/v2/models/tiny/versions/2.0/infer", infer_request())[0] == 404
+    for path in ("/v2", "/v2/models/tiny"):
+        assert pair.ask("GET", path, headers={})[0] == 401
+
+
+def infer_request() -> bytes:
+    image = base64.b64encode(picture()).decode()
+    return json.dumps({"inputs": [{"name": "i", "shape": [1], "datatype": "BYTES", "data": [image]}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "path", ["/ping/../predictions/tiny", "/models/%2e%2e/predictions/tiny", "//predictions//tiny"]
+)
+def test_the_path_that_matched_is_the_one_that_is_asked_for(pair: Pair, path: str) -> None:
+    status, answer = pair.ask("POST", path, picture())
+    assert (status, answer["label"] in bundles.CLASSES) == (200, True)
+    until(lambda: pair.requests()[-1]["request"] == "POST /predictions/tiny")
+
+
+def test_every_refusal_is_json(pair: Pair) -> None:
+    """Also what nginx has pages of its own for."""
+    key = b"Host: x\r\nX-Api-Key: open-sesame\r\nConnection: close\r\n"
+    refused = [
+        (b"TRACE / HTTP/1.1\r\n" + key, 405),
+        (b"CONNECT x:1 HTTP/1.1\r\n" + key, 400),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n" + key, 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000 + b"\r\n" + key, 400),
+        (b"POST /predictions/tiny HTTP/1.1\r\nTransfer-Encoding: gzip\r\n" + key, 501),
+        (b"POST /elsewhere HTTP/1.1\r\nContent-Length: 99999999\r\n" + key, 413),
+        (b"POST /predictions/tiny HTTP/1.1\r\nContent-Length: -1\r\n" + key, 400),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\n", 400),
+        (b"GET / HTTP/3.0\r\n" + key, 400),
+        (b"PUT /v2/health/ready HTTP/1.1\r\nContent-Length: 0\r\n" + key, 405),
+    ]
+    for request, status in refused:
+        head, _, body = pair.raw(request + b"\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d" % status), (request[:60], head)
+        assert json.loads(body)["error"], request[:60]
+    with socket.create_connection(("127.0.0.1", pair.port), timeout=30) as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while part := plain.recv(65536):
+            answer += part
+    assert "https" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def test_probes_are_no_traffic_and_clients_cannot_pass_as_one(pair: Pair) -> None:
+    def answered() -> float:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{pair.metrics_port}/metrics", timeout=30).read().decode()
+        return sum(map(float, re.findall(r"^mlvgm_answers\{.*\} (\S+)$", text, re.MULTILINE)))
+
+    before = answered()
+    for _ in range(3):
+        readiness.ask(pair.server, "tiny", 60)
+    assert pair.predict(KEY | {"X-Readiness-Probe": "1"})[0] == 200
+    until(lambda: answered() == before + 1)
 
 
 def test_other_methods_are_refused(pair: Pair) -> None:
@@ -143,18 +218,19 @@ def test_a_model_that_is_not_served_is_named_as_such(pair: Pair) -> None:
 
 
 def test_more_connections_than_a_client_may_have_are_refused_at_once(pair: Pair) -> None:
-    """32 uploads that take their time: the next request is told so, and is served when they have gone."""
+    """Uploads that take their time: the next request is told so, and is served when they have gone.
+
+    Another client is served meanwhile.
+    """
+    most = most_requests(pair.server)
     head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nX-Api-Key: open-sesame\r\nContent-Length: 1000\r\n\r\nhalf"
     with contextlib.ExitStack() as stack:
-        for _ in range(32):
+        for _ in range(most):
             stack.enter_context(pair.connect()).sendall(head)
-        time.sleep(0.5)
-        began = time.monotonic()
-        status, answer = pair.predict()
-        assert (status, "32 connections" in answer["error"]) == (429, True)
-        assert time.monotonic() - began < 0.5
-    time.sleep(0.5)
-    assert pair.predict()[0] == 200
+        until(lambda: pair.predict()[0] == 429)
+        assert f"{most} at once" in pair.predict()[1]["error"]
+        assert pair.predict(LONG_KEY)[0] == 200
+    until(lambda: pair.predict()[0] == 200)
 
 
 def test_slow_clients_are_cut_off_and_keep_nobody_waiting(pair: Pair) -> None:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from deploy.server import PROJECT, Server
+from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from handlers.grpc_client import GrpcClient
@@ -54,7 +55,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = tmp_path_factory.mktemp("store")
     build_archive(bundle, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
-    with stopped(Server(free_port(), tmp_path_factory.mktemp("s"))) as server:
+    with stopped(TorchServe(free_port(), tmp_path_factory.mktemp("s"))) as server:
         server.start([store / f"{MODEL}.mar"])
         yield server
 

@@ -9,7 +9,8 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks.server.call import Call, prediction
 from benchmarks.server.started import Started
-from deploy.server import PORTS, Server, free_ports
+from deploy.server import PORTS, free_ports
+from deploy.torchserve import TorchServe
 from export import archive
 from handlers.manifest import Manifest
 
@@ -25,7 +26,7 @@ class Deployment(Started):
         self._bundle, self._settings, self._workers, self._threads = bundle, settings, workers, threads
         self._folder = tempfile.TemporaryDirectory(prefix="mlvgm-")
         self.model = Manifest.read(bundle).name
-        self.server = Server(free_ports(PORTS), self._folder.name)
+        self.server = TorchServe(free_ports(PORTS), self._folder.name)
         self.address = ("127.0.0.1", self.server.port)
         self.tls: ssl.SSLContext | None = None
         self._key = b""

@@ -11,7 +11,9 @@ from benchmarks.server.deployment import Deployment
 from benchmarks.server.started import Started
 from deploy import trial
 from deploy.errors import CliError
-from deploy.nginx import Front
+from deploy.nginx import Nginx as NginxProcess
+from deploy.output import Output
+from deploy.readiness import Readiness
 from deploy.server import free_ports, port_is_taken
 
 _CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
@@ -28,15 +30,14 @@ class Nginx(Started):
         self._sent = count()
         self.address = ("127.0.0.1", free_ports(1))
         self.tls: ssl.SSLContext | None = None
-        self._front: Front | None = None
+        self._front: NginxProcess | None = None
 
     def start(self) -> None:
         server, etc = self._deployment.server, Path(self._folder.name) / "etc"
         clients = {key: f"c{i}" for i, key in enumerate(self._keys)}
         conf = trial.write(etc, self.address[1], server.folder.parent, clients, quiet=True)
-        server.client().renew_key("inference")  # nginx has it for an hour
         self.tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
-        self._front = Front(conf, server, timeout=60)
+        self._front = NginxProcess(conf, server, Readiness(server, 60), Output(1))
         self._front.start()
         deadline = time.monotonic() + _WAIT
         while not port_is_taken(self.address[1]):

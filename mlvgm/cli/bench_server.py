@@ -3,10 +3,10 @@
 import argparse
 import datetime
 import functools
+import signal
 from pathlib import Path
 
 from deploy.errors import CliError
-from deploy.signals import stop_once
 from deploy.workers import chosen
 from handlers import runtimes
 from mlvgm.cli.options import number_of_samples
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.bundle, samples, served.batch_size, args.runtime, images=args.images)
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
-    stop_once()  # or the servers would be left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
     say = functools.partial(print, flush=True)
     content = {
         "bundle": f"{manifest.name} {manifest.version}",

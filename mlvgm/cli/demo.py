@@ -5,7 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from deploy.server import PORTS, Server, port_is_taken
+from deploy.server import PORTS, port_is_taken
+from deploy.torchserve import TorchServe
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     say("Attacking drawn road signs through the classifier")
     default, signs = load_default(demo.RECIPE), drawn_signs()
     attacked = demo.attack_signs(default, signs)
-    server = Server(args.port or _free_port())
+    server = TorchServe(args.port or _free_port())
     try:
         say(f"Starting TorchServe on port {server.port}")
         server.start([store / f"{demo.RECIPE}.mar"])

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from deploy import model_archive
 from deploy.errors import CliError
 from deploy.java import find_java
-from deploy.server import INSTALL, Server, grey_png, model_name, port_is_taken
+from deploy.server import Server, grey_png, port_is_taken
+from deploy.torchserve import INSTALL
 from handlers import runtimes
 from handlers.client import ServerError
 
@@ -133,7 +135,7 @@ def _store(store: Path) -> Finding:
         return Finding("model store", f"{store}: no archive", cure, is_warning=True)
     for archive in archives:
         try:
-            model_name(archive)
+            model_archive.read(archive)
         except CliError as error:
             return Finding("model store", f"{archive.name} cannot be served", str(error))
     return Finding("model store", f"{store}: {', '.join(path.name for path in archives)}")

@@ -12,7 +12,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "ready",
         help="check that a running server answers, for probes",
         description="Ask the server that mlvgm serve started for one purified copy of a grey image. Exit code 0 when "
-        "every model answers, or is too busy to while a worker of it is up; else 1.",
+        "every model answers, or its queue is full while its workers compute; else 1.",
         epilog="Example: mlvgm ready --port 8080 --model road-signs",
     )
     parser.add_argument("--model", help="which model (default: all that are served)")
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"no server of mlvgm serve is running on port {server.port}")
     found = []
     for model in models:
-        ready, words = check(server.client(arguments.timeout), model)
-        print(f"{model}: {words}")
-        found.append(ready)
+        finding = check(server, model, arguments.timeout)
+        print(f"{model}: {finding.words}")
+        found.append(finding.ready)
     return 0 if found and all(found) else 1

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from deploy.errors import CliError
 from deploy.server import Server
-from deploy.signals import stop_once, stopping
+from deploy.signals import Stopped, blocked, pause
+from deploy.torchserve import TorchServe
 from deploy.workers import chosen, sizes_of
 
 
@@ -50,13 +51,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError("--workers must be 1 or more")
     if arguments.threads < 0:
         raise CliError("--threads must be 1 or more, or 0 to share the cores out")
-    server = Server(arguments.port)
     if arguments.stop:
-        stopped = server.stop()
+        stopped = Server(arguments.port).stop()
         print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
         return 0 if stopped else 1
     archives = _archives(arguments.model_store, arguments.models)
-    stop_once()
+    with blocked():
+        try:
+            return _serve(arguments, archives)
+        except Stopped:
+            return 0
+
+
+def _serve(arguments: argparse.Namespace, archives: list[Path]) -> int:
+    server = TorchServe(arguments.port, detached=arguments.detach)
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     workers, threads = chosen(arguments.workers, arguments.threads, sizes_of(archives))
@@ -86,21 +94,17 @@ def _tell(step: str) -> None:
 
 
 def _curl(server: Server, model: str) -> str:
-    """What to type; the key is good for an hour, and mlvgm predict renews it."""
+    """What to type."""
     key = server.client().key("inference")
     return f"curl -T IMAGE.png -H 'Authorization: Bearer {key}' {server.url}/predictions/{model}"
 
 
-def _stay(server: Server) -> int:
-    """Wait for Ctrl-C or SIGTERM, then stop the server; 1 if it ends by itself."""
+def _stay(server: TorchServe) -> int:
+    """Wait for a signal, then stop the server."""
     print("Ctrl-C stops the server", file=sys.stderr, flush=True)
     try:
-        while not stopping.is_set():
-            if server.process() is None:
-                raise CliError(f"TorchServe has ended by itself; its log is {server.log}")
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        pass
+        while not server.ended():
+            pause(0.5)
+        raise CliError(f"TorchServe has ended by itself; its log is {server.log}")
     finally:
         server.stop()
-    return 0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.pair import parser
 from deploy.server import PROJECT
+from deploy.supervisor import parser
 
 DEPLOY = PROJECT / "deploy"
 FILES = sorted(DEPLOY.glob("Containerfile.*"))

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from deploy.server import Server
+from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
 from handlers.pipeline import PROGRESS
@@ -45,7 +46,7 @@ def archive(half_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def server(environment: None, archive: Path) -> Iterator[Server]:
     steps: list[str] = []
-    with stopped(Server(free_port())) as server:
+    with stopped(TorchServe(free_port())) as server:
         server.start([archive], progress=steps.append)
         assert all(step.startswith(PROGRESS) for step in steps)
         assert "encode.onnx loaded in onnxruntime (1 of 3)" in steps[0]

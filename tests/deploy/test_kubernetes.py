@@ -1,13 +1,16 @@
 """The manifests: against Kubernetes' own schemas, and against each other."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deploy.pair import parser
-from deploy.server import PROJECT
+from deploy.health import Health
+from deploy.readiness import Readiness
+from deploy.server import PROJECT, Server
+from deploy.supervisor import parser
 from mlvgm.cli.main import VERBS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
@@ -123,7 +126,8 @@ def test_a_pod_is_ready_when_nginx_says_so() -> None:
     probe = NGINX["readinessProbe"]["httpGet"]
     assert probe["scheme"] == "HTTPS"
     assert probe["port"] in {port["name"] for port in NGINX["ports"]}
-    assert f"location = {probe['path']} " in (PROJECT / "deploy" / "nginx.conf").read_text()
+    health = Health(Path("health.sock"), Readiness(Server(), 60), Server)
+    assert health.answer(probe["path"]) == (503, {"ready": False})
 
 
 def test_the_secrets_hold_what_nginx_includes() -> None:

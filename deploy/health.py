@@ -1,0 +1,87 @@
+"""What clients and probes may ask without reaching TorchServe: the Open Inference Protocol's health and metadata.
+
+nginx sends ``/v2`` paths here, over a socket in the state folder. When this process has ended or hangs, nobody is
+ready.
+"""
+
+import json
+import re
+import socketserver
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+from deploy.errors import CliError
+from deploy.readiness import Readiness
+from deploy.server import Server
+
+_MODEL = re.compile(r"/v2/models/([A-Za-z0-9_.-]+)(?:/versions/([A-Za-z0-9_.-]+))?(/ready)?")
+_SOCKET_PATH_LIMIT = 107
+
+Answer = tuple[int, dict[str, Any]]
+
+
+class Health:
+    """Answers on the socket at ``path``."""
+
+    def __init__(self, path: Path, readiness: Readiness, server: Callable[[], Server]) -> None:
+        if len(bytes(path)) > _SOCKET_PATH_LIMIT:
+            raise CliError(f"{path}: too long a path for a socket: set $MLVGM_STATE to a shorter one")
+        self._path, self._readiness, self._server = path, readiness, server
+
+    def start(self) -> None:
+        answer = self.answer
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = 5
+
+            def do_GET(self) -> None:
+                status, content = answer(self.path)
+                body = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def address_string(self) -> str:
+                return "nginx"
+
+            def log_message(self, *_: object) -> None:
+                """nginx has a line for it already."""
+
+        class SocketServer(socketserver.ThreadingUnixStreamServer):
+            daemon_threads = True
+            request_queue_size = 64
+
+            def handle_error(self, *_: object) -> None:
+                """nginx has gone away: it says so itself."""
+
+        self._path.unlink(missing_ok=True)  # of a process that was killed; the lock of the folder is ours
+        threading.Thread(target=SocketServer(str(self._path), Handler).serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def answer(self, path: str) -> Answer:
+        """Status and content for a path of the protocol."""
+        if path in ("/v2", "/v2/"):
+            return 200, {"name": "mlvgm-serve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
+        if path == "/v2/health/live":
+            return 200, {"live": True}
+        if path == "/v2/health/ready":
+            ready = self._readiness.ready()
+            return 200 if ready else 503, {"ready": ready}
+        match = _MODEL.fullmatch(path)
+        name, version, asks_ready = match.groups() if match else ("", None, None)
+        model = self._server().served().get(name)
+        if model and version not in (None, model.version):
+            model = None
+        if asks_ready:
+            ready = model is not None and self._readiness.models().get(name, False)
+            return 200 if ready else 503, {"name": name, "ready": ready}
+        if model is None or model.metadata is None:
+            return 404, {"error": "no such model is served here"}
+        return 200, dict(model.metadata)

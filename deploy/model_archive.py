@@ -1,0 +1,79 @@
+"""What an archive says about its model, read before TorchServe does, which would only warn, and serve nothing."""
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.errors import CliError
+from handlers import open_inference
+from handlers.torchserve import BUNDLE
+
+_WRONG_FILE = (OSError, EOFError, yaml.YAMLError, tarfile.TarError, zipfile.BadZipFile)
+_WRONG_CONTENT = (LookupError, ValueError, TypeError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Of a model archive, what those in front of TorchServe need.
+
+    Attributes:
+        queue: requests that may wait in TorchServe.
+        batch_size: requests that a worker takes at once.
+        metadata: name, version and tensors, as the Open Inference Protocol describes a model.
+        workers: that it is served with.
+    """
+
+    name: str
+    version: str = "1.0"
+    queue: int = 100
+    batch_size: int = 1
+    metadata: Mapping[str, Any] | None = None
+    workers: int = 1
+
+
+def read(archive: Path) -> ServedModel:
+    """The model of an archive: a .mar, a .tar.gz or a folder.
+
+    Raises:
+        CliError: no such file, or not an archive.
+    """
+    if not archive.exists():
+        raise CliError(f"{archive}: no such archive; build one with mlvgm archive BUNDLE")
+    try:
+        manifest, bundle = _entries(archive, ["MAR-INF/MANIFEST.json", f"{BUNDLE}/pipeline.json"])
+        model = json.loads(manifest or b"")["model"]
+        (settings,) = _entries(archive, [model.get("configFile", "no such file")])
+        content = yaml.safe_load(settings) if settings else {}
+        return ServedModel(
+            str(model["modelName"]),
+            str(model.get("modelVersion", "1.0")),
+            int(content.get("jobQueueSize", 100)),
+            int(content.get("batchSize", 1)),
+            open_inference.metadata(json.loads(bundle)) if bundle else None,
+        )
+    except (*_WRONG_FILE, *_WRONG_CONTENT):
+        raise CliError(
+            f"{archive}: not a model archive, or damaged: build it again with mlvgm archive BUNDLE"
+        ) from None
+
+
+def _entries(archive: Path, names: Sequence[str]) -> list[bytes | None]:
+    """The content of these files of an archive; None for one that is not there."""
+    if archive.is_dir():
+        return [(archive / name).read_bytes() if (archive / name).is_file() else None for name in names]
+    if not archive.name.endswith(".tar.gz"):
+        with zipfile.ZipFile(archive) as zipped:
+            return [zipped.read(name) if name in zipped.namelist() else None for name in names]
+    found: dict[str, bytes] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            for name in names:
+                if member.name.endswith(f"/{name}") and (stream := tar.extractfile(member)):
+                    found[name] = stream.read()
+    return [found.get(name) for name in names]

@@ -129,7 +129,7 @@ def _check(settings: Settings) -> None:
 def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
     """Lay out what the archive holds. Large files are only linked: the archiver follows links."""
     source = Path(next(iter(handlers.__path__)))
-    shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__", "client.py"))
     for name in (FILE_NAME, *manifest.files):
         link = content / BUNDLE / name
         link.parent.mkdir(parents=True, exist_ok=True)

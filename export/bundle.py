@@ -200,8 +200,6 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
         raise ExportError(
             f"recipe {recipe.name}: has {recipe.n_latents} latents, the purifier has {purifier.n_latents}"
         )
-    if recipe.samples.default == "auto":
-        raise ExportError(f"recipe {recipe.name}: samples.default must be a number here")
     if out.exists() and not (out / manifest.FILE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out}: is there already and is no bundle; give another --out")
 
@@ -218,7 +216,7 @@ def _manifest(
         noise_shapes=purifier.noise_shapes,
         alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
         default_alphas=recipe.schedule,
-        samples=manifest.Samples(int(recipe.samples.default), recipe.samples.max),
+        samples=manifest.Samples(recipe.samples.default, recipe.samples.max),
         classes=recipe.classes,
         batch=manifest.Batch(recipe.batch.min, recipe.batch.opt, recipe.batch.max, recipe.batch.cpu),
         stages=tuple(_stage(stage, draft) for stage in stages),

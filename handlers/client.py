@@ -1,20 +1,42 @@
-"""A client for the server, with the standard library alone. It reads TorchServe's key file and renews what has expired.
+"""Clients for the server, one that waits and one for asyncio, on httpx. They are no part of what a worker runs.
 
->>> client = Client(key_file="build/serve/8080/key_file.json")
+>>> client = Client("https://purifier.example:8443", api_key=key, ca_file="ca.pem")
 >>> client.predict(Path("sign.png").read_bytes(), "road-signs", samples=8)["label"]
 'stop'
+
+Connections are kept open between calls. Where an answer 429 or 503 says when to come back (``Retry-After``), the call
+is repeated then. On the machine of TorchServe, ``Client(key_file=...)`` reads its keys and renews what has expired.
 """
 
-import base64
-import http.client
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlsplit
+from __future__ import annotations
 
-from handlers.errors import MlvgmError
+import asyncio
+import base64
+import email.utils
+import ipaddress
+import json
+import random
+import ssl
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from handlers.errors import InputError, MlvgmError
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+MAX_PAUSE_S = 60
+"""A server that wants to be left alone for longer is not asked again."""
+_CONNECT_S = 10
+_KEEP_S = 20  # nginx closes what has idled for 30 s
+
+T = TypeVar("T")
 
 
 class ServerError(MlvgmError):
@@ -25,70 +47,85 @@ class ServerError(MlvgmError):
         super().__init__(message)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An HTTP answer; header names are lower-case."""
+class Options(TypedDict, total=False):
+    """What a request may say beside the image; what is left out or None is up to the server (docs/requests.md).
 
-    status: int
-    headers: dict[str, str]
-    body: bytes
+    Attributes:
+        samples: purified samples that vote, 1 to the model's maximum, or "auto".
+        top_k: classes to name.
+        alphas: schedule of interpolation weights, by name.
+        seed: chooses the noise, where the server allows it.
+    """
 
-
-class Predictor:
-    """What can be asked of a server, whichever way it is reached."""
-
-    def predict(
-        self,
-        image: bytes,
-        model: str,
-        samples: int | None = None,
-        top_k: int | None = None,
-        alphas: str | None = None,
-        seed: int | None = None,
-    ) -> dict[str, Any]:
-        """The answer for one encoded image: label, confidence, agreement, flagged, unpurified, top_k, timing_ms.
-
-        Raises:
-            ServerError: unreachable, or the request was refused (status 400 and up) with the server's reason.
-        """
-        options = {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed}
-        answer: dict[str, Any] = json.loads(self._ask(image, model, options))
-        return answer
-
-    def predict_many(
-        self,
-        images: Sequence[bytes],
-        model: str,
-        samples: int | None = None,
-        top_k: int | None = None,
-        alphas: str | None = None,
-        seed: int | None = None,
-    ) -> list[dict[str, Any]]:
-        """The answers for several encoded images in one request, in their order; see `predict`.
-
-        The entry of an image that was refused while others were answered holds ``error`` and ``status`` instead.
-
-        Raises:
-            ServerError: as for `predict`, and when no image at all could be answered.
-        """
-        options = {"samples": samples, "top_k": top_k, "alphas": alphas, "seed": seed}
-        body = json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
-        answers: list[dict[str, Any]] = json.loads(self._ask(body, model, options))["answers"]
-        return answers
-
-    def _ask(self, data: bytes, model: str, options: dict[str, Any]) -> bytes:
-        """The body of the answer to an encoded image or a JSON object, with those options that are not None."""
-        raise NotImplementedError
+    samples: int | str | None
+    top_k: int | None
+    alphas: str | None
+    seed: int | None
 
 
-class Client(Predictor):
-    """Talks to one TorchServe over HTTP.
+class _BaseClient:
+    """What both clients share: how a request is made, when it is repeated, and what an error means."""
+
+    _http: Any  # httpx.Client or httpx.AsyncClient
+
+    def __init__(self, url: str, api_key: str | None, ca_file: str | Path | None, timeout: float, retries: int) -> None:
+        self._url = _parse(url)
+        self._timeout, self._retries = timeout, retries
+        self._settings: dict[str, Any] = {
+            "base_url": self._url,
+            "headers": {} if api_key is None else {"X-Api-Key": _header("api_key", api_key)},
+            "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            "limits": httpx.Limits(keepalive_expiry=_KEEP_S),
+            "verify": _tls(self._url, ca_file),
+            "trust_env": not _is_loopback(self._url.host),  # a proxy is for the world outside
+        }
+
+    def _prediction(self, data: bytes, model: str, options: Mapping[str, Any]) -> httpx.Request:
+        headers = {"Content-Type": "application/json" if data.startswith(b"{") else "application/octet-stream"}
+        for name, value in options.items():
+            if name not in (*Options.__annotations__, "return"):
+                raise TypeError(f"there is no option {name!r}: the options are {', '.join(Options.__annotations__)}")
+            if value is not None:
+                headers[f"X-Mlvgm-{name.replace('_', '-').title()}"] = _header(name, str(value))
+        return self._http.build_request("POST", f"/predictions/{quote(model, safe='')}", content=data, headers=headers)
+
+    def _pause(self, response: httpx.Response, attempt: int) -> float | None:
+        """Seconds until the request is worth repeating; None where this is the answer."""
+        if response.status_code not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+            return None
+        seconds = _retry_after(response.headers.get("Retry-After", ""))
+        if attempt >= self._retries or seconds is None or seconds > MAX_PAUSE_S:
+            return None
+        return seconds + random.uniform(0, 0.5)  # so that all who were sent away do not come back at once
+
+    def _unreachable(self, error: httpx.HTTPError) -> ServerError:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, httpx.ConnectTimeout):
+            reason = "no connection in time"
+        elif isinstance(error, httpx.TimeoutException):
+            reason = f"no answer within {self._timeout:g} s"
+        elif isinstance(error, httpx.ConnectError) and ("refused" in reason or "attempts failed" in reason):
+            reason = "no server there"
+        elif "CERTIFICATE_VERIFY_FAILED" in reason:
+            reason += ": name the certificate of its authority with ca_file (--ca-file)"
+        return ServerError(f"{self._url}: {reason}")
+
+
+class Client(_BaseClient):
+    """Asks one server and waits for its answers; threads may share it. It is a context manager, or wants `close`.
 
     Args:
-        url: of the inference port.
-        management_url: of the management port, for keys and workers; None takes the port after that of ``url``.
-        key_file: TorchServe's ``key_file.json``; None when token authorization is off.
+        url: of nginx, or of TorchServe's inference port.
+        management_url: of TorchServe's management port, for keys and workers; None takes the port after ``url``'s.
+        key_file: TorchServe's ``key_file.json``; None behind nginx, and when token authorization is off.
         timeout: seconds to wait for an answer.
+        api_key: for nginx, sent as ``X-Api-Key``.
+        ca_file: certificates in PEM of the authorities that https trusts, in the place of the public ones.
+        retries: how often at most a call is repeated that the server wants to have later.
+
+    Raises:
+        ServerError: ``url`` is no http or https address, or ``ca_file`` holds no certificate.
+        InputError: ``api_key`` cannot be a key.
     """
 
     def __init__(
@@ -97,29 +134,51 @@ class Client(Predictor):
         management_url: str | None = None,
         key_file: str | Path | None = None,
         timeout: float = 120,
+        *,
+        api_key: str | None = None,
+        ca_file: str | Path | None = None,
+        retries: int = 3,
     ) -> None:
-        self._inference = _address(url)
-        host, port = self._inference
-        self._management = _address(management_url) if management_url else (host, port + 1)
+        super().__init__(url, api_key, ca_file, timeout, retries)
+        self._management = _parse(management_url) if management_url else None
         self._key_file = Path(key_file) if key_file else None
-        self._timeout = timeout
+        self._http: httpx.Client = httpx.Client(**self._settings)
 
-    def purify(
-        self,
-        image: bytes,
-        model: str,
-        samples: int | None = None,
-        alphas: str | None = None,
-        seed: int | None = None,
-    ) -> tuple[bytes, dict[str, Any]]:
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self._http.close()
+
+    def predict(self, image: bytes, model: str, **options: Unpack[Options]) -> dict[str, Any]:
+        """The answer for one encoded image: label, confidence, agreement, flagged, unpurified, top_k, timing_ms.
+
+        Raises:
+            ServerError: unreachable, or the request was refused (status 400 and up) with the server's reason.
+        """
+        return _read(self._send(self._prediction(image, model, options)), _answer)
+
+    def predict_many(self, images: Sequence[bytes], model: str, **options: Unpack[Options]) -> list[dict[str, Any]]:
+        """The answers for several encoded images in one request, in their order; see `predict`.
+
+        The entry of an image that was refused while others were answered holds ``error`` and ``status`` instead.
+
+        Raises:
+            ServerError: as for `predict`, and when no image at all could be answered.
+        """
+        return _read(self._send(self._prediction(_together(images), model, options)), _answers)
+
+    def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
         """The purified image as PNG, and the main figures of the answer.
 
         Raises:
             ServerError: as for `predict`.
         """
-        options = {"samples": samples, "alphas": alphas, "seed": seed, "return": "purified"}
-        reply = self._reply(image, model, options)
-        return reply.body, json.loads(reply.headers["x-mlvgm-answer"])
+        return _read(self._send(self._prediction(image, model, {**options, "return": "purified"})), _purified)
 
     def ready_workers(self, model: str) -> int:
         """How many workers of ``model`` can answer now.
@@ -127,8 +186,7 @@ class Client(Predictor):
         Raises:
             ServerError: unreachable, or there is no such model.
         """
-        description = json.loads(self._manage("GET", f"/models/{quote(model)}").body)
-        return sum(worker["status"] == "READY" for worker in description[0]["workers"])
+        return _read(self._manage("GET", f"/models/{quote(model, safe='')}"), _ready)
 
     def set_workers(self, model: str, count: int) -> None:
         """Scale ``model`` to ``count`` workers and wait until they are up.
@@ -136,7 +194,8 @@ class Client(Predictor):
         Raises:
             ServerError: unreachable, or not all of them came up.
         """
-        self._manage("PUT", f"/models/{quote(model)}?min_worker={count}&max_worker={count}&synchronous=true")
+        number = f"min_worker={count}&max_worker={count}&synchronous=true"
+        self._manage("PUT", f"/models/{quote(model, safe='')}?{number}")
 
     def key(self, kind: str) -> str:
         """The key of ``kind`` "inference", "management" or "API" as the key file has it now.
@@ -157,84 +216,194 @@ class Client(Predictor):
         Raises:
             ServerError: unreachable, or the API key is not accepted.
         """
-        reply = _send(self._management, "GET", f"/token?type={kind}", b"", _bearer(self.key("API")), self._timeout)
-        _check(reply)
+        self._send(self._renewal(kind), None)
 
-    def _ask(self, data: bytes, model: str, options: dict[str, Any]) -> bytes:
-        return self._reply(data, model, options).body
+    def _renewal(self, kind: str) -> httpx.Request:
+        headers = {"Authorization": f"Bearer {self.key('API')}"}
+        return self._http.build_request("GET", self._managed(f"/token?type={kind}"), headers=headers)
 
-    def _reply(self, data: bytes, model: str, options: dict[str, Any]) -> Reply:
-        is_json = data.startswith(b"{")
-        headers = {"Content-Type": "application/json" if is_json else "application/octet-stream"}
-        for name, value in options.items():
-            if value is not None:
-                headers[f"X-Mlvgm-{name.replace('_', '-').title()}"] = str(value)
-        return self._authorized(self._inference, "POST", f"/predictions/{quote(model)}", data, headers, "inference")
+    def _manage(self, method: str, path: str) -> httpx.Response:
+        return self._send(self._http.build_request(method, self._managed(path)), "management")
 
-    def _manage(self, method: str, path: str) -> Reply:
-        return self._authorized(self._management, method, path, b"", {}, "management")
+    def _managed(self, path: str) -> str:
+        default = 443 if self._url.scheme == "https" else 80
+        url = self._management or self._url.copy_with(port=(self._url.port or default) + 1)
+        return str(url).rstrip("/") + path
 
-    def _authorized(
-        self, address: tuple[str, int], method: str, path: str, body: bytes, headers: dict[str, str], kind: str
-    ) -> Reply:
-        """Send with the key; if it is refused, once more with a newer one: what another client renewed, or our own."""
-        if self._key_file is None:
-            return _check(_send(address, method, path, body, headers, self._timeout))
-        key = self.key(kind)
-        reply = _send(address, method, path, body, headers | _bearer(key), self._timeout)
-        if _key_refused(reply):
-            if self.key(kind) == key:
-                self.renew_key(kind)
-            reply = _send(address, method, path, body, headers | _bearer(self.key(kind)), self._timeout)
-        return _check(reply)
+    def _send(self, request: httpx.Request, kind: str | None = "inference") -> httpx.Response:
+        """The answer, asked for with the key of ``kind`` where there is a key file."""
+        auth = _Bearer(self, kind) if kind and self._key_file else None
+        attempt = 0
+        try:
+            response = self._http.send(request, auth=auth)
+            while (pause := self._pause(response, attempt)) is not None:
+                time.sleep(pause)
+                response, attempt = self._http.send(request, auth=auth), attempt + 1
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        return _check(response)
 
 
-def _send(
-    address: tuple[str, int], method: str, path: str, body: bytes, headers: dict[str, str], timeout: float
-) -> Reply:
-    connection = http.client.HTTPConnection(*address, timeout=timeout)  # unlike urllib, never through a proxy
+class AsyncClient(_BaseClient):
+    """`Client` for asyncio, behind nginx: without TorchServe's keys and management.
+
+    Its methods, arguments and errors are those of `Client`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120,
+        *,
+        api_key: str | None = None,
+        ca_file: str | Path | None = None,
+        retries: int = 3,
+    ) -> None:
+        super().__init__(url, api_key, ca_file, timeout, retries)
+        self._http: httpx.AsyncClient = httpx.AsyncClient(**self._settings)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """As `Client.close`."""
+        await self._http.aclose()
+
+    async def predict(self, image: bytes, model: str, **options: Unpack[Options]) -> dict[str, Any]:
+        """As `Client.predict`."""
+        return _read(await self._send(self._prediction(image, model, options)), _answer)
+
+    async def predict_many(
+        self, images: Sequence[bytes], model: str, **options: Unpack[Options]
+    ) -> list[dict[str, Any]]:
+        """As `Client.predict_many`."""
+        return _read(await self._send(self._prediction(_together(images), model, options)), _answers)
+
+    async def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
+        """As `Client.purify`."""
+        return _read(await self._send(self._prediction(image, model, {**options, "return": "purified"})), _purified)
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        attempt = 0
+        try:
+            response = await self._http.send(request)
+            while (pause := self._pause(response, attempt)) is not None:
+                await asyncio.sleep(pause)
+                response, attempt = await self._http.send(request), attempt + 1
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        return _check(response)
+
+
+class _Bearer(httpx.Auth):
+    """Sends TorchServe's key; where it is refused, once more with a newer one: what another renewed, or our own."""
+
+    requires_response_body = True
+
+    def __init__(self, client: Client, kind: str) -> None:
+        self._client, self._kind = client, kind
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        key = self._client.key(self._kind)
+        request.headers["Authorization"] = f"Bearer {key}"
+        response = yield request
+        if response.status_code not in (400, 401, 403) or b"InvalidKeyException" not in response.content:
+            return
+        if self._client.key(self._kind) == key:
+            _check((yield self._client._renewal(self._kind)))
+        request.headers["Authorization"] = f"Bearer {self._client.key(self._kind)}"
+        yield request
+
+
+def _parse(url: str) -> httpx.URL:
     try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
-    except (OSError, http.client.HTTPException) as error:
-        reason = "no server there" if isinstance(error, ConnectionRefusedError) else str(error) or type(error).__name__
-        raise ServerError(f"http://{address[0]}:{address[1]}: {reason}") from None
-    finally:
-        connection.close()
+        parsed = httpx.URL(url if "//" in url else f"http://{url}")
+    except httpx.InvalidURL as error:
+        raise ServerError(f"{url}: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerError(f"{url}: not the http:// or https:// address of a server")
+    return parsed
 
 
-def refusal(status: int, body: bytes) -> ServerError:
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls(url: httpx.URL, ca_file: str | Path | None) -> ssl.SSLContext | bool:
+    if ca_file is None:
+        # Without https no certificate is looked at: loading those of all authorities would only take time.
+        return True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except ssl.SSLError:
+        raise ServerError(f"{ca_file}: holds no certificate in PEM") from None
+    except OSError as error:
+        raise ServerError(f"{ca_file}: cannot be read: {error.strerror}") from None
+
+
+def _header(name: str, value: str) -> str:
+    if not value or not value.isascii() or not value.isprintable():
+        raise InputError(f"{name} must be printable ASCII")
+    return value
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds from now, of a header that has them or a date; None where it has neither."""
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _check(response: httpx.Response) -> httpx.Response:
+    """The answer where it is a success."""
+    if not response.is_success:
+        raise ServerError(f"the server answered {response.status_code}: {_reason(response)}", response.status_code)
+    return response
+
+
+def _reason(response: httpx.Response) -> str:
     """What the server says in the body of an answer with an error status."""
+    if response.is_redirect:
+        return f"look at {response.headers.get('Location')}"
     try:
-        content = json.loads(body)
-        reason = content.get("error") or content.get("message") or _reasons(content["answers"])
+        content = response.json()
+        each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
+        return content.get("error") or content.get("message") or "; ".join(each) or response.reason_phrase
     except (ValueError, AttributeError, KeyError, TypeError):
-        reason = body.decode("utf-8", "replace")[:200] or http.client.responses.get(status, "")
-    return ServerError(f"the server answered {status}: {reason}", status)
+        return response.text[:200] or response.reason_phrase
 
 
-def _check(reply: Reply) -> Reply:
-    if reply.status >= 400:
-        raise refusal(reply.status, reply.body)
-    return reply
+def _read(response: httpx.Response, parse: Callable[[httpx.Response], T]) -> T:
+    try:
+        return parse(response)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise ServerError(f"{response.url}: an answer that is not of this server", response.status_code) from None
 
 
-def _reasons(answers: Sequence[dict[str, Any]]) -> str:
-    """Why each of several images could not be answered."""
-    return "; ".join(f"image {i}: {answer['error']}" for i, answer in enumerate(answers))
+def _together(images: Sequence[bytes]) -> bytes:
+    return json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
 
 
-def _key_refused(reply: Reply) -> bool:
-    return reply.status in (400, 401, 403) and b"InvalidKeyException" in reply.body
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    return dict(response.json())
 
 
-def _bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
+def _answers(response: httpx.Response) -> list[dict[str, Any]]:
+    return list(response.json()["answers"])
 
 
-def _address(url: str) -> tuple[str, int]:
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname:
-        raise ServerError(f"{url}: not the http:// address of a server")
-    return parts.hostname, parts.port or 80
+def _purified(response: httpx.Response) -> tuple[bytes, dict[str, Any]]:
+    return response.content, json.loads(response.headers["X-Mlvgm-Answer"])
+
+
+def _ready(response: httpx.Response) -> int:
+    return sum(worker["status"] == "READY" for worker in response.json()[0]["workers"])

@@ -4,6 +4,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     FieldError              a YAML or JSON file: a field is unknown, missing, or holds what it must not
     RecipeError             no such recipe, or a field of it is wrong
     CheckpointError         a checkpoint cannot be used
+    ModelError              a family, an architecture or a callable that gives no model
     ModelError              there is no model of this name, or a callable gives none
     ClassifierError         a classifier is not what a pipeline can use
     TraceError              a stage cannot be traced to a graph

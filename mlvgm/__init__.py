@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlvgm.checkpoint import CheckpointError
-    from mlvgm.load import Default, load_classifier, load_default, load_purifier
+    from mlvgm.load import Default, ModelError, load_classifier, load_default, load_purifier
     from mlvgm.purifier import Purified, Purifier
+    from mlvgm.recipe import Recipe, RecipeError
 
 __all__ = [
     "CheckpointError",
     "Default",
+    "ModelError",
     "Purified",
     "Purifier",
+    "Recipe",
+    "RecipeError",
     "load_classifier",
     "load_default",
     "load_purifier",
@@ -28,8 +32,11 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "checkpoint",
     "Default": "load",
+    "ModelError": "load",
     "Purified": "purifier",
     "Purifier": "purifier",
+    "Recipe": "recipe",
+    "RecipeError": "recipe",
     "load_classifier": "load",
     "load_default": "load",
     "load_purifier": "load",

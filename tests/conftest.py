@@ -1,5 +1,7 @@
 """Fixtures that several folders share: tiny bundles, made once per run."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from deploy.server import Server
 from handlers.client import Client
 from tests import bundles
+from tests.handlers.fake_server import FakeServer, serving, serving_https
 
 # Properties say what must hold, not how fast: a busy machine must not fail them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18,6 +21,21 @@ settings.load_profile("untimed")
 def client(server: Server) -> Client:
     """Of the server that the module has started."""
     return server.client(60)
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Iterator[FakeServer]:
+    with serving(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def https_server(tmp_path: Path) -> Iterator[tuple[FakeServer, Path]]:
+    """One with a certificate that nobody signed, and the file of that certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    with serving_https(tmp_path) as (server, certificate):
+        yield server, certificate
 
 
 @pytest.fixture(scope="session")

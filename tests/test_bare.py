@@ -1,7 +1,10 @@
 """Where nothing but the core's own requirements is installed, the core imports and every verb explains itself."""
 
 import configparser
+import contextlib
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +37,10 @@ def bare() -> str:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     required = [line.partition(">")[0].strip() for line in config["options"]["install_requires"].split()]
+    for name in required:  # and what they require themselves, for no extra
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # older Python alone wants some
+            lines = [line for line in importlib.metadata.requires(name) or () if "extra ==" not in line]
+            required += {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines} - {*required}
     allowed = {IMPORTS.get(name, name) for name in required} | {
         "handlers",
         "export",

@@ -22,11 +22,9 @@ from deploy.server import PROJECT, Server
 from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
 from handlers.client import Client, ServerError
-from handlers.grpc_client import GrpcClient
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
 from handlers.service import Service
-from mlvgm.cli.main import main
 from tests import bundles
 from tests.handlers import forms
 from tests.handlers.hostile import COSTLY, encoded, little_png, png, rle_bmp
@@ -58,13 +56,6 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with stopped(TorchServe(free_port(), tmp_path_factory.mktemp("s"))) as server:
         server.start([store / f"{MODEL}.mar"])
         yield server
-
-
-@pytest.fixture(scope="module")
-def grpc(server: Server, client: Client) -> Iterator[GrpcClient]:
-    pytest.importorskip("grpc", reason="needs grpcio")
-    with GrpcClient(f"127.0.0.1:{server.port + 3}", client, timeout=60) as made:
-        yield made
 
 
 def without_times(answer: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +109,10 @@ def test_commands_of_the_document(server: Server, folder: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     followed = dict(re.findall(r"```sh\n([^`]*)```\n\n```json\n([^`]*)```", DOCUMENT))
-    assert len(blocks("sh")) == 8
+    assert len(blocks("sh")) == 7
     assert len(followed) == len(blocks("json")) == 3
     for command in blocks("sh"):
-        line = command.replace("--grpc", f"--grpc --port {server.port}")
-        done = subprocess.run(["bash", "-ec", line], env=environment, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-ec", command], env=environment, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
         if command in followed:
             assert shape(json.loads(done.stdout)) == shape(json.loads(followed[command])), command
@@ -132,15 +122,8 @@ def test_commands_of_the_document(server: Server, folder: Path) -> None:
 
 
 def test_programs_of_the_document(server: Server, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("grpc", reason="needs grpcio")
-    assert len(blocks("python")) == 2
-    for code in blocks("python"):
-        for port in (8080, 8083):
-            code = code.replace(f"127.0.0.1:{port}", f"127.0.0.1:{server.port + port - 8080}")
-        code = code.replace("Client(key_file", f'Client("{server.url}", key_file')
-        names: dict[str, Any] = {}
-        exec(compile(code, "requests.md", "exec"), names)
-        assert names.get("answer", {"samples": 4})["samples"] == 4
+    (code,) = blocks("python")
+    exec(compile(code.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}"), "requests.md", "exec"), {})
     assert capsys.readouterr().out.startswith("400 the server answered 400: not a JPEG")
 
 
@@ -217,68 +200,45 @@ def test_the_document_lists_what_is_said_of_bad_requests(bundle: Path) -> None:
             assert json.loads(answer.body) == {"error": said, "status": 400}
 
 
-# gRPC.
+# The clients.
 
 
-def test_grpc_answers_like_http(client: Client, grpc: GrpcClient) -> None:
-    options: dict[str, Any] = {"samples": 3, "top_k": 2, "alphas": "none", "seed": 5}
-    assert without_times(grpc.predict(SIGN, MODEL, **options)) == without_times(client.predict(SIGN, MODEL, **options))
-    several = [encode_png(np.full((3, 8, 8), i / 4, np.float32)) for i in range(3)]
-    over_http, over_grpc = (asked.predict_many(several, MODEL, seed=5) for asked in (client, grpc))
-    assert list(map(without_times, over_grpc)) == list(map(without_times, over_http))
-    assert grpc.purify(SIGN, MODEL, seed=5) == client.purify(SIGN, MODEL, seed=5)[0]
-
-
-@pytest.mark.parametrize("over", ["client", "grpc"])
-def test_refusals_are_the_same_over_both(over: str, request: pytest.FixtureRequest) -> None:
-    asked: Client | GrpcClient = request.getfixturevalue(over)
+def test_refusals_carry_status_and_reason(client: Client) -> None:
     for status, said, call in (
-        (400, "not a JPEG", lambda: asked.predict(b"no", MODEL)),
-        (400, "1 to 16", lambda: asked.predict(SIGN, MODEL, samples=99)),
-        (400, "image 1: no image", lambda: asked.predict_many([b"no", b""], MODEL)),
-        (400, "truncated", lambda: asked.purify(SIGN[:-20], MODEL)),
-        (404, "Model not found", lambda: asked.predict(SIGN, "other")),
-        (413, "413|max_request_size", lambda: asked.predict(bytes(7_000_000), MODEL)),
+        (400, "not a JPEG", lambda: client.predict(b"no", MODEL)),
+        (400, "1 to 16", lambda: client.predict(SIGN, MODEL, samples=99)),
+        (400, "image 1: no image", lambda: client.predict_many([b"no", b""], MODEL)),
+        (400, "truncated", lambda: client.purify(SIGN[:-20], MODEL)),
+        (404, "Model not found", lambda: client.predict(SIGN, "other")),
+        (413, "413", lambda: client.predict(bytes(7_000_000), MODEL)),
     ):
         with pytest.raises(ServerError, match=said) as caught:
             call()
         assert caught.value.status == status
-    assert [answer.get("status") for answer in asked.predict_many([SIGN, b"no"], MODEL)] == [None, 400]
+    assert [answer.get("status") for answer in client.predict_many([SIGN, b"no"], MODEL)] == [None, 400]
 
 
-def test_grpc_renews_a_key_that_has_expired(server: Server, grpc: GrpcClient) -> None:
-    keys = json.loads(server.key_file.read_text())
-    keys["inference"]["key"] = "expired"
-    server.key_file.write_text(json.dumps(keys))
-    assert grpc.predict(SIGN, MODEL)["label"] in bundles.CLASSES
-    with GrpcClient(f"127.0.0.1:{server.port + 3}") as without, pytest.raises(ServerError, match="Token") as caught:
-        without.predict(SIGN, MODEL)
-    assert caught.value.status == 403
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf message, shorter than 2 MiB."""
+    size = [len(content) & 127 | 128, len(content) >> 7 & 127 | 128, len(content) >> 14]
+    return bytes([number << 3 | 2, *size]) + content
 
 
-def test_grpc_where_there_is_none(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for port in (9, server.port):
-        with (
-            GrpcClient(f"127.0.0.1:{port}", timeout=20) as nobody,
-            pytest.raises(ServerError, match="no gRPC") as caught,
-        ):
-            nobody.predict(SIGN, MODEL)
-        assert caught.value.status == 0
-    monkeypatch.setitem(sys.modules, "grpc", None)
-    with pytest.raises(ServerError, match=r"pip install 'mlvgm-serve\[grpc\]'"):
-        GrpcClient()
-
-
-def test_predict_over_grpc(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setenv("MLVGM_STATE", str(server.folder.parent))
-    (folder / "bad.png").write_bytes(b"no")
-    words = ["predict", "sign.png", "bad.png", "--port", str(server.port), "--grpc", "--json"]
-    assert main(words) == 1
-    good, bad = map(json.loads, capsys.readouterr().out.splitlines())
-    assert good["label"] in bundles.CLASSES
-    assert "not a JPEG" in bad["error"]
-    assert main([*words, "--save-purified", "."]) == 2
-    assert "HTTP" in capsys.readouterr().err
+def test_grpc_as_the_document_says(server: Server, client: Client) -> None:
+    grpc = pytest.importorskip("grpc", reason="needs grpcio")
+    key = ("authorization", f"Bearer {server.client().key('inference')}")
+    with grpc.insecure_channel(f"127.0.0.1:{server.port + 3}", [("grpc.enable_http_proxy", 0)]) as channel:
+        call = channel.unary_unary("/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions")
+        for data, right in ((SIGN, client.predict(SIGN, MODEL, samples=3, seed=5)), (b"no", None)):
+            message = field(1, MODEL.encode())  # model_name, then the entries of input
+            for name, value in {"data": data, "samples": b"3", "seed": b"5"}.items():
+                message += field(2, field(1, name.encode()) + field(2, value))
+            reply = call(message, metadata=[key], timeout=60)
+            answer = json.loads(reply[reply.index(b"{") :])
+            if right:
+                assert without_times(answer) == without_times(right)
+            else:
+                assert answer["status"] == 400
 
 
 # The Open Inference Protocol, query strings, and what nobody should send.

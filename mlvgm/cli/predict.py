@@ -3,13 +3,19 @@
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy.errors import CliError
 from deploy.server import Server
-from handlers.client import Client, Predictor, ServerError
-from handlers.grpc_client import GrpcClient
+from handlers.client import Client, ServerError
+from mlvgm.cli.options import number_of_samples
+from mlvgm.files import image_files, read_file, shown
+
+_HOPELESS = (0, 401, 404)
+"""Unreachable, no key, no such model: what the next image would be told as well."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,93 +23,107 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "predict",
         help="ask a running server about image files",
-        description="Send images to the server that mlvgm serve started, and print its answers. Keys are read, and "
-        "renewed when they have expired, by itself. Exit code 1 when an image was refused.",
-        epilog="Example: mlvgm predict signs/*.png --samples 16 --save-purified purified",
+        description="Send images to a server and print its answers. Beside the server that mlvgm serve started here, "
+        "keys are read, and renewed when they have expired, by itself. Exit code 1 when an image was refused.",
+        epilog="Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png "
+        "--url https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP or BMP")
-    parser.add_argument("--model", help="which model (default: the only one that is served)")
-    parser.add_argument("--port", type=int, default=8080, help="of the server (%(default)s)")
-    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the model's)")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
+    parser.add_argument("--model", help="which model (default: the only one that mlvgm serve serves)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--port", type=int, default=8080, help="of mlvgm serve on this machine (%(default)s)")
+    where.add_argument("--url", help="of a server elsewhere: https://HOST:PORT")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the X-Api-Key for --url")
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="authorities that --url's certificate may be from")
+    parser.add_argument(
+        "--samples", type=number_of_samples, help="purified samples that vote, or auto (default: the model's)"
+    )
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
     parser.add_argument("--alphas", help="schedule of interpolation weights (default: the model's)")
     parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
-    parser.add_argument("--grpc", action="store_true", help="ask over gRPC: the third port after --port")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
     parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask about one file after the other; one that is refused does not stop the rest."""
-    if arguments.grpc and arguments.save_purified:
-        raise CliError("--save-purified goes over HTTP: gRPC has no place for the figures beside the image")
-    server = Server(arguments.port)
-    model = arguments.model or _only_model(server)
-    if arguments.save_purified:
-        _check_names(arguments.files)
-        arguments.save_purified.mkdir(parents=True, exist_ok=True)
-    client: Predictor = server.client()
-    if arguments.grpc:
-        client = GrpcClient(f"127.0.0.1:{server.port + 3}", server.client())
-    width = max(4, *(len(str(path)) for path in arguments.files))
+    files = _with_targets(arguments.files, arguments.save_purified)
+    client, model = _server(arguments)
+    width = max(4, *(len(shown(path)) for path, _ in files))
     if not arguments.json:
         print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
     refused = 0
-    for path in arguments.files:
+    for path, target in files:
         try:
-            answer = _ask(client, model, path, arguments)
+            answer = _ask(client, model, path, target, arguments)
         except (ServerError, OSError) as error:
-            if isinstance(error, ServerError) and error.status == 0:
-                raise  # no server: no use in going on
+            if isinstance(error, ServerError) and error.status in _HOPELESS:
+                raise
             refused += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
             if arguments.json:
                 print(json.dumps({"file": str(path), "error": reason}))
             else:
-                print(f"{path}: {reason}", file=sys.stderr)
+                print(f"{shown(path)}: {reason}", file=sys.stderr)
             continue
         print(json.dumps({"file": str(path), **answer}) if arguments.json else _row(path, width, answer), flush=True)
     return 1 if refused else 0
 
 
+def _server(arguments: argparse.Namespace) -> tuple[Client, str]:
+    """The client, and the name of the model."""
+    key_file = arguments.api_key_file
+    if arguments.url:
+        if not arguments.model:
+            raise CliError("say which model with --model: a server elsewhere does not tell what it has")
+        key = key_file.read_text(encoding="ascii", errors="replace").strip() if key_file else None
+        return Client(arguments.url, api_key=key, ca_file=arguments.ca_file), arguments.model
+    if key_file or arguments.ca_file:
+        raise CliError("--api-key-file and --ca-file are for a server elsewhere: name it with --url")
+    server = Server(arguments.port)
+    return server.client(), arguments.model or _only_model(server)
+
+
 def _only_model(server: Server) -> str:
     models = server.models
     if not models:
-        raise CliError(f"no server of mlvgm serve is running on port {server.port}: start one, or name the --port")
+        raise CliError(f"no server of mlvgm serve is running on port {server.port}: start one, or name --port or --url")
     if len(models) > 1:
         raise CliError(f"the server has {', '.join(models)}: say which with --model")
     return models[0]
 
 
-def _ask(client: Predictor, model: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    image = path.read_bytes()
-    options: dict[str, Any] = {
-        "samples": arguments.samples,
-        "alphas": arguments.alphas,
-        "seed": arguments.seed,
-    }
-    if not isinstance(client, Client) or not arguments.save_purified:
-        return client.predict(image, model, top_k=arguments.top_k, **options)
-    purified, answer = client.purify(image, model, **options)
-    target = arguments.save_purified / _purified_name(path)
+def _ask(client: Client, model: str, path: Path, target: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
+    image = read_file(path)
+    samples, alphas, seed = arguments.samples, arguments.alphas, arguments.seed
+    if target is None:
+        return client.predict(image, model, samples=samples, top_k=arguments.top_k, alphas=alphas, seed=seed)
+    purified, answer = client.purify(image, model, samples=samples, alphas=alphas, seed=seed)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(purified)
     return {**answer, "purified": str(target)}
 
 
-def _purified_name(path: Path) -> str:
-    """Unlike the name of any image that is asked about: none of them must be overwritten."""
-    return f"{path.stem}.purified.png"
-
-
-def _check_names(paths: list[Path]) -> None:
-    names = [_purified_name(path) for path in paths]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise CliError(f"two of the files would be saved as {twice}: ask about them one after the other")
+def _with_targets(given: Sequence[Path], folder: Path | None) -> list[tuple[Path, Path | None]]:
+    """Every image file, and where in ``folder`` its purified image goes: under a name that none of them has."""
+    places: dict[Path, Path] = {}
+    for path in given:
+        for file in image_files(path) if path.is_dir() else [path]:
+            places.setdefault(file, file.relative_to(path).parent if path.is_dir() else Path())
+    if not places:
+        raise CliError("no image to ask about")
+    if folder is None:
+        return [(file, None) for file in places]
+    targets = [folder / place / f"{file.stem}.purified.png" for file, place in places.items()]
+    (most, count), *_ = Counter(targets).most_common(1)
+    if count > 1:
+        raise CliError(f"two of the files would be saved as {shown(most)}: ask about them one after the other")
+    return list(zip(places, targets, strict=True))
 
 
 def _row(path: Path, width: int, answer: dict[str, Any]) -> str:
     before = f"{answer['unpurified']['label']} {answer['unpurified']['confidence']:.0%}"
-    row = f"{path!s:{width}}  {answer['label']:30}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
+    row = f"{shown(path):{width}}  {answer['label']:30}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
     row += f"{before:34}  {'yes' if answer['flagged'] else 'no'}"
     for entry in answer.get("top_k", [])[1:]:
         row += f"\n{'':{width}}  {entry['label']:30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"

@@ -29,6 +29,7 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in content.infolist())
     assert {f"bundle/{path.name}" for path in nvae_bundle.iterdir()} <= names
     assert {"torchserve.py", "handlers/pipeline.py", "handlers/runtimes/onnxruntime.py"} <= names
+    assert "handlers/client.py" not in names
     assert not any("__pycache__" in name or name.startswith(("mlvgm", "export")) for name in names)
     assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
     assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"
@@ -63,7 +64,7 @@ def test_the_archive_runs_without_this_repository(style_bundle: Path, tmp_path: 
         content.extractall(tmp_path / "unpacked")
     program = """
 import json, sys, types
-blocked = ("torch", "mlvgm", "export", "deploy", "evaluation", "benchmarks", "onnx")
+blocked = ("torch", "mlvgm", "export", "deploy", "evaluation", "benchmarks", "onnx", "httpx")
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import email.utils
+import http.client
 import ipaddress
 import json
 import random
@@ -363,23 +364,25 @@ def _retry_after(value: str) -> float | None:
         return None
 
 
+def refusal(status: int, body: bytes) -> ServerError:
+    """What the server says in the body of an answer with an error status."""
+    try:
+        content = json.loads(body)
+        each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
+        reason = content.get("error") or content.get("message") or "; ".join(each)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        reason = body.decode("utf-8", "replace")[:200]
+    return ServerError(f"the server answered {status}: {reason or http.client.responses.get(status, '')}", status)
+
+
 def _check(response: httpx.Response) -> httpx.Response:
     """The answer where it is a success."""
-    if not response.is_success:
-        raise ServerError(f"the server answered {response.status_code}: {_reason(response)}", response.status_code)
-    return response
-
-
-def _reason(response: httpx.Response) -> str:
-    """What the server says in the body of an answer with an error status."""
     if response.is_redirect:
-        return f"look at {response.headers.get('Location')}"
-    try:
-        content = response.json()
-        each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
-        return content.get("error") or content.get("message") or "; ".join(each) or response.reason_phrase
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return response.text[:200] or response.reason_phrase
+        elsewhere = f"the server answered {response.status_code}: look at {response.headers.get('Location')}"
+        raise ServerError(elsewhere, response.status_code)
+    if not response.is_success:
+        raise refusal(response.status_code, response.content)
+    return response
 
 
 def _read(response: httpx.Response, parse: Callable[[httpx.Response], T]) -> T:

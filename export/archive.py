@@ -1,5 +1,6 @@
 """The ``.mar`` archive: a bundle, the server code that runs it, and the model's settings, all that TorchServe needs."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -8,14 +9,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 import handlers
 from handlers import runtimes
 from handlers.errors import MlvgmError
+from handlers.fields import Range, read_strict
 from handlers.manifest import FILE_NAME, Manifest
-from handlers.torchserve import BUNDLE
+from handlers.torchserve import BUNDLE, HandlerSettings
 
 QUEUED_CALLS = 4
 """Full calls of an engine that may wait: a request that is let in waits for these, and for what is being answered."""
@@ -30,34 +33,26 @@ class ArchiveError(MlvgmError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What goes into the model's yaml file.
+class Settings(HandlerSettings):
+    """What goes into the model's yaml file, the handler's own settings among it.
 
     Attributes:
-        runtime: one of `handlers.runtimes.NAMES`.
-        threads: CPU threads of each worker; 0 for every core.
-        allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
         batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples,
             or make `ROWS_ON_CPU` rows.
-        batch_delay_ms: how long a request waits for others to join its batch, 1 or more. It is a floor under every
-            answer of a quiet server; requests that arrive while a batch runs are batched anyway.
+        batch_delay_ms: how long a request waits for others to join its batch. It is a floor under every answer of a
+            quiet server; requests that arrive while a batch runs are batched anyway. TorchServe takes 0 for its default
+            of 100 ms.
         queue: requests that may wait; one more is answered 503 at once. 0 takes what fills an engine
             `QUEUED_CALLS` times with their default samples.
-        max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
-            a proxy that says when it came (`handlers.arrival`).
         response_timeout_s: a batch that takes longer costs its worker the life.
         startup_timeout_s: for checking, loading and warming up.
     """
 
-    runtime: str = "auto"
-    threads: int = 0
-    allow_seed: bool = False
-    batch_size: int = 0
-    batch_delay_ms: int = 2
-    queue: int = 0
-    max_wait_s: int = 30
-    response_timeout_s: int = 120
-    startup_timeout_s: int = 600
+    batch_size: Annotated[int, Range(0, 65_536)] = 0
+    batch_delay_ms: Annotated[int, Range(1, 60_000)] = 2
+    queue: Annotated[int, Range(0, 1_000_000)] = 0
+    response_timeout_s: Annotated[int, Range(1, 86_400)] = 120
+    startup_timeout_s: Annotated[int, Range(1, 86_400)] = 600
 
 
 def build_archive(
@@ -67,13 +62,14 @@ def build_archive(
 
     Raises:
         BundleError: the bundle is damaged or inconsistent.
-        RuntimeMissing: the settings name an unknown runtime.
+        FieldError: a setting is out of its range.
         ArchiveError: torch-model-archiver is not installed or fails.
     """
     bundle, out = Path(bundle), Path(out)
-    settings = settings or Settings()
+    settings = read_strict(Settings, dataclasses.asdict(settings or Settings()))
+    if importlib.util.find_spec("model_archiver") is None:
+        raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver==0.12.0")
     manifest = Manifest.read(bundle)
-    _check(settings)
     out.mkdir(parents=True, exist_ok=True)
     # The archiver deletes $TMPDIR/<model name> before it begins: give it a folder where nothing else can be.
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out) as scratch:
@@ -111,21 +107,6 @@ def _on_cpu(manifest: Manifest, runtime: str) -> bool:
     return (manifest.runtime if runtime == "auto" else runtime) in ("auto", *runtimes.ON_CPU)
 
 
-def _check(settings: Settings) -> None:
-    if settings.runtime not in runtimes.NAMES:
-        raise runtimes.RuntimeMissing(
-            f"no runtime is called {settings.runtime!r}; there are {', '.join(runtimes.NAMES)}"
-        )
-    if min(settings.batch_size, settings.threads, settings.queue) < 0:
-        raise ArchiveError("neither the batch size nor the threads nor the queue can be negative")
-    if settings.max_wait_s < 1:
-        raise ArchiveError("the longest wait must be 1 s or more")
-    if settings.batch_delay_ms < 1:
-        raise ArchiveError("the batch delay must be 1 ms or more: TorchServe takes 0 for its default of 100 ms")
-    if importlib.util.find_spec("model_archiver") is None:
-        raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver==0.12.0")
-
-
 def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
     """Lay out what the archive holds. Large files are only linked: the archiver follows links."""
     source = Path(next(iter(handlers.__path__)))
@@ -148,12 +129,7 @@ def _model_yaml(manifest: Manifest, settings: Settings) -> str:
             "jobQueueSize": queue,
             "responseTimeout": settings.response_timeout_s,
             "startupTimeout": settings.startup_timeout_s,
-            "handler": {
-                "runtime": settings.runtime,
-                "threads": settings.threads,
-                "allow_seed": settings.allow_seed,
-                "max_wait_s": settings.max_wait_s,
-            },
+            "handler": {field.name: getattr(settings, field.name) for field in dataclasses.fields(HandlerSettings)},
         },
         sort_keys=False,
     )

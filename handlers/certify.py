@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.binomial import lower_bound
+from handlers.errors import InputError
 from handlers.noise import fresh_generator
 
 _ON_GRID = 1e-4
@@ -78,14 +79,14 @@ def certify(
         batch: the most images that it is given at once.
 
     Raises:
-        ValueError: sigma, draws or alpha is out of its range.
+        InputError: sigma, draws or alpha is out of its range.
     """
     if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma must be more than 0, not {sigma}")
+        raise InputError(f"sigma must be more than 0, not {sigma}")
     if draws < 1:
-        raise ValueError(f"draws must be 1 or more, not {draws}")
+        raise InputError(f"draws must be 1 or more, not {draws}")
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie between 0 and 1, not {alpha}")
+        raise InputError(f"alpha must lie between 0 and 1, not {alpha}")
     first = selection_draws(draws)
     generator = fresh_generator()
     steps = _steps(images)

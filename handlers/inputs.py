@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers import vote
+from handlers.errors import InputError
 from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
 
@@ -50,7 +51,7 @@ class PipelineInputs:
         """Check the arguments of `handlers.pipeline.Pipeline.run` against the bundle.
 
         Raises:
-            ValueError: naming the first argument that is wrong, and what it should be.
+            InputError: naming the first argument that is wrong, and what it should be.
         """
         batch = checked_images(manifest, images)
         count, rounds = _samples(manifest, manifest.samples.default if samples is None else samples)
@@ -95,7 +96,7 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
     """``images``, uint8 (B, H, W, 3) or float (B, 3, H, W) in [0, 1], as float32 (B, 3, H, W).
 
     Raises:
-        ValueError: wrong type, shape or range.
+        InputError: wrong type, shape or range.
     """
     height, width = manifest.image_size
     array = np.asarray(images)
@@ -103,9 +104,9 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
         return np.ascontiguousarray(array.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
     if array.dtype.kind == "f" and array.ndim == 4 and array.shape[1:] == (3, height, width) and len(array):
         if not (array.min() >= 0 and array.max() <= 1):  # also refuses NaN
-            raise ValueError("float images must lie in 0 to 1")
+            raise InputError("float images must lie in 0 to 1")
         return np.ascontiguousarray(array, np.float32)
-    raise ValueError(
+    raise InputError(
         f"images must be uint8 (B, {height}, {width}, 3) or float (B, 3, {height}, {width}), "
         f"not {array.dtype} {array.shape}"
     )
@@ -116,7 +117,7 @@ def _samples(manifest: Manifest, samples: int | str) -> tuple[int, list[int]]:
     if samples == AUTO:
         return manifest.samples.max, vote.rounds(manifest.samples.max)
     if not isinstance(samples, int | np.integer) or not 1 <= samples <= manifest.samples.max:
-        raise ValueError(f"samples must be 1 to {manifest.samples.max} or {AUTO!r}, not {samples!r}")
+        raise InputError(f"samples must be 1 to {manifest.samples.max} or {AUTO!r}, not {samples!r}")
     return int(samples), [int(samples)]
 
 
@@ -124,9 +125,9 @@ def _seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
     if seeds is None:
         return fresh_seeds(count)
     if len(seeds) != count:
-        raise ValueError(f"seeds must hold one seed for each of the {count} images, not {len(seeds)}")
+        raise InputError(f"seeds must hold one seed for each of the {count} images, not {len(seeds)}")
     if not all(0 <= seed < 2**SEED_BITS for seed in seeds):
-        raise ValueError(f"seeds must be 0 to 2^{SEED_BITS} - 1")
+        raise InputError(f"seeds must be 0 to 2^{SEED_BITS} - 1")
     return [int(seed) for seed in seeds]
 
 
@@ -135,29 +136,29 @@ def _alphas(manifest: Manifest, alphas: str | Sequence[float] | None) -> FloatAr
         alphas = manifest.default_alphas
     if isinstance(alphas, str):
         if alphas not in manifest.alphas:
-            raise ValueError(f"alphas must be one of {', '.join(manifest.alphas)}, not {alphas!r}")
+            raise InputError(f"alphas must be one of {', '.join(manifest.alphas)}, not {alphas!r}")
         alphas = manifest.alphas[alphas]
     checked = _floats("alphas", alphas, (manifest.n_latents,))
     if not ((checked >= 0) & (checked <= 1)).all():
-        raise ValueError("alphas must lie in 0 to 1")
+        raise InputError("alphas must lie in 0 to 1")
     return checked
 
 
 def _noise(manifest: Manifest, noise: Sequence[npt.ArrayLike], rows: int) -> list[FloatArray]:
     if len(noise) != manifest.n_latents:
-        raise ValueError(f"noise must hold one array for each of the {manifest.n_latents} latents, not {len(noise)}")
+        raise InputError(f"noise must hold one array for each of the {manifest.n_latents} latents, not {len(noise)}")
     shapes = [(rows, *shape) for shape in manifest.noise_shapes]
     return [_floats(f"noise[{i}]", given, shape) for i, (given, shape) in enumerate(zip(noise, shapes, strict=True))]
 
 
 def _input_noise(manifest: Manifest, input_noise: npt.ArrayLike, rows: int) -> FloatArray:
     if manifest.input_noise_l2 == 0:
-        raise ValueError("this bundle adds no input noise")
+        raise InputError("this bundle adds no input noise")
     return _floats("input_noise", input_noise, (rows, 3, *manifest.image_size))
 
 
 def _floats(name: str, given: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
     array = np.ascontiguousarray(given, np.float32)
     if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
+        raise InputError(f"{name} must have shape {shape}, not {array.shape}")
     return array

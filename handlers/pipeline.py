@@ -134,7 +134,7 @@ class Pipeline:
             alphas: a schedule of the bundle by name, or the n effective weights in [0, 1]; None for the default one.
 
         Raises:
-            ValueError: an argument has the wrong shape, type or range.
+            InputError: an argument has the wrong shape, type or range.
             NonFiniteError: a stage gave NaN or infinity, with the images concerned.
             EngineError: a stage cannot be run.
         """
@@ -144,7 +144,7 @@ class Pipeline:
         """The logits (B, C) of images (as for `run`) that are not purified.
 
         Raises:
-            ValueError, NonFiniteError, EngineError: as for `run`.
+            InputError, NonFiniteError, EngineError: as for `run`.
         """
         batch = checked_images(self.manifest, images)
         return self._classify([(np.arange(len(batch)), batch)], _Timing())
@@ -167,7 +167,7 @@ class Pipeline:
             alphas: as for `run`.
 
         Raises:
-            ValueError, EngineError: as for `run`. A noisy image on which a stage overflows counts for no class.
+            InputError, EngineError: as for `run`. A noisy image on which a stage overflows counts for no class.
         """
         checked, classes = checked_images(self.manifest, images), len(self.manifest.classes)
         return certify(lambda noisy: self._labels(noisy, alphas), checked, classes, sigma, draws, alpha, self._group)

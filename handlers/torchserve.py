@@ -2,22 +2,45 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from handlers import metrics
+from handlers import metrics, runtimes
+from handlers.fields import Range, none_of, read_strict
 from handlers.pipeline import Pipeline
 from handlers.service import Service
 
 BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
-SETTINGS = {"runtime": "auto", "threads": 0, "allow_seed": False, "max_wait_s": 30}
 THREADS_VARIABLE = "MLVGM_THREADS"
 PROBE_HEADER = "X-Readiness-Probe"
 """Marks a request that is no traffic: it is answered, and not measured."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HandlerSettings:
+    """The ``handler:`` section of the model's yaml file.
+
+    Attributes:
+        runtime: one of `handlers.runtimes.NAMES`.
+        threads: CPU threads of each worker; 0 for every core.
+        allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
+        max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
+            a proxy that says when it came (`handlers.arrival`).
+    """
+
+    runtime: str = "auto"
+    threads: Annotated[int, Range(0, 1024)] = 0
+    allow_seed: bool = False
+    max_wait_s: Annotated[int, Range(1, 86_400)] = 30
+
+    def __post_init__(self) -> None:
+        if self.runtime not in runtimes.NAMES:
+            raise ValueError(f"runtime is {none_of(self.runtime, runtimes.NAMES)}")
 
 
 class PurifierHandler:
@@ -30,12 +53,13 @@ class PurifierHandler:
             Exception: whatever keeps the bundle from being served; the worker then dies and is tried again later.
         """
         try:
-            settings = read_settings(context.model_yaml_config)
-            threads = int(os.environ.get(THREADS_VARIABLE, settings["threads"]))
+            given = context.model_yaml_config.get("handler") or {}
+            settings = read_strict(HandlerSettings, given, "model yaml: handler")
+            threads = int(os.environ.get(THREADS_VARIABLE, settings.threads))
             folder = Path(context.system_properties["model_dir"]) / BUNDLE
             device = context.system_properties.get("gpu_id") or 0
-            pipeline = Pipeline.load(folder, settings["runtime"], threads, device)
-            self._service = Service(pipeline, settings["allow_seed"], settings["max_wait_s"], sink(context))
+            pipeline = Pipeline.load(folder, settings.runtime, threads, device)
+            self._service = Service(pipeline, settings.allow_seed, settings.max_wait_s, sink(context))
             self._service.self_test()
             self._unmeasured = Service(pipeline)
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
@@ -87,18 +111,3 @@ def sink(context: Any) -> metrics.Sink:
             metric.add_or_update(round(value, 6), [known[name] for name in metric.dimension_names])
 
     return write
-
-
-def read_settings(model_yaml: dict[str, Any]) -> dict[str, Any]:
-    """The ``handler:`` section of the model's yaml file over the defaults in `SETTINGS`.
-
-    Raises:
-        ValueError: an unknown setting, or a value of the wrong type.
-    """
-    given = model_yaml.get("handler") or {}
-    for name, value in given.items():
-        if name not in SETTINGS:
-            raise ValueError(f"model yaml: unknown setting handler.{name}; there are {', '.join(SETTINGS)}")
-        if type(value) is not type(SETTINGS[name]):
-            raise ValueError(f"model yaml: handler.{name} must be like {SETTINGS[name]!r}")
-    return {**SETTINGS, **given}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from handlers.errors import InputError
 from mlvgm.preprocess import add_noise, blur_images
 
 
@@ -68,7 +69,7 @@ class Purifier(nn.Module, ABC):
             input_noise_l2: norm of the added noise, in units of the [0, 1] image.
 
         Raises:
-            ValueError: an argument has the wrong shape or count.
+            InputError: an argument has the wrong shape or count.
         """
         self._check(images, noise, alphas)
         if blur:
@@ -81,11 +82,11 @@ class Purifier(nn.Module, ABC):
     def _check(self, images: Tensor, noise: Sequence[Tensor], alphas: Tensor | Sequence[float]) -> None:
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+            raise InputError(f"images must be (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
         if len(noise) != self.n_latents or len(alphas) != self.n_latents:
-            raise ValueError(
+            raise InputError(
                 f"this purifier has {self.n_latents} latents; got {len(noise)} noise tensors and {len(alphas)} alphas"
             )
         for i, (tensor, shape) in enumerate(zip(noise, self.noise_shapes, strict=True)):
             if tuple(tensor.shape) != (len(images), *shape):
-                raise ValueError(f"noise[{i}] must be {(len(images), *shape)}, not {tuple(tensor.shape)}")
+                raise InputError(f"noise[{i}] must be {(len(images), *shape)}, not {tuple(tensor.shape)}")

@@ -173,7 +173,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": SIGN},
         {"X-Mlvgm-Sample": "3"},
     ),
-    "samples must be a whole number from 1 to 16": ({"body": SIGN}, {"X-Mlvgm-Samples": "17"}),
+    "samples must be a whole number from 1 to 16, or 'auto'": ({"body": SIGN}, {"X-Mlvgm-Samples": "17"}),
     "seed: this server does not let clients choose the noise": ({"body": SIGN}, {"X-Mlvgm-Seed": "1"}),
     "images must be a list of 1 to 16 images in base64": ({"body": {"images": []}}, {}),
     "images times samples may be 64 at most": ({"body": {"images": [IMAGE] * 5, "samples": 16}}, {}),
@@ -232,7 +232,7 @@ def test_grpc_as_the_document_says(server: Server, client: Client) -> None:
         for data, right in ((SIGN, client.predict(SIGN, MODEL, samples=3, seed=5)), (b"no", None)):
             message = field(1, MODEL.encode())  # model_name, then the entries of input
             for name, value in {"data": data, "samples": b"3", "seed": b"5"}.items():
-                message += field(2, field(1, name.encode()) + field(2, value))
+                message += field(3, field(1, name.encode()) + field(2, value))
             reply = call(message, metadata=[key], timeout=60)
             answer = json.loads(reply[reply.index(b"{") :])
             if right:

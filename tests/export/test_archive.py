@@ -12,7 +12,6 @@ import yaml
 
 from export.archive import ArchiveError, Settings, build_archive, fitting_batch, fitting_queue
 from handlers.manifest import BundleError, Manifest
-from handlers.runtimes import RuntimeMissing
 from tests import bundles
 
 pytest.importorskip("model_archiver")
@@ -77,7 +76,7 @@ class Context:
     model_name, metrics = "tiny", types.SimpleNamespace(cache={})
     system_properties = {"model_dir": ".", "gpu_id": None}
     model_yaml_config = {"handler": {"runtime": "onnxruntime"}}
-    def get_all_request_header(self, i): return {}
+    def get_all_request_header(self, i): return {"Content-Type": "image/jpeg"}
     def set_response_status(self, code, phrase, i): self.status = code
     def set_response_content_type(self, i, value): pass
 stream = io.BytesIO()
@@ -142,13 +141,15 @@ def test_a_damaged_bundle_is_not_packed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "error"),
-    [({"runtime": "cuda9"}, RuntimeMissing), ({"batch_delay_ms": 0}, ArchiveError), ({"batch_size": -1}, ArchiveError)],
+    ("settings", "words"),
+    [
+        ({"runtime": "cuda9"}, "runtime is 'cuda9', must be auto"),
+        ({"batch_delay_ms": 0}, "batch_delay_ms is 0, must be a whole number from 1"),
+        ({"batch_size": -1}, "batch_size is -1, must be a whole number from 0"),
+    ],
 )
-def test_wrong_settings_are_refused(
-    nvae_bundle: Path, tmp_path: Path, settings: dict[str, Any], error: type[Exception]
-) -> None:
-    with pytest.raises(error):
+def test_wrong_settings_are_refused(nvae_bundle: Path, tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         build_archive(nvae_bundle, tmp_path, Settings(**settings))
 
 

@@ -21,13 +21,13 @@ def declared() -> dict[str, str]:
 
 
 def defined() -> dict[str, str]:
-    """Each class of ours that is an exception by its name or its base, and its first base."""
+    """Each class of ours that is an error by its name or its base, and its first base."""
     found = {}
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef) and node.bases:
                 base = ast.unparse(node.bases[0]).rpartition(".")[2]
-                if node.name.endswith(("Error", "Missing", "Exception")) or base.endswith(("Error", "Exception")):
+                if node.name.endswith(("Error", "Missing")) or base.endswith("Error"):
                     found[node.name] = "" if base == "Exception" else base
     return found
 

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from deploy.server import DEPLOY
+from handlers.fields import FieldError
 from handlers.image import encode_png
 from handlers.metrics import MEASURES, STAGE
-from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, read_settings, sink
+from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, sink
 from tests import bundles
 
 MetricsCacheYamlImpl = pytest.importorskip("ts.metrics.metric_cache_yaml_impl").MetricsCacheYamlImpl
@@ -123,19 +124,20 @@ def test_threads_of_the_environment_win(model_dir: Path, monkeypatch: pytest.Mon
     assert seen == [3]
 
 
-def test_settings() -> None:
-    assert read_settings({}) == {"runtime": "auto", "threads": 0, "allow_seed": False, "max_wait_s": 30}
-    assert read_settings({"handler": None})["runtime"] == "auto"
-    assert read_settings({"handler": {"allow_seed": True}})["allow_seed"] is True
-
-
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"allow_seeds": True}, "allow_seeds"), ({"allow_seed": "no"}, "False"), ({"threads": True}, "threads")],
+    [
+        ({"allow_seeds": True}, r"no field 'allow_seeds'.*did you mean 'allow_seed'"),
+        ({"allow_seed": "no"}, "allow_seed is 'no', must be true or false"),
+        ({"threads": True}, "threads is True, must be a whole number"),
+        ({"max_wait_s": 0}, "max_wait_s is 0, must be a whole number from 1"),
+        ({"runtime": "openvno"}, r"runtime is 'openvno', .*did you mean 'openvino'"),
+        ([1], r"must be a mapping with runtime, threads"),
+    ],
 )
-def test_wrong_settings_are_named(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        read_settings({"handler": settings})
+def test_wrong_settings_are_named(model_dir: Path, settings: Any, reason: str) -> None:
+    with pytest.raises(FieldError, match=f"^model yaml: handler: .*{reason}"):
+        PurifierHandler().initialize(Context(model_dir, [], {"handler": settings}))
 
 
 def test_class_names_beyond_ascii_survive(handler: PurifierHandler, model_dir: Path) -> None:

@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 DATA ?= ../shared/data/gtsrb
 FUZZ_SECONDS ?= 60
 
-.PHONY: help install demo test test-full fuzz lint train clean
+.PHONY: help install demo test test-full fuzz lint train wheel clean
 
 help:
 	@echo "make demo       install, export, archive, serve, and show attacked signs being read right again"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-full  the tests on full-size models as well (hours, 16 GB)"
 	@echo "make fuzz       fuzz the request parser and the image decoder, each for FUZZ_SECONDS=$(FUZZ_SECONDS)"
 	@echo "make train      train the default model anew from DATA=$(DATA)"
+	@echo "make wheel      build/mlvgm_serve-*.whl, with the default model in it, to install elsewhere"
 	@echo "make clean      remove what was built"
 
 install: $(VENV)/.installed
@@ -46,6 +47,11 @@ fuzz: install
 
 train: install
 	$(BIN)/python -m mlvgm.training --data $(DATA) --out model_store/road-signs
+
+# What an earlier build left would be packed as well.
+wheel: install
+	rm -rf build/setuptools build/mlvgm_serve-*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build .
 
 clean:
 	rm -rf build model_store/*.mar .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,8 @@ _TURNS = {
 _BAND = 256  # rows
 _ONE_LARGE = threading.Lock()  # decoders side by side hold one large image between them, not one each
 _JPEG_END = b"\xff\xd9"
-_NO_END = b"\x55\xaa\x33\xcc" * 16  # shows in the pixels where the data of a scan goes on
+# Shows in the pixels where the data of a scan ought to go on, or after any restart marker.
+_NO_END = [b"".join(bits * 16 + bytes((0xFF, 0xD0 + i)) for i in range(8)) for bits in (b"\xfe\xaa", b"\x55\x33")]
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -140,19 +141,19 @@ def _is_large(image: Image.Image, stripped: Stripped) -> bool:
 
 
 def _pixels(image: Image.Image, stripped: Stripped, size: tuple[int, int]) -> Pixels:
-    # For JPEG: decode at 1/2, 1/4 or 1/8, but never below twice the wanted size, where antialiasing still decides.
-    side = 2 * max(size)
-    drafted = image.width * image.height > _FULL_DECODE_PIXELS
-    if drafted:
-        image.draft(image.mode, (side, side))
-    if not stripped.ended:
-        # Small cameras leave the end marker out. A decoder fills up what is missing before it without a word.
-        other = _open(stripped.data.rstrip(b"\xff") + _NO_END + _JPEG_END)
-        if drafted:
-            other.draft(other.mode, (side, side))
-        complete = stripped.scans is not None and stripped.scans.complete
-        if not complete or ImageChops.difference(image, other).getbbox(alpha_only=False):
-            raise DamagedError
+    scans = stripped.scans
+    # Small cameras leave the end marker out. A decoder fills up what is missing before it without a word.
+    data = stripped.data.rstrip(b"\xff")
+    images = [image] if stripped.ended else [_open(data + more + _JPEG_END) for more in _NO_END]
+    if scans and not scans.lossless and image.width * image.height > _FULL_DECODE_PIXELS:
+        # Decode at 1/2, 1/4 or 1/8, but never below twice the wanted size, where antialiasing still decides.
+        for each in images:
+            each.draft(each.mode, (2 * max(size),) * 2)
+    if scans and not stripped.ended and not scans.complete(data):
+        raise DamagedError
+    image = images[0]
+    if any(other.tobytes() != image.tobytes() for other in images[1:]):
+        raise DamagedError
     exif = stripped.exif or image.info.get("exif", b"")
     image = _rgb(image, stripped)
     if (turn := _TURNS.get(_orientation(exif))) is not None:
@@ -188,31 +189,42 @@ def _rgb(image: Image.Image, stripped: Stripped) -> Image.Image:
     """8-bit RGB on white, a band of rows at a time where there is something to compute: whole copies are megabytes."""
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
         return image.convert("RGB")  # nobody filled the fourth byte
-    if image.mode == "RGB" and not stripped.transparent:
+    colour = stripped.transparent
+    if image.mode == "RGB" and not colour:
         return image
-    lower = _lower_bytes(stripped.data) if len(stripped.transparent) == 6 else None
+    lower = _lower_bytes(stripped.data) if len(colour) == 6 else None
     whole = Image.new("RGB", image.size, "white")
     for top in range(0, image.height, _BAND):
         box = (0, top, image.width, min(top + _BAND, image.height))
         band = image.crop(box)
-        if stripped.transparent:
-            band = _without_colour(band, stripped.transparent, lower.crop(box) if lower else None)
+        mask = None
+        if len(colour) == 1:
+            band = _clear_gray(band, colour[0])
+        elif colour:
+            mask = _opacity(band, colour[:3])
+            if lower:
+                mask = ImageChops.lighter(mask, _opacity(lower.crop(box), colour[3:]))
         elif band.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip at 255
             band = _eight_bits(band)
-        layered = band.convert("RGBA") if band.has_transparency_data else band.convert("RGB")
-        whole.paste(layered, (0, top), layered if layered.mode == "RGBA" else None)
+        elif band.has_transparency_data:
+            mask = band = band.convert("RGBA")
+        whole.paste(band.convert("RGB"), (0, top), mask)
     return whole
 
 
-def _without_colour(band: Image.Image, colour: tuple[int, ...], lower: Image.Image | None) -> Image.Image:
-    """``band`` with white where it has the transparent colour."""
-    values = np.asarray(band.convert("L") if band.mode == "1" else band)
-    clear = values == colour[0] if len(colour) == 1 else (values == colour[:3]).all(axis=2)
-    if lower is not None:
-        clear &= (np.asarray(lower) == colour[3:]).all(axis=2)
-    pixels = np.array(_eight_bits(band) if band.mode.startswith("I") else values)
-    pixels[clear] = 255
+def _clear_gray(band: Image.Image, value: int) -> Image.Image:
+    """``band`` in 8 bits of gray, white where it has the transparent ``value``."""
+    if not band.mode.startswith("I"):
+        return band.convert("L").point([255 if gray == value else gray for gray in range(256)])
+    pixels = np.array(_eight_bits(band))
+    pixels[np.asarray(band) == value] = 255
     return Image.fromarray(pixels)
+
+
+def _opacity(band: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Transparent where ``band`` has the ``colour``."""
+    band.info["transparency"] = colour
+    return band.convert("RGBA").getchannel("A")
 
 
 def _eight_bits(band: Image.Image) -> Image.Image:

@@ -21,6 +21,7 @@ _GRAY, _RGB, _PALETTE = 0, 2, 3
 _JPEG_START = b"\xff\xd8\xff"
 # Found by search, as any number of fill bytes may stand before it; restart markers belong to the data of a scan.
 _JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN, _END, _TABLES = 0xDA, 0xD9, 0xDB
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JFIF, _EXIF, _ADOBE, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
@@ -44,6 +45,7 @@ class JpegScans:
 
     Attributes:
         at_once: one scan has all there is, and a decoder keeps a few rows; else it keeps a number for every sample.
+        lossless: it cannot be decoded at a fraction of its size.
         count: scans.
         samples: that all scans together visit, those of each component counted.
 
@@ -72,6 +74,7 @@ class JpegScans:
         self._blocks = {name: units * wide * high for name, (wide, high) in sampling.items()}
         self._missing = {name: [16] * 64 for name in sampling}
         self._progressive, self._huffman = kind & 3 == 2, kind < 0xC8
+        self.lossless = kind & 3 == 3
         self.at_once, self.count, self.samples = kind & 3 < 2, 0, 0
 
     def add(self, content: bytes, size: int) -> None:
@@ -95,10 +98,10 @@ class JpegScans:
         for name in names:
             self._missing[name][first : last + 1] = [bits & 15] * (last + 1 - first)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every coefficient came with all its bits, as far as scans say what they hold."""
-        return not any(map(any, self._missing.values()))
+    def complete(self, data: bytes) -> bool:
+        """Whether every coefficient came with all its bits, as far as the scans of ``data`` say what they hold."""
+        unsure = self._progressive and _RESTART.search(data)
+        return not unsure and not any(map(any, self._missing.values()))
 
 
 @dataclass(frozen=True)

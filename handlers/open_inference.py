@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
         raise RequestError(f"inputs: the shape must be a list of whole numbers from 1 to {_MAX_SIDE}")
     data = _data(tensor, binary)
     if datatype == "BYTES":
-        texts = _texts(data)
+        texts = _texts(data, max_images)
         if not 1 <= len(texts) <= max_images or math.prod(shape) != len(texts):
             raise RequestError(f"inputs: BYTES must hold 1 to {max_images} images, and shape their number")
         return tuple(text if isinstance(text, bytes) else base64_bytes(text) for text in texts)
@@ -182,9 +182,9 @@ def _parameters(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given(parameters).items() if name not in _HINTS}
 
 
-def _texts(data: Any) -> list[Any]:
+def _texts(data: Any, max_images: int) -> list[Any]:
     if isinstance(data, bytes):
-        return list(_split(data))
+        return list(islice(_split(data), max_images + 1))
     if not isinstance(data, list):
         raise RequestError("inputs: data must be a list")
     return _flat(data)

@@ -19,6 +19,8 @@ with atheris.instrument_imports(include=["handlers", "PIL"]):
 
     from handlers.image import ImageError, decode
 
+from tests.fuzz import growth
+
 SIZE = (8, 8)
 
 
@@ -79,4 +81,5 @@ def fuzz(
 
 if __name__ == "__main__":
     # An input that takes longer than 20 s or 2 GB is a finding too.
-    fuzz(check, seeds(), sys.argv, max_len=4096, timeout=20, rss_limit_mb=2048)
+    odd = [make(100) for make in growth.IMAGES.values()]
+    fuzz(check, [*seeds(), *odd], sys.argv, max_len=4096, timeout=20, rss_limit_mb=2048)

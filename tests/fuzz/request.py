@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["handlers", "multipart"]):
     from handlers.strict_json import RequestError
 
 from tests import bundles
+from tests.fuzz import growth
 from tests.fuzz.image import fuzz
 from tests.handlers import forms
 
@@ -65,6 +66,8 @@ def seeds() -> list[bytes]:
         bytes([64]) + b"3",
         bytes([8]) + forms.written(("image", b"\x89PNG..."), ("samples", b"3")),
         bytes([8]) + forms.written(("image", b"a"), ("image", b"b")),
+        *(bytes([1]) + make(100) for make in growth.BODIES.values()),
+        *(bytes([8]) + make(100) for make in growth.FORMS.values()),
         *random(),
     ]
 

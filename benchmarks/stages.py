@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation import report
 from export import classifier as classify
 from export import families
 from export.models import load_models
@@ -64,9 +65,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Load:
-    """Images per call, purified copies of each, and how many purified images are compared, one call's at least.
+    """Images per call, purified samples of each, and how many purified images are compared, those of one call at least.
 
-    An image's noise is its own whatever the call, so loads of one number of copies can be compared with each other.
+    An image's noise does not depend on the call, so loads with the same number of samples can be compared.
     """
 
     batch: int
@@ -82,8 +83,8 @@ class Measured:
         seconds: of one call, the median of several.
         stage_ms: of that call, by stage.
         memory_mb: the most that the process has held so far, in 10^6 bytes.
-        gflops: floating-point operations of one image with all its copies, in 10^9; None where they were not counted.
-        purified, labels: of all compared images and copies.
+        gflops: floating-point operations of one image with all its samples, in 10^9; None where they were not counted.
+        purified, labels: of all compared images and samples.
     """
 
     seconds: float
@@ -127,7 +128,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     baseline: list[Measured] = []
     first = {load.samples: i for i, load in reversed(list(enumerate(loads)))}
-    # All images once for each number of copies: the published operators take seconds an image.
+    # All images once for each number of samples: the published operators take seconds an image.
     loads = [
         load if i == first[load.samples] else replace(load, compared=min(load.compared, 8))
         for i, load in enumerate(loads)
@@ -166,7 +167,7 @@ def measure(
                 "compared": compared,
             }
             say(
-                f"  batch {load.batch}, {load.samples} copies: {per_second:.3g} images/s, {row['ratio']:.1f}x, "
+                f"  batch {load.batch}, {load.samples} samples: {per_second:.3g} images/s, {row['ratio']:.1f}x, "
                 f"error {row['relative_error']:.1e}"
             )
             rows.append(row)
@@ -279,7 +280,7 @@ class _Twin:
             for index in range(self.per_image):
                 self._run_stage(index, known, timing)
             parts = []
-            # Never more rows than images: with all copies at once, the published operators run out of memory.
+            # Never more rows than images: with all samples at once, the published operators run out of memory.
             for rows in np.split(np.arange(len(inputs.images) * inputs.samples), inputs.samples):
                 owners = torch.from_numpy(rows // inputs.samples)
                 part = {name: tensor if name == "alphas" else tensor[owners] for name, tensor in known.items()}
@@ -346,13 +347,11 @@ def _peak_mb() -> float:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The rows as a table, with what they were measured on."""
-    here = content["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
-    head = ["recipe", "technique", "runtime", "precision", "batch", "copies", "images/s", "ratio", "ms by stage"]
-    head += ["memory, MB", "GFLOP an image", "share of peak", "relative error", "equal labels"]
-    lines = [f"{here['processor']}, {here['cores']} cores, Python {here['python']}, {versions}; {content['date']}.", ""]
+    head = ["recipe", "technique", "runtime", "precision", "batch", "samples", "images/s", "ratio", "ms by stage"]
+    head += ["memory, MB", "GFLOP per image", "share of peak", "relative error", "equal labels"]
+    lines = [f"{report.conditions(content)}.", ""]
     lines += ["Ratios are to the published operators in eager fp32, in the same run. " + content["weights"], ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    table = []
     for row in content["rows"]:
         stages = ", ".join(f"{name} {ms:.0f}" for name, ms in row["stage_ms"].items() if ms >= 0.5)
         cells = [row["recipe"], row["technique"], row["runtime"], row["precision"], row["batch"], row["samples"]]
@@ -360,18 +359,16 @@ def markdown(content: Mapping[str, Any]) -> str:
         cells += ["" if row["gflops"] is None else f"{row['gflops']:.4g}"]
         cells += ["" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"]
         cells += [f"{row['relative_error']:.1e}", f"{row['label_agreement']:.1%} of {row['compared']}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join([*lines, *report.table(head, table), ""])
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """A waterfall for each recipe and load: images a second of each technique, with its ratio."""
-    import matplotlib.figure
-
     groups = list(dict.fromkeys((row["recipe"], row["batch"], row["samples"]) for row in rows))
     columns = min(len(groups), 3)
     lines = math.ceil(len(groups) / columns)
-    figure = matplotlib.figure.Figure(figsize=(5 * columns, 0.6 + 2.2 * lines), layout="constrained")
+    figure = report.figure(5 * columns, 0.6 + 2.2 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel, (recipe, batch, samples) in zip(axes, groups, strict=False):
         chosen = [row for row in rows if (row["recipe"], row["batch"], row["samples"]) == (recipe, batch, samples)]
@@ -380,8 +377,8 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panel.bar_label(bars, [f"{row['ratio']:.1f}x" for row in chosen], padding=3)
         panel.invert_yaxis()
         panel.margins(x=0.15)
-        panel.set_title(f"{recipe}, batch {batch}, {samples} {'copy' if samples == 1 else 'copies'}")
+        panel.set_title(f"{recipe}, batch {batch}, {samples} {'sample' if samples == 1 else 'samples'}")
         panel.set_xlabel("images a second")
     for panel in axes[len(groups) :]:
         panel.set_visible(False)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import report
 from handlers.errors import MlvgmError
 from handlers.manifest import Manifest, Stage
 
@@ -135,10 +136,14 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The measured rows as a table; without any, the command lines alone."""
     rows = content["rows"]
     lines = []
+
+    def times(row: Mapping[str, Any]) -> list[str]:
+        return [f"{row[key]:.3f}" for key in ("median_ms", "mean_ms", "p99_ms")]
+
     if any("median_ms" in row for row in rows):
-        lines += ["| stage | batch | median, ms | mean, ms | p99, ms | images/s |", "|" + " --- |" * 6]
-        for row in rows:
-            times = " | ".join(f"{row[key]:.3f}" for key in ("median_ms", "mean_ms", "p99_ms"))
-            lines.append(f"| {row['stage']} | {row['batch']} | {times} | {row['images_per_s']:.1f} |")
+        lines += report.table(
+            ["stage", "batch", "median, ms", "mean, ms", "p99, ms", "images/s"],
+            [(row["stage"], row["batch"], *times(row), f"{row['images_per_s']:.1f}") for row in rows],
+        )
         lines.append("")
     return "\n".join([*lines, "```", *(row["command"] for row in rows), "```"]) + "\n"

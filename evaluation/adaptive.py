@@ -18,14 +18,14 @@ from evaluation.progress import track
 from mlvgm.load import Default
 
 Logits = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [0, 1] to logits (R, B, C) of R readings of the same images, with noise of their own each."""
+"""Images (B, 3, H, W) in [0, 1] to logits (S, B, C): of S samples, each with its own noise."""
 
 _CHUNK = 25
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of the attack.
+class PgdSettings:
+    """Settings of projected gradient descent.
 
     Attributes:
         l2: radius of the ball, in units of the [0, 1] image.
@@ -42,19 +42,19 @@ def bare(classifier: nn.Module) -> Logits:
     """The classifier without any defence."""
 
     def logits(images: Tensor) -> Tensor:
-        read: Tensor = classifier(images)
-        return read[None]
+        alone: Tensor = classifier(images)
+        return alone[None]
 
     return logits
 
 
-def defended(default: Default, copies: int, seed: int) -> Logits:
-    """The classifier behind the purifier as it is served, ``copies`` times with noise of their own."""
+def defended(default: Default, samples: int, seed: int) -> Logits:
+    """The classifier behind the purifier as it is served, with ``samples`` independent draws of the noise."""
     recipe, purifier = default.recipe, default.purifier
     generator = torch.Generator().manual_seed(seed)
 
     def logits(images: Tensor) -> Tensor:
-        repeated = images.repeat(copies, 1, 1, 1)
+        repeated = images.repeat(samples, 1, 1, 1)
         purified = purifier.purify(
             repeated,
             [torch.randn(len(repeated), *shape, generator=generator) for shape in purifier.noise_shapes],
@@ -63,18 +63,18 @@ def defended(default: Default, copies: int, seed: int) -> Logits:
             input_noise=torch.randn(repeated.shape, generator=generator) if recipe.input_noise_l2 else None,
             input_noise_l2=recipe.input_noise_l2,
         )
-        read: Tensor = default.classifier(purified.images)
-        return read.view(copies, len(images), -1)
+        classified: Tensor = default.classifier(purified.images)
+        return classified.view(samples, len(images), -1)
 
     return logits
 
 
 def attack_within(
-    logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: Settings, what: str = "PGD"
+    logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: PgdSettings, what: str = "PGD"
 ) -> NDArray[np.uint8]:
-    """8-bit images (B, H, W, 3) within the ball around ``images``, which ``logits`` reads as ``labels`` least surely.
+    """8-bit images (B, H, W, 3) within the ball around ``images`` that make the margin of ``labels`` smallest.
 
-    The best iterate is kept, by the mean margin over the draws of its step. Rounding to 8 bits moves it a little more.
+    The best iterate is kept, by the mean margin over its samples. Rounding to 8 bits moves it a little more.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     parts = []
@@ -84,7 +84,9 @@ def attack_within(
     return np.concatenate(parts)
 
 
-def _descend(logits: Logits, clean: Tensor, labels: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+def _descend(
+    logits: Logits, clean: Tensor, labels: Tensor, settings: PgdSettings, generator: torch.Generator
+) -> Tensor:
     step = 2.5 * settings.l2 / settings.steps
     images = _project(clean + step * _unit(torch.randn(clean.shape, generator=generator)), clean, settings.l2)
     best, lowest = images, torch.full((len(clean),), torch.inf)
@@ -100,7 +102,7 @@ def _descend(logits: Logits, clean: Tensor, labels: Tensor, settings: Settings, 
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(R, B): the logit of the true class less the largest other one. Unlike cross-entropy it never saturates."""
+    """(S, B): the logit of the true class less the largest other one. Unlike cross-entropy it never saturates."""
     index = labels.expand(len(logits), -1)[:, :, None]
     others = logits.scatter(2, index, -torch.inf)
     margins: Tensor = logits.gather(2, index).squeeze(2) - others.amax(dim=2)

@@ -1,4 +1,4 @@
-"""How defences read images: the purifier as it is served, the bare classifier, and two simple defences to beat."""
+"""What defences make of images: the purifier as it is served, the bare classifier, and two simple defences to beat."""
 
 import math
 from collections.abc import Callable
@@ -24,27 +24,27 @@ _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a defence reads N images.
+class Predictions:
+    """What a defence makes of N images.
 
     Attributes:
-        labels: (N,), its answers.
-        copies: (N, K), what each of K purified or noisy copies would have answered alone.
+        labels: (N,), the predicted classes.
+        sample_labels: (N, S), the class of each of S purified or noisy samples, the voters.
         flagged: (N,), whether it differs from the bare classifier.
     """
 
     labels: Labels
-    copies: Labels
+    sample_labels: Labels
     flagged: NDArray[np.bool_]
 
     @property
     def agreement(self) -> NDArray[np.float64]:
-        """(N,): share of the copies that vote for the answer."""
-        share: NDArray[np.float64] = (self.copies == self.labels[:, None]).mean(axis=1)
+        """(N,): share of the samples that vote for the predicted class."""
+        share: NDArray[np.float64] = (self.sample_labels == self.labels[:, None]).mean(axis=1)
         return share
 
 
-Defence = Callable[[Images], Reading]
+Defence = Callable[[Images], Predictions]
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -67,56 +67,56 @@ def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
 def bare(pipeline: Pipeline) -> Defence:
     """No defence: the classifier of the bundle."""
 
-    def read(images: Images) -> Reading:
+    def predict(images: Images) -> Predictions:
         labels = _classify(pipeline, images.__getitem__, len(images))
-        return Reading(labels, labels[:, None], np.zeros(len(images), np.bool_))
+        return Predictions(labels, labels[:, None], np.zeros(len(images), np.bool_))
 
-    return read
+    return predict
 
 
 def blur(pipeline: Pipeline) -> Defence:
     """The classifier behind a Gaussian blur with sigma 1."""
 
-    def read(images: Images) -> Reading:
+    def predict(images: Images) -> Predictions:
         taps = gaussian_taps(7)
         labels = _classify(pipeline, lambda part: _array(blur_images(to_float(images[part]), taps)), len(images))
-        return Reading(labels, labels[:, None], labels != bare(pipeline)(images).labels)
+        return Predictions(labels, labels[:, None], labels != bare(pipeline)(images).labels)
 
-    return read
+    return predict
 
 
 def noise(pipeline: Pipeline, samples: int, seed: int = 0, l2: float = NOISE_L2) -> Defence:
-    """A vote of the classifier on ``samples`` copies, each with Gaussian noise of norm ``l2``."""
+    """A vote of the classifier over ``samples`` noisy samples, each with Gaussian noise of norm ``l2``."""
 
-    def read(images: Images) -> Reading:
+    def predict(images: Images) -> Predictions:
         generator = torch.Generator().manual_seed(seed)
 
-        def copy(part: slice) -> NDArray[np.float32]:
+        def noisy(part: slice) -> NDArray[np.float32]:
             clean = to_float(images[part])
             return _array(add_noise(clean, torch.randn(clean.shape, generator=generator), l2))
 
-        copies = np.stack([_classify(pipeline, copy, len(images)) for _ in range(samples)], axis=1)
-        labels = np.array([np.bincount(row).argmax() for row in copies])
-        return Reading(labels, copies, labels != bare(pipeline)(images).labels)
+        voters = np.stack([_classify(pipeline, noisy, len(images)) for _ in range(samples)], axis=1)
+        labels = np.array([np.bincount(row).argmax() for row in voters])
+        return Predictions(labels, voters, labels != bare(pipeline)(images).labels)
 
-    return read
+    return predict
 
 
 def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list[float] | None = None) -> Defence:
     """The whole pipeline as it is served, with seeds ``seed``, ``seed`` + 1 and so on for image after image."""
 
-    def read(images: Images) -> Reading:
-        labels, copies, flagged = [], [], []
+    def predict(images: Images) -> Predictions:
+        labels, voters, flagged = [], [], []
         for start in track(range(0, len(images), _CHUNK), f"purifying, {samples} samples each", f"x{_CHUNK} image"):
             part = images[start : start + _CHUNK]
             seeds = range(seed + start, seed + start + len(part))
             result = pipeline.run(part, samples=samples, seeds=seeds, alphas=alphas)
             labels.append(result.labels)
-            copies.append(result.sample_labels)
+            voters.append(result.sample_labels)
             flagged.append(result.flagged)
-        return Reading(np.concatenate(labels), np.concatenate(copies), np.concatenate(flagged))
+        return Predictions(np.concatenate(labels), np.concatenate(voters), np.concatenate(flagged))
 
-    return read
+    return predict
 
 
 def _classify(pipeline: Pipeline, images: Callable[[slice], NDArray[Any]], count: int) -> Labels:

@@ -139,7 +139,7 @@ def save_sheet(
         )
         for sign, pixels, answer in zip(signs, attacked, answers, strict=True)
     ]
-    title = f"{RECIPE}: {type(ATTACK).__name__} attack, vote of {answers[0]['attacked']['samples']} purified copies"
+    title = f"{RECIPE}: {type(ATTACK).__name__} attack, vote of {answers[0]['attacked']['samples']} purified samples"
     contact_sheet.save(rows, title, path)
 
 

@@ -1,4 +1,4 @@
-"""How far purification helps against attacks, measured as it is served: 8-bit images in, a vote of K copies out.
+"""How far purification helps against attacks, measured as it is served: 8-bit images in, a vote of the samples out.
 
     python -m evaluation.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
 
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from evaluation import adaptive, defences, machine, report
+from evaluation import adaptive, defences, report, robustness_report
 from evaluation.attacks import METHODS, AttackResult, attack, predict
-from evaluation.defences import Defence, Images, Labels, Reading, share
+from evaluation.defences import Defence, Images, Labels, Predictions, share
 from evaluation.photographs import read_photographs
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "runtime": pipeline.runtime,
             "precision": manifest.precision,
             "files": {name: seal.sha256 for name, seal in manifest.files.items()},
-            "machine": machine.describe(),
+            **report.measured_here(),
         }
         bare = defences.bare(pipeline)
         simple = {"blur": defences.blur(pipeline), "noise": defences.noise(pipeline, samples, args.seed)}
@@ -63,12 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             few = slice(0, args.adaptive)
             served = Default(default.purifier, default.classifier, content["alphas"], default.recipe)
             content["adaptive"] = measure_adaptive(
-                served, bare, purifier, signs.images[few], signs.labels[few], args.adaptive_l2, args.steps, args.copies
+                served,
+                bare,
+                purifier,
+                signs.images[few],
+                signs.labels[few],
+                args.adaptive_l2,
+                args.steps,
+                args.gradient_samples,
             )
-    content["doubts"] = doubts(content)
+    content["caveats"] = caveats(content)
     content["seconds"] = round(time.monotonic() - begun, 1)
-    report.write(content, args.json)
-    print(report.markdown(content))
+    page = robustness_report.markdown(content)
+    print(page)
+    report.save(content, page, args.json, lambda file: robustness_report.plot(content, file))
     return 0
 
 
@@ -82,11 +90,11 @@ def measure(
     methods: Sequence[str],
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Attack ``classifier`` with each of ``methods`` and have every defence read what comes out.
+    """Attack ``classifier`` with each of ``methods`` and evaluate every defence on what comes out.
 
     Returns:
         "attacks"; "accuracy", defence -> set of images -> share; "within", the same where changes above a bound count
-        as no attack; of the purifier "copies", "recovered" and "detection".
+        as no attack; of the purifier "per_sample", "recovered" and "detection".
     """
     sets, attacks, sizes = {"clean": images}, {}, {}
     right = predict(classifier, images) == labels
@@ -106,7 +114,7 @@ def measure(
     return {
         "attacks": attacks,
         "accuracy": {
-            name: {key: share(reading.labels == labels) for key, reading in row.items()} for name, row in rows.items()
+            name: {key: share(found.labels == labels) for key, found in row.items()} for name, row in rows.items()
         },
         "within": {
             method: [
@@ -118,15 +126,15 @@ def measure(
             ]
             for method in methods
         },
-        "copies": {key: _copies(reading, labels) for key, reading in purified.items()},
+        "per_sample": {key: _per_sample(found, labels) for key, found in purified.items()},
         "recovered": {
-            key: share((reading.labels == labels)[right & (unpurified[key].labels != labels)])
-            for key, reading in purified.items()
+            key: share((found.labels == labels)[right & (unpurified[key].labels != labels)])
+            for key, found in purified.items()
             if key != "clean"
         },
         "detection": {
-            key: {"flagged": share(reading.flagged), "agreement": round(float(reading.agreement.mean()), 4)}
-            for key, reading in purified.items()
+            key: {"flagged": share(found.flagged), "agreement": round(float(found.agreement.mean()), 4)}
+            for key, found in purified.items()
         },
     }
 
@@ -139,16 +147,22 @@ def measure_adaptive(
     labels: Labels,
     bounds: Sequence[float],
     steps: int,
-    copies: int,
+    gradient_samples: int,
 ) -> dict[str, Any]:
-    """Accuracy under an attack within each of ``bounds`` (L2): of the classifier, of the purifier when the same images
-    are sent to it, and of the purifier when the attack takes gradients through it (``copies`` draws for each of them).
+    """Accuracy under projected gradient descent within each of ``bounds``, L2 norms.
+
+    Args:
+        gradient_samples: draws of the noise that each gradient through the purifier is averaged over.
+
+    Returns:
+        "n", "steps", "samples" and "bounds", one row each: "l2", and as shares "none", the classifier attacked and
+        undefended; "transfer", the same images purified; "adaptive", the whole defence attacked and purified.
     """
     rows = []
     for l2 in bounds:
-        settings = adaptive.Settings(l2, steps)
+        settings = adaptive.PgdSettings(l2, steps)
         easy = adaptive.attack_within(adaptive.bare(default.classifier), images, labels, settings, f"PGD {l2:g}")
-        whole = adaptive.defended(default, copies, settings.seed)
+        whole = adaptive.defended(default, gradient_samples, settings.seed)
         hard = adaptive.attack_within(whole, images, labels, settings, f"adaptive PGD {l2:g}")
         rows.append(
             {
@@ -158,11 +172,11 @@ def measure_adaptive(
                 "adaptive": share(purifier(hard).labels == labels),
             }
         )
-    return {"n": len(images), "steps": steps, "copies": copies, "bounds": rows}
+    return {"n": len(images), "steps": steps, "samples": gradient_samples, "bounds": rows}
 
 
-def doubts(content: Mapping[str, Any]) -> list[str]:
-    """What in a report speaks against its own attacks or engines, one sentence each."""
+def caveats(content: Mapping[str, Any]) -> list[str]:
+    """Signs in a report that an attack was too weak or an engine is wrong, one sentence each."""
     found = []
     attacks = content["attacks"]
     for name, entry in attacks.items():
@@ -181,9 +195,11 @@ def doubts(content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _within(readings: Mapping[str, Reading], method: str, small: NDArray[np.bool_], labels: Labels) -> dict[str, Any]:
+def _within(
+    predictions: Mapping[str, Predictions], method: str, small: NDArray[np.bool_], labels: Labels
+) -> dict[str, Any]:
     """Accuracy against an attacker who may make ``small`` changes only, and sends the clean image otherwise."""
-    return share(np.where(small, readings[method].labels, readings["clean"].labels) == labels)
+    return share(np.where(small, predictions[method].labels, predictions["clean"].labels) == labels)
 
 
 def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> dict[str, Any]:
@@ -196,9 +212,9 @@ def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> di
     }
 
 
-def _copies(reading: Reading, labels: Labels) -> dict[str, Any]:
-    """What became of an attacker who needs one copy to go wrong, at the first try or within all of them."""
-    right = reading.copies == labels[:, None]
+def _per_sample(found: Predictions, labels: Labels) -> dict[str, Any]:
+    """Accuracy of a single sample, and of an attacker's target where one wrong sample among all is enough."""
+    right = found.sample_labels == labels[:, None]
     return {"one": round(float(right.mean()), 4), "all": share(right.all(axis=1))}
 
 
@@ -213,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="GTSRB, or PART/CLASS/IMAGE")
     parser.add_argument("--part", choices=("test", "validation"), default="test", help="(%(default)s)")
     parser.add_argument("--limit", type=int, help="images to use, the first of a fixed random order (default: all)")
-    parser.add_argument("--samples", type=int, help="purified copies that vote (default: the bundle's)")
+    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
     parser.add_argument("--alphas", help="schedule of the bundle (default: the bundle's)")
     parser.add_argument("--attacks", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
     parser.add_argument(
@@ -221,7 +237,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adaptive-l2", type=float, nargs="+", default=[0.5, 1.0], help="(default: 0.5 1.0)")
     parser.add_argument("--steps", type=int, default=20, help="of the adaptive attack (%(default)s)")
-    parser.add_argument("--copies", type=int, default=4, help="that its gradients are averaged over (%(default)s)")
+    parser.add_argument(
+        "--gradient-samples",
+        type=int,
+        default=4,
+        help="draws of the noise to average each gradient of it over (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first image's noise (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/robustness.json"), help="(%(default)s)")

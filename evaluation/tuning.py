@@ -24,7 +24,7 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights and how they did: the share of images read rightly after purification, clean and attacked.
+    """Weights and how they did: the accuracy after purification, clean and attacked.
 
     ``scores``, (N,) in [0, 1], is the same for each image: the mean of clean and attacked.
     """
@@ -61,7 +61,7 @@ def objective(
     pipeline: Pipeline, clean: Images, attacked: Mapping[str, Images], labels: Labels, samples: int, seed: int = 0
 ) -> Objective:
     """Scores weights by purifying ``clean`` and each set of ``attacked`` images, (N, H, W, 3), with a vote of
-    ``samples`` copies. The noise is the same for all weights, so that they are compared and not their luck.
+    ``samples`` samples. The noise is the same for all weights, so that they are compared and not their luck.
     """
 
     def right(images: Images, weights: Weights) -> NDArray[np.float64]:

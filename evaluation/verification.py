@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evaluation import report
 from evaluation.attacks import to_float
 from export import families
 from export.classifier import stage as classifier_stage
@@ -155,22 +156,31 @@ class _Reference:
 
 def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
     """The rows as a table."""
-    head = "| runtime | images | stage | output | relative L2 | max | cosine | PSNR, dB | equal labels | equal votes |"
-    lines = [f"Relative L2 error may be {limit:.0e} at most.", "", head, "|" + " --- |" * 10]
+    head = [
+        "runtime",
+        "images",
+        "stage",
+        "output",
+        "relative L2",
+        "max",
+        "cosine",
+        "PSNR, dB",
+        "equal labels",
+        "equal votes",
+    ]
+    table = []
     for row in rows:
         cells = [row["runtime"], row["images"], row["stage"], row["output"], f"{row['relative_l2']:.1e}"]
         cells += [f"{row['max']:.1e}", f"{row['cosine']:.6f}", f"{row['psnr']:.0f}"]
         cells += [f"{row[key]:.1%}" if key in row else "" for key in ("equal_labels", "equal_votes")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append(cells)
+    return "\n".join([f"Relative L2 error may be {limit:.0e} at most.", "", *report.table(head, table), ""])
 
 
 def plot(rows: Sequence[Mapping[str, Any]], limit: float, file: Path) -> None:
     """Relative error of every output, one mark per runtime and set of images."""
-    import matplotlib.figure
-
     outputs = list(dict.fromkeys(f"{row['stage']}: {row['output']}" for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(8, 1.5 + 0.3 * len(outputs)), layout="constrained")
+    figure = report.figure(8, 1.5 + 0.3 * len(outputs))
     axes = figure.subplots()
     for runtime, images in dict.fromkeys((row["runtime"], row["images"]) for row in rows):
         chosen = [row for row in rows if (row["runtime"], row["images"]) == (runtime, images)]
@@ -183,7 +193,7 @@ def plot(rows: Sequence[Mapping[str, Any]], limit: float, file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("relative L2 error")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
 
 
 def _check_fit(manifest: Manifest, purifier: Purifier) -> None:

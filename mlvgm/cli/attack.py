@@ -40,7 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--method", choices=("deepfool", "cw"), default="cw", help="cw: Carlini-Wagner (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attacked"), metavar="DIR", help="for the PNGs (%(default)s)")
     parser.add_argument("--bundle", type=Path, help="purify the attacked images with this bundle")
-    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
+    parser.add_argument("--samples", help="purified samples that vote, or auto (default: the bundle's)")
     parser.add_argument("--overwrite", action="store_true", help="attack again what is there already")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
@@ -160,7 +160,7 @@ def _picture(rows: Sequence[Row], recipe: "Recipe", purifier: Purifier | None, p
         )
         for i, (row, png) in enumerate(zip(rows, purified, strict=True))
     ]
-    contact_sheet.save(shown_rows, f"{recipe.name}: {rows[0]['method']}", path)
+    contact_sheet.save(shown_rows, f"{recipe.name}: {rows[0]['settings']['method']}", path)
 
 
 def _png(pixels: "NDArray[np.uint8]") -> bytes:

@@ -1,8 +1,6 @@
 """``mlvgm bench server``: what a bundle on TorchServe stands."""
 
 import argparse
-import datetime
-import functools
 import signal
 from pathlib import Path
 
@@ -49,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.server import litserve, measure
     from benchmarks.server import report as page
     from benchmarks.server.subject import Settings
-    from evaluation import machine, report
+    from evaluation import report
+    from evaluation.progress import say
     from export import archive
     from handlers.manifest import AUTO, Manifest
 
@@ -71,18 +70,15 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
-    say = functools.partial(print, flush=True)
     content = {
         "bundle": f"{manifest.name} {manifest.version}",
-        "machine": machine.describe(),
-        "date": datetime.date.today().isoformat(),
+        **report.measured_here(),
         **measure.measure(settings, served, workers, threads, plan, say),
     }
     text = page.markdown(content)
     print(f"\n{text}")
     if args.json:
-        report.save(content, text, lambda file: page.plot(content, file), args.json)
-        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+        report.save(content, text, args.json, lambda file: page.plot(content, file))
     return 0
 
 

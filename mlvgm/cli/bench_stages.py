@@ -1,8 +1,6 @@
 """``mlvgm bench stages``: what each technique gains over the eager twin, and what it costs in accuracy."""
 
 import argparse
-import datetime
-import functools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +40,8 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Measure every recipe, print the table, and write the report."""
     from benchmarks import stages
-    from evaluation import machine, report
+    from evaluation import report
+    from evaluation.progress import say
 
     if min([*args.batch, *args.samples, args.compare]) < 1:
         raise CliError("--batch, --samples and --compare must be 1 or more")
@@ -51,23 +50,20 @@ def run(args: argparse.Namespace) -> int:
         raise CliError("--purifier and --classifier belong to one recipe; give --recipe once")
     loads = [stages.Load(batch, samples, args.compare) for samples in args.samples for batch in args.batch]
     rows = []
-    say = functools.partial(print, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for name in recipes:
             subject = _subject(args, name, work)
             rows += stages.measure(subject, _images(args, subject), loads, args.seconds, args.threads, say=say)
     content = {
-        "machine": machine.describe(),
-        "date": datetime.date.today().isoformat(),
+        **report.measured_here(),
         "weights": "Synthetic weights." if args.synthetic else "The recipe's or the given weights.",
         "rows": rows,
     }
     table = stages.markdown(content)
     print(table)
     if args.json:
-        report.save(content, table, lambda file: stages.plot(rows, file), args.json)
-        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+        report.save(content, table, args.json, lambda file: stages.plot(rows, file))
     return 0
 
 

@@ -1,9 +1,6 @@
 """``mlvgm bench trtexec``: the command lines that time every stage with NVIDIA's own tool, and what it says."""
 
 import argparse
-import datetime
-import functools
-import json
 import shutil
 from pathlib import Path
 
@@ -25,19 +22,17 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Print the lines or run them, print the table, and write the report."""
     from benchmarks import trtexec
-    from evaluation import machine
+    from evaluation import report
+    from evaluation.progress import say
 
     # Beside the bundle, not inside: what is in a bundle is sealed.
     work = args.work or args.bundle.resolve().with_name(f"{args.bundle.resolve().name}-trtexec")
-    rows = trtexec.measure(args.bundle, work, say=functools.partial(print, flush=True))
-    content = {"machine": machine.describe(), "date": datetime.date.today().isoformat(), "rows": rows}
+    rows = trtexec.measure(args.bundle, work, say=say)
+    content = {**report.measured_here(), "rows": rows}
     table = trtexec.markdown(content)
     print(table)
     if shutil.which(trtexec.PROGRAM) is None:
         print("trtexec is not on PATH: nothing was run")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        args.json.with_suffix(".md").write_text(table)
-        print(f"wrote {args.json} and {args.json.with_suffix('.md').name}")
+        report.save(content, table, args.json)
     return 0

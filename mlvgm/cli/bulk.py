@@ -75,7 +75,7 @@ class Bulk:
         """The answers that are there, by PNG; None for a PNG without one, which no job of this kind has written."""
         done = {target: _read_answer(target) for _, target in pairs if os.path.lexists(target)}
         for target, answer in done.items():
-            if answer is not None and any(answer.get(key) != value for key, value in self.settings.items()):
+            if answer is not None and answer.get("settings") != self.settings:
                 raise CliError(
                     f"{shown(target)} was made with other settings, or from another bundle: choose another --out, "
                     "or --overwrite it"
@@ -114,7 +114,7 @@ class Bulk:
                 yield _refusal(source, outcome)
                 continue
             png, answer = outcome
-            answer = {**answer, **self.settings, "sha256": hashlib.sha256(data).hexdigest()}
+            answer = {**answer, "settings": self.settings, "sha256": hashlib.sha256(data).hexdigest()}
             try:
                 _write(target, png, answer)
             except OSError as error:

@@ -32,7 +32,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
     parser.add_argument("--bundle", type=Path, required=True, help="the folder that mlvgm export wrote")
     parser.add_argument("--out", type=Path, default=Path("purified"), metavar="DIR", help="for the PNGs (%(default)s)")
-    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
+    parser.add_argument("--samples", help="purified samples that vote, or auto (default: the bundle's)")
     parser.add_argument("--alphas", help="schedule of interpolation weights (default: the bundle's)")
     parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="purify again what is there already")

@@ -1,7 +1,6 @@
 """``mlvgm verify``: a bundle against the PyTorch reference with the published operators."""
 
 import argparse
-import functools
 from pathlib import Path
 
 
@@ -32,9 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from torch import nn
 
     from deploy.errors import CliError
-    from evaluation import machine, report, verification
+    from evaluation import report, verification
     from evaluation.attacks import attack, predict
     from evaluation.photographs import pictures
+    from evaluation.progress import say
     from export.models import load_models
     from export.precision import LIMITS
     from handlers import runtimes
@@ -54,14 +54,12 @@ def run(args: argparse.Namespace) -> int:
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
     names = args.runtime or runtimes.available()
     limit = args.limit or LIMITS[manifest.precision]
-    say = functools.partial(print, flush=True)
     rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)
     passed = all(row["relative_l2"] <= limit for row in rows)
     table = verification.markdown(rows, limit)
     print(table)
     print("passed" if passed else "FAILED: see the rows over the limit")
     if args.json:
-        content = {"machine": machine.describe(), "limit": limit, "passed": passed, "rows": rows}
-        report.save(content, table, lambda file: verification.plot(rows, limit, file), args.json)
-        print(f"wrote {args.json}, {args.json.with_suffix('.md').name} and {args.json.with_suffix('.png').name}")
+        content = {**report.measured_here(), "limit": limit, "passed": passed, "rows": rows}
+        report.save(content, table, args.json, lambda file: verification.plot(rows, limit, file))
     return 0 if passed else 1

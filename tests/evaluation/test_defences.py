@@ -42,7 +42,7 @@ def test_the_purifier_reads_as_the_pipeline_does(pipeline: Pipeline) -> None:
     reading = defences.purifier(pipeline, samples=5, seed=9)(images)
     result = pipeline.run(images, samples=5, seeds=range(9, 79))
     assert np.array_equal(reading.labels, result.labels)
-    assert np.array_equal(reading.copies, result.sample_labels)
+    assert np.array_equal(reading.sample_labels, result.sample_labels)
     assert np.array_equal(reading.flagged, result.flagged)
     assert reading.agreement == pytest.approx(result.agreement)
     assert 0 < reading.flagged.mean() < 1
@@ -59,7 +59,7 @@ def test_simple_defences(pipeline: Pipeline) -> None:
     quiet = defences.noise(pipeline, samples=3, l2=1e-6)(images)
     assert np.array_equal(quiet.labels, unchanged)
     loud = defences.noise(pipeline, samples=7, l2=20.0)(images)
-    assert loud.copies.shape == (20, 7)
+    assert loud.sample_labels.shape == (20, 7)
     assert (loud.flagged == (loud.labels != unchanged)).all()
     assert loud.agreement.min() < 1
     blurred = defences.blur(pipeline)(images)

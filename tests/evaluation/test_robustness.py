@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import defences, report, robustness
+from evaluation import defences, report, robustness, robustness_report
 from evaluation.attacks import predict
 from handlers.pipeline import Pipeline
 from tests import bundles
@@ -39,8 +39,8 @@ def _report(content: dict) -> dict:
         "precision": "fp32",
         "machine": {"processor": "a processor", "cores": 2, "python": "3", "packages": {"torch": "2"}},
         "seconds": 1.0,
-        "adaptive": {"n": 12, "steps": 1, "copies": 1, "bounds": rows},
-        "doubts": ["One reason."],
+        "adaptive": {"n": 12, "steps": 1, "samples": 1, "bounds": rows},
+        "caveats": ["One reason."],
         **content,
     }
 
@@ -63,23 +63,23 @@ def test_bounds_let_large_changes_not_count(content: dict) -> None:
         assert counts[-1] == 0
 
 
-def test_one_copy_lies_between_all_copies_and_any(content: dict) -> None:
-    for copies in content["copies"].values():
-        assert copies["all"]["share"] <= copies["one"] <= 1
+def test_one_sample_lies_between_all_samples_and_any(content: dict) -> None:
+    for found in content["per_sample"].values():
+        assert found["all"]["share"] <= found["one"] <= 1
 
 
-def test_a_sound_report_has_no_doubts_and_others_do(content: dict) -> None:
-    # The boundaries of this classifier are nearer than one of its steps, so the first doubt is a real one.
-    assert [doubt.partition(" ")[0] for doubt in robustness.doubts(content)] == ["Carlini-Wagner"]
+def test_a_sound_report_has_no_caveats_and_others_do(content: dict) -> None:
+    # The boundaries of this classifier are nearer than one of its steps, so the first caveat is a real one.
+    assert [caveat.partition(" ")[0] for caveat in robustness.caveats(content)] == ["Carlini-Wagner"]
     sound = json.loads(json.dumps(content))
     sound["attacks"]["cw"]["l2"]["0.5"] = sound["attacks"]["deepfool"]["l2"]["0.5"]
-    assert robustness.doubts(sound) == []
+    assert robustness.caveats(sound) == []
     weak = json.loads(json.dumps(content))
     weak["attacks"]["deepfool"]["fooled"]["share"] = 0.9
     weak["attacks"]["cw"]["engine_agrees"] = 0.5
     weak["attacks"]["cw"]["l2"]["0.5"] = 99.0
     weak["adaptive"] = {"bounds": [{"l2": 1.0, "transfer": {"share": 0.2}, "adaptive": {"share": 0.4}}]}
-    assert len(robustness.doubts(weak)) == 4
+    assert len(robustness.caveats(weak)) == 4
 
 
 def test_weights_that_are_not_those_of_the_bundle_are_noticed(nvae_bundle: Path) -> None:
@@ -88,13 +88,14 @@ def test_weights_that_are_not_those_of_the_bundle_are_noticed(nvae_bundle: Path)
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
         bare, purifier = defences.bare(pipeline), defences.purifier(pipeline, 1)
         content = robustness.measure(other, bare, {}, purifier, images, predict(other, images), ["deepfool"])
-    assert "other weights" in " ".join(robustness.doubts(content))
+    assert "other weights" in " ".join(robustness.caveats(content))
 
 
 def test_the_report_is_written_three_times(content: dict, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "results" / "robustness.json"
-    report.write(_report(content), path)
+    found = _report(content)
+    report.save(found, robustness_report.markdown(found), path, lambda file: robustness_report.plot(found, file))
     assert json.loads(path.read_text())["n"] == 12
     text = path.with_suffix(".md").read_text()
     for words in ("purifier, vote of 5", "Carlini-Wagner", "One reason.", "a processor", "83.3% (55.2-95.3)"):

@@ -181,7 +181,7 @@ def test_other_settings_are_told_apart(folder: Path) -> None:
     with pytest.raises(CliError, match="other settings"):
         rows(folder, settings={"strength": 2})
     assert {path: path.read_bytes() for path in before} == before
-    assert {row["strength"] for row in rows(folder, settings={"strength": 2}, overwrite=True)} == {2}
+    assert {row["settings"]["strength"] for row in rows(folder, settings={"strength": 2}, overwrite=True)} == {2}
 
 
 def test_another_image_of_the_same_name_is_told_apart(folder: Path) -> None:

@@ -80,7 +80,7 @@ def test_all_answers_come_again_without_the_engines(
     monkeypatch.setattr(Pipeline, "load", lambda *_: pytest.fail("there is nothing to purify"))
     assert main(words) == 0
     assert capsys.readouterr().out == first
-    for other in (["--samples", "3"], ["--alphas", "none"]):
+    for other in (["--samples", "3"], ["--samples", "auto"], ["--alphas", "none"]):
         assert main([*words, *other]) == 2
         assert "made with other settings" in capsys.readouterr().err
 

@@ -17,9 +17,10 @@ answer. An engine or a precision that was exchanged makes another classifier, wi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +103,20 @@ def certify(
     bounds = [lower_bound(int(count), draws, alpha) for count in counts[np.arange(len(images)), chosen]]
     radii = np.array([sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0 for p in bounds])
     return Certified(np.where(radii > 0, chosen, -1), radii, counts, sigma, draws, alpha)
+
+
+def answer(certified: Certified, item: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What is said about an image, to be written as JSON."""
+    label = int(certified.labels[item])
+    return {
+        "certified_label": None if label < 0 else classes[label],
+        "certified_index": None if label < 0 else label,
+        "certified_l2": math.floor(certified.radii[item] * 1e6) / 1e6,
+        "abstained": bool(certified.abstained[item]),
+        "sigma": certified.sigma,
+        "alpha": certified.alpha,
+        "draws": certified.draws,
+    }
 
 
 def selection_draws(draws: int) -> int:

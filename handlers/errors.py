@@ -16,7 +16,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     RuntimeMissing          a runtime is unknown, not installed, or finds no device
     EngineError             an engine file cannot be loaded or run
         NonFiniteError      a stage gave infinities or NaN
-    InputError              an argument of `Pipeline.run` has the wrong shape, type or range
+    InputError              an argument of a `Pipeline` has the wrong shape, type or range
     ImageError              an image is refused: damaged, too large, or of no format that is read
         DamagedError        the bytes of an image do not follow its format
     RequestError            a request that cannot be answered as it stands

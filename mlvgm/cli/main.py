@@ -19,6 +19,7 @@ VERBS = {
     "ready": "check that a running server answers, for probes",
     "predict": "ask a running server about image files",
     "purify": "purify a folder of images in bulk",
+    "certify": "answer with a proven radius",
     "bench": "measure stages and servers",
     "attack": "attack a pipeline",
     "tune": "learn the interpolation weights",

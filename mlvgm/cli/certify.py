@@ -1,0 +1,70 @@
+"""``mlvgm certify``: answers that no small change of an image can change, with the radius that is proven."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.errors import CliError
+
+if TYPE_CHECKING:
+    from handlers.pipeline import Pipeline
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = verbs.add_parser(
+        "certify",
+        help="answer with a proven radius",
+        description="Add noise to an image many times, purify and classify each, and answer with the class that wins. "
+        "No change of the image within the radius, in the L2 norm of pixels from 0 to 1, can make this answer another: "
+        "that holds but with probability alpha. Prints one JSON object per image, one a line; where no class wins for "
+        "sure, the image is abstained from. Exit code 1 when an image could not be read.",
+        epilog="Example: mlvgm certify signs/ --bundle build/road-signs --sigma 0.25 --draws 1000 > certified.jsonl",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
+    parser.add_argument("--bundle", type=Path, required=True, help="the folder that mlvgm export wrote")
+    parser.add_argument("--sigma", type=float, default=0.25, help="standard deviation of the noise (%(default)s)")
+    parser.add_argument("--draws", type=int, default=1000, metavar="N", help="noisy images that count (%(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.001, help="accepted risk, for each image (%(default)s)")
+    parser.add_argument("--alphas", help="schedule of interpolation weights (default: the bundle's)")
+    parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Certify an image after the other; one that cannot be read does not stop the rest."""
+    from evaluation.progress import say, track
+    from handlers.pipeline import Pipeline
+
+    files = list(_files(args.files))
+    if not files:
+        raise CliError("no image among the files")
+    failed = 0
+    with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
+        for file in track(files, "certifying"):
+            row = _certify(pipeline, file, args)
+            failed += "error" in row
+            say(json.dumps(row))
+    return 1 if failed else 0
+
+
+def _files(given: Sequence[Path]) -> Iterator[Path]:
+    from mlvgm.files import image_files
+
+    for path in given:
+        yield from image_files(path) if path.is_dir() else [path]
+
+
+def _certify(pipeline: "Pipeline", file: Path, args: argparse.Namespace) -> dict[str, Any]:
+    from handlers.certify import answer
+    from handlers.image import ImageError, decode
+    from mlvgm.files import read_file, shown
+
+    try:
+        image = decode(read_file(file), pipeline.manifest.image_size)
+    except (ImageError, OSError) as error:
+        return {"file": shown(file), "error": (isinstance(error, OSError) and error.strerror) or str(error)}
+    certified = pipeline.certify(image[None], args.sigma, args.draws, args.alpha, args.alphas)
+    return {"file": shown(file), **answer(certified, 0, pipeline.manifest.classes)}

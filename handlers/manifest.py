@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from handlers.errors import MlvgmError
+from handlers.score import ScoreThreshold
 
 FORMAT = 1
 FILE_NAME = "pipeline.json"
@@ -116,6 +117,7 @@ class Manifest:
         classes: class names in the order of the logits.
         stages: in the order they run; the last is ``classify``.
         files: relative path -> seal; filled in by `sealed`.
+        score: from which attack score on an image is suspicious; None where ``mlvgm tune --score`` has not set it.
         report: figures of the parity run; free form.
         source: versions and recipe the bundle was made from; free form.
     """
@@ -135,6 +137,7 @@ class Manifest:
     precision: str = "fp32"
     runtime: str = "auto"
     files: dict[str, Seal] = field(default_factory=dict)
+    score: ScoreThreshold | None = None
     report: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -285,7 +288,7 @@ def _show(tensor: Tensor | None) -> str:
 
 
 def _manifest(content: Any) -> Manifest:
-    entries = _dict(content, "manifest")
+    entries = {"score": None, **_dict(content, "manifest")}
     version = entries.get("format")
     if type(version) is not int or version != FORMAT:
         raise BundleError(
@@ -315,6 +318,7 @@ def _manifest(content: Any) -> Manifest:
         precision=_str(entries["precision"], "precision"),
         runtime=_str(entries["runtime"], "runtime"),
         files={str(key): _seal(value, f"files {key!r}") for key, value in _dict(entries["files"], "files").items()},
+        score=None if entries["score"] is None else _score(entries["score"], "score"),
         report=dict(_dict(entries["report"], "report")),
         source=dict(_dict(entries["source"], "source")),
     )
@@ -329,6 +333,18 @@ def _image_size(value: Any) -> tuple[int, int]:
 def _samples(value: Any, at: str) -> Samples:
     default, most = _entries(value, at, ("default", "max"))
     return Samples(default if default == AUTO else _int(default, f"{at}.default"), _int(most, f"{at}.max"))
+
+
+def _score(value: Any, at: str) -> ScoreThreshold:
+    keys = ("threshold", "false_alarms", "low", "high")
+    try:
+        return ScoreThreshold(
+            *(_number(entry, f"{at}.{key}") for key, entry in zip(keys, _entries(value, at, keys), strict=True))
+        )
+    except BundleError:
+        raise
+    except ValueError as error:
+        raise BundleError(f"{at}: {error}") from None
 
 
 def _stage(value: Any, at: str) -> Stage:

@@ -8,6 +8,7 @@ import pytest
 
 from handlers.manifest import FILE_NAME, BundleError, Manifest, Samples
 from handlers.pipeline import Pipeline
+from handlers.score import ScoreThreshold
 from tests import bundles
 
 Change = Callable[[dict[str, Any]], None]
@@ -176,3 +177,22 @@ def test_samples_may_be_left_to_the_vote(tmp_path: Path, default: int | str, typ
 def test_samples_without_sense_are_refused(tmp_path: Path, samples: Samples) -> None:
     with pytest.raises(BundleError, match="samples"):
         bundles.write_nvae(tmp_path, samples=samples)
+
+
+def test_a_threshold_of_the_score_is_kept(tmp_path: Path) -> None:
+    threshold = ScoreThreshold(1.5, 0.01, 0.004, 0.018)
+    assert bundles.write_nvae(tmp_path).score is None
+    bundles.write_nvae(tmp_path, score=threshold)
+    assert Manifest.read(tmp_path).score == threshold
+
+
+def test_a_bundle_from_before_there_was_a_score_is_read(bundle: Path) -> None:
+    change(bundle, lambda content: content.pop("score"))
+    assert Manifest.read(bundle).score is None
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 1}, {"threshold": -1, "false_alarms": 0.1, "low": 0, "high": 1}, 3])
+def test_a_wrong_threshold_is_refused(bundle: Path, wrong: Any) -> None:
+    change(bundle, lambda content: content.update(score=wrong))
+    with pytest.raises(BundleError, match="score"):
+        Manifest.read(bundle)

@@ -1,5 +1,6 @@
 """What the documents claim: their code runs, their links lead somewhere."""
 
+import configparser
 import re
 from pathlib import Path
 
@@ -19,6 +20,25 @@ def test_links_to_files_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_what_is_to_be_installed_can_be() -> None:
+    """The package is on no index: a checkout or a wheel gives its extras, and an index the libraries it requires."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    required = "\n".join([config["options"]["install_requires"], *extras.values()])
+    libraries = {re.split(r"[^\w-]", line.strip())[0] for line in required.splitlines()}
+    folders = ("deploy", "evaluation", "export", "handlers", "mlvgm")
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    texts += [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    places = [match for text in texts for match in re.findall(r"pip install (?:-e )?'?(\S*)\[([\w,]+)\]'", text)]
+    assert len(places) >= 3
+    for place, names in places:
+        assert place == "." or place.endswith(".whl"), place
+        assert set(names.split(",")) <= set(extras), names
+    named = {name for text in texts for name in re.findall(r"pip install '?([a-z][\w-]+)(?=[\s\"'`=>)])", text)}
+    assert {"torchserve", "onnxruntime"} < named <= libraries
 
 
 def test_every_verb_in_the_documents_exists() -> None:

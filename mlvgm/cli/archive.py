@@ -1,15 +1,15 @@
 """``mlvgm archive``: pack a bundle into a .mar for TorchServe."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
-from handlers import runtimes
+from mlvgm.cli.options import add_engines
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
-    defaults = Settings()
     parser = subparsers.add_parser(
         "archive",
         help="pack a bundle into a .mar for TorchServe",
@@ -25,43 +25,26 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="zip-store is the fastest to build and start; no-archive is a folder that is not copied at start "
         "(default: %(default)s)",
     )
-    parser.add_argument("--runtime", choices=runtimes.NAMES, default=defaults.runtime, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=defaults.threads, help="CPU threads per worker; 0 is every core")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=defaults.batch_size,
-        metavar="N",
-        help="requests answered together (default: as many as fill an engine)",
-    )
-    parser.add_argument(
-        "--batch-delay",
-        type=int,
-        default=defaults.batch_delay_ms,
-        metavar="MS",
-        help="how long a request waits for others to join its batch, 1 or more (%(default)s)",
-    )
-    parser.add_argument(
-        "--queue",
-        type=int,
-        default=defaults.queue,
-        metavar="N",
-        help=f"requests that may wait; one more is refused at once (default: {QUEUED_CALLS} full calls of an engine)",
-    )
-    parser.add_argument(
-        "--max-wait",
-        type=int,
-        default=defaults.max_wait_s,
-        metavar="S",
-        help="refuse what has waited for longer, where a proxy says when it came (%(default)s)",
-    )
-    parser.add_argument(
-        "--response-timeout",
-        type=int,
-        default=defaults.response_timeout_s,
-        metavar="S",
-        help="a batch that takes longer fails, and its worker is started anew (%(default)s)",
-    )
+    add_engines(parser, help="CPU threads per worker (default: every core)")
+    defaults = Settings()
+    for option, name, unit, text in (
+        ("--batch-size", "batch_size", "N", "requests answered together (default: as many as fill an engine)"),
+        (
+            "--batch-delay",
+            "batch_delay_ms",
+            "MS",
+            "a request waits for others to join its batch (%(default)s)",
+        ),
+        ("--queue", "queue", "N", f"requests that may wait (default: {QUEUED_CALLS} full calls of an engine)"),
+        (
+            "--max-wait",
+            "max_wait_s",
+            "S",
+            "refuse what waited longer, where a proxy says when it came (%(default)s)",
+        ),
+        ("--response-timeout", "response_timeout_s", "S", "restart a worker whose batch takes longer (%(default)s)"),
+    ):
+        parser.add_argument(option, dest=name, type=int, default=getattr(defaults, name), metavar=unit, help=text)
     parser.add_argument(
         "--allow-seed",
         action="store_true",
@@ -71,16 +54,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> int:
     """Build the archive and say where it is."""
-    settings = Settings(
-        runtime=arguments.runtime,
-        threads=arguments.threads,
-        allow_seed=arguments.allow_seed,
-        batch_size=arguments.batch_size,
-        batch_delay_ms=arguments.batch_delay,
-        queue=arguments.queue,
-        max_wait_s=arguments.max_wait,
-        response_timeout_s=arguments.response_timeout,
-    )
-    archive = build_archive(arguments.bundle, arguments.out, settings, arguments.archive_format)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    archive = build_archive(arguments.bundle, arguments.out, Settings(**given), arguments.archive_format)
     print(archive)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlvgm.cli.bulk import Bulk, Row, print_row
+from mlvgm.cli.options import add_files, add_models, add_pipeline, add_request, request
 from mlvgm.cli.purify import Purifier
 from mlvgm.files import read_file, shown
 
@@ -32,15 +33,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "where work was cut off. Exit code 1 when an image could not be read or the attack on it failed.",
         epilog="Example: mlvgm attack signs/*.png --method deepfool --out attacked --bundle build/road-signs",
     )
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP or BMP, or a folder of them"
-    )
-    parser.add_argument("--recipe", default="road-signs", help="whose classifier is attacked (%(default)s)")
-    parser.add_argument("--classifier", type=Path, help="its checkpoint, where the recipe ships none")
+    add_files(parser)
+    add_models(parser, purifier=False, default="road-signs", help="whose classifier is attacked (%(default)s)")
     parser.add_argument("--method", choices=("deepfool", "cw"), default="cw", help="cw: Carlini-Wagner (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attacked"), metavar="DIR", help="for the PNGs (%(default)s)")
-    parser.add_argument("--bundle", type=Path, help="purify the attacked images with this bundle")
-    parser.add_argument("--samples", help="purified samples that vote, or auto (default: the bundle's)")
+    add_pipeline(parser, help="purify the attacked images with this bundle")
+    add_request(parser)
     parser.add_argument("--overwrite", action="store_true", help="attack again what is there already")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
@@ -53,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Recipe.read(args.recipe)
     # Always the same noise: whoever attacks again sees what the attack has changed, not the luck of the draw.
-    purifier = Purifier(args.bundle, samples=args.samples, seed=0) if args.bundle else None
+    given = {**request(args), "seed": 0}
+    purifier = Purifier(args.bundle, args.runtime, args.threads, **given) if args.bundle else None
     classifier = load_target(recipe, args.classifier)
     settings = {"method": args.method, "classifier": fingerprint(classifier, METHODS[args.method])}
     settings |= purifier.settings if purifier else {}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from deploy.errors import CliError
 from deploy.workers import chosen
-from handlers import runtimes
-from mlvgm.cli.options import number_of_samples
+from mlvgm.cli.options import add_pipeline, add_report, number, number_of_samples, positive, whole
 
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,25 +19,26 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Example: mlvgm bench server --bundle build/road-signs --hostile 100000 --kills 10 --overload 120 "
         "--json build/server.json",
     )
-    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--hostile", type=int, default=0, metavar="N", help="requests, half of them hostile")
-    parser.add_argument("--kills", type=int, default=0, metavar="N", help="times that the worker is killed under load")
-    parser.add_argument("--overload", type=float, default=0, metavar="SECONDS", help="of twice what it can answer")
-    parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="of half of what it can answer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
-    parser.add_argument("--seconds", type=float, default=10, help="of each load (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each server at saturation (%(default)s)")
+    add_pipeline(parser, required=True)
+    for option, unit, kind, text in (
+        ("--hostile", "N", whole(0), "requests, half of them hostile"),
+        ("--kills", "N", whole(0), "times that the worker is killed under load"),
+        ("--overload", "SECONDS", number, "of twice what it can answer"),
+        ("--soak", "SECONDS", number, "of half of what it can answer"),
+    ):
+        parser.add_argument(option, type=kind, default=0, metavar=unit, help=text)
+    add_report(parser)
+    parser.add_argument("--seconds", type=number, default=10, help="of each load (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, help="of each server at saturation (%(default)s)")
     parser.add_argument(
         "--samples", type=number_of_samples, metavar="K", help="of an image, or auto (default: the bundle's)"
     )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="to send (default: synthetic pictures)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a batch (default: the archive's)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch (default: the archive's)")
     parser.add_argument(
-        "--batch-delay", type=int, metavar="MS", help="to wait for a full batch (default: the archive's)"
+        "--batch-delay", type=positive, metavar="MS", help="to wait for a full batch (default: the archive's)"
     )
-    parser.add_argument("--workers", type=int, help="of each server (default: as mlvgm serve)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each worker (default: as mlvgm serve)")
-    parser.add_argument("--runtime", choices=runtimes.NAMES, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=positive, help="of each server (default: as mlvgm serve)")
     parser.add_argument("--no-litserve", action="store_true", help="do not compare with LitServe where it is installed")
 
 
@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from export import archive
     from handlers.manifest import AUTO, Manifest
 
-    _check(args)
     manifest = Manifest.read(args.bundle)
     samples = args.samples or manifest.samples.default
     if samples != AUTO and int(samples) > manifest.samples.max:
@@ -80,13 +79,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report.save(content, text, args.json, lambda file: page.plot(content, file))
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in ("hostile", "kills", "overload", "soak", "threads"):
-        if getattr(args, name) < 0:
-            raise CliError(f"--{name} cannot be negative")
-    for name in ("seconds", "rounds", "workers", "samples", "batch_size", "batch_delay"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise CliError(f"--{name.replace('_', '-')} must be above 0")

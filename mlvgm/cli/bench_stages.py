@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.errors import CliError
+from mlvgm.cli.options import add_models, add_report, number, positive, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,18 +24,18 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "installed runtime, on the same images and noise: images a second, ratios, memory, errors.",
         epilog="Example: mlvgm bench stages --recipe celeba-gender --synthetic --batch 1 4 --json build/stages.json",
     )
-    parser.add_argument("--recipe", action="append", help="name or YAML file; repeatable (default: road-signs)")
-    parser.add_argument("--purifier", type=Path, help="checkpoint, where the recipe ships none")
-    parser.add_argument("--classifier", type=Path, help="checkpoint, likewise")
+    add_models(parser, action="append", help="name or YAML file; repeatable (default: road-signs)")
     parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
-    parser.add_argument("--samples", type=int, nargs="+", default=[1], metavar="K", help="purified copies (1)")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
+    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="K", help="purified samples (1)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
-    parser.add_argument("--compare", type=int, default=8, metavar="N", help="purified images to compare (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=10, help="to measure each row for, at least (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: every core)")
+    parser.add_argument(
+        "--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=number, default=10, help="to measure each row for, at least (%(default)s)")
+    parser.add_argument("--threads", type=whole(0, 1024), default=0, help="CPU threads (default: every core)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+    add_report(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from evaluation import report
     from evaluation.progress import say
 
-    if min([*args.batch, *args.samples, args.compare]) < 1:
-        raise CliError("--batch, --samples and --compare must be 1 or more")
     recipes = args.recipe or ["road-signs"]
     if (args.purifier or args.classifier) and len(recipes) > 1:
         raise CliError("--purifier and --classifier belong to one recipe; give --recipe once")

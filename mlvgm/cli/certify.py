@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
+from mlvgm.cli.options import add_files, add_pipeline, load_pipeline
 
 if TYPE_CHECKING:
     from handlers.pipeline import Pipeline
@@ -23,26 +24,23 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "sure, the image is abstained from. Exit code 1 when an image could not be read.",
         epilog="Example: mlvgm certify signs/ --bundle build/road-signs --sigma 0.25 --draws 1000 > certified.jsonl",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder that mlvgm export wrote")
+    add_files(parser)
+    add_pipeline(parser, required=True)
     parser.add_argument("--sigma", type=float, default=0.25, help="standard deviation of the noise (%(default)s)")
     parser.add_argument("--draws", type=int, default=1000, metavar="N", help="noisy images that count (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.001, help="accepted risk, for each image (%(default)s)")
     parser.add_argument("--alphas", help="schedule of interpolation weights (default: the bundle's)")
-    parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
 
 
 def run(args: argparse.Namespace) -> int:
     """Certify an image after the other; one that cannot be read does not stop the rest."""
     from evaluation.progress import say, track
-    from handlers.pipeline import Pipeline
 
     files = list(_files(args.files))
     if not files:
         raise CliError("no image among the files")
     failed = 0
-    with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
+    with load_pipeline(args) as pipeline:
         for file in track(files, "certifying"):
             row = _certify(pipeline, file, args)
             failed += "error" in row

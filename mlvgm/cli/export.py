@@ -1,11 +1,13 @@
 """``mlvgm export``: from a recipe and its weights to a bundle of engines."""
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlvgm.cli.options import add_models
+from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
     from handlers.manifest import Manifest
@@ -18,9 +20,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description="Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.",
         epilog="Example: mlvgm export --recipe road-signs --out build/road-signs",
     )
-    parser.add_argument("--recipe", required=True, help="name of a built-in recipe, or a YAML file")
-    parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
-    parser.add_argument("--classifier", type=Path, help="checkpoint or ONNX file of the classifier, likewise")
+    add_models(parser, required=True, help="name of a built-in recipe, or a YAML file")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
@@ -38,22 +38,18 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(args: argparse.Namespace) -> int:
+    changes = {"blur": args.blur or None, "input_noise_l2": args.input_noise, "precision": args.precision}
+    # Before the libraries are imported: a slip in a recipe is told at once.
+    recipe = Recipe.read(args.recipe, **{name: value for name, value in changes.items() if value is not None})
+
     from export.bundle import export_bundle
     from export.models import load_models
-    from mlvgm.recipe import Recipe
 
     begun = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begun:5.1f} s] {line}", flush=True)
 
-    recipe = Recipe.read(args.recipe)
-    if args.blur:
-        recipe = dataclasses.replace(recipe, blur=True)
-    if args.input_noise is not None:
-        recipe = dataclasses.replace(recipe, input_noise_l2=args.input_noise)
-    if args.precision:
-        recipe = dataclasses.replace(recipe, precision=args.precision)
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)

@@ -11,7 +11,7 @@ from typing import Any
 from deploy.errors import CliError
 from deploy.server import Server
 from handlers.client import Client, ServerError
-from mlvgm.cli.options import number_of_samples
+from mlvgm.cli.options import add_files, add_request, request
 from mlvgm.files import image_files, read_file, shown
 
 _HOPELESS = (0, 401, 404)
@@ -28,18 +28,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png "
         "--url https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
+    add_files(parser)
     parser.add_argument("--model", help="which model (default: the only one that mlvgm serve serves)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--port", type=int, default=8080, help="of mlvgm serve on this machine (%(default)s)")
     where.add_argument("--url", help="of a server elsewhere: https://HOST:PORT")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the X-Api-Key for --url")
     parser.add_argument("--ca-file", type=Path, metavar="FILE", help="authorities that --url's certificate may be from")
-    parser.add_argument(
-        "--samples", type=number_of_samples, help="purified samples that vote, or auto (default: the model's)"
-    )
+    add_request(parser, "the model's")
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
-    parser.add_argument("--alphas", help="schedule of interpolation weights (default: the model's)")
     parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
     parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
@@ -95,10 +92,9 @@ def _only_model(server: Server) -> str:
 
 def _ask(client: Client, model: str, path: Path, target: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
     image = read_file(path)
-    samples, alphas, seed = arguments.samples, arguments.alphas, arguments.seed
     if target is None:
-        return client.predict(image, model, samples=samples, top_k=arguments.top_k, alphas=alphas, seed=seed)
-    purified, answer = client.purify(image, model, samples=samples, alphas=alphas, seed=seed)
+        return client.predict(image, model, **request(arguments))
+    purified, answer = client.purify(image, model, **request(arguments))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(purified)
     return {**answer, "purified": str(target)}

@@ -16,6 +16,7 @@ from handlers.pipeline import Pipeline
 from handlers.request import parse
 from handlers.service import Service
 from mlvgm.cli.bulk import Bulk, Row, print_row
+from mlvgm.cli.options import add_files, add_pipeline, add_request, request
 from mlvgm.files import shown
 
 
@@ -29,12 +30,10 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "An image that cannot be purified is named and the others go on. Exit code 1 when there was one.",
         epilog="Example: mlvgm purify signs/ --bundle build/road-signs --out purified --json > answers.jsonl",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JPEG, PNG, WebP, BMP, or a folder of them")
-    parser.add_argument("--bundle", type=Path, required=True, help="the folder that mlvgm export wrote")
+    add_files(parser)
+    add_pipeline(parser, required=True)
     parser.add_argument("--out", type=Path, default=Path("purified"), metavar="DIR", help="for the PNGs (%(default)s)")
-    parser.add_argument("--samples", help="purified samples that vote, or auto (default: the bundle's)")
-    parser.add_argument("--alphas", help="schedule of interpolation weights (default: the bundle's)")
-    parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
+    add_request(parser)
     parser.add_argument("--overwrite", action="store_true", help="purify again what is there already")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
 
@@ -42,7 +41,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace) -> int:
     """Purify a batch after the other, and print what the samples voted for."""
     failed = 0
-    with Purifier(args.bundle, args.runtime, samples=args.samples, alphas=args.alphas) as purifier:
+    with Purifier(args.bundle, args.runtime, args.threads, **request(args)) as purifier:
         job = Bulk(args.files, args.out, "purified", purifier.settings, purifier.batch, args.overwrite)
         for row in job.run(purifier.purify):
             failed += "error" in row
@@ -61,11 +60,11 @@ class Purifier:
         RequestError: the server would refuse the options.
     """
 
-    def __init__(self, bundle: Path, runtime: str = "auto", **options: Any) -> None:
+    def __init__(self, bundle: Path, runtime: str = "auto", threads: int = 0, **options: Any) -> None:
         manifest = Manifest.read(bundle)
         given = {name: value for name, value in options.items() if value is not None}
         self._request = parse({"image": b"-", "return": "purified", **given}, {}, manifest, allow_seed=True)
-        self._load = functools.partial(Pipeline.load, bundle, runtime)
+        self._load = functools.partial(Pipeline.load, bundle, runtime, threads)
         self._pipeline: Pipeline | None = None
         self.batch = manifest.batch.opt
         self.settings = {

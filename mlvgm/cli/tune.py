@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
+from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
 
 if TYPE_CHECKING:
     from evaluation.tuning import Gain, Trial
@@ -26,17 +27,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "printed as it goes into a recipe; or else that there is no difference.",
         epilog="Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json",
     )
-    parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
-    parser.add_argument("--recipe", help="whose classifier is attacked (default: the one the bundle was made from)")
-    parser.add_argument("--classifier", type=Path, help="its checkpoint, where the recipe ships none")
+    add_pipeline(parser, default=Path("build/road-signs"), help="(%(default)s)")
+    add_models(parser, purifier=False)
     parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
-    parser.add_argument("--images", type=int, default=300, help="to search with (%(default)s)")
-    parser.add_argument("--check", type=int, default=600, help="other images, to compare the best with (%(default)s)")
-    parser.add_argument("--finalists", type=int, default=5, help="how many are compared so (%(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="purified samples that vote (%(default)s)")
-    parser.add_argument("--trials", type=int, default=100, help="at most (%(default)s)")
+    parser.add_argument("--images", type=positive, default=300, help="to search with (%(default)s)")
+    parser.add_argument(
+        "--check", type=positive, default=600, help="other images, to compare the best with (%(default)s)"
+    )
+    parser.add_argument("--finalists", type=positive, default=5, help="how many are compared so (%(default)s)")
+    parser.add_argument("--samples", type=positive, default=4, help="purified samples that vote (%(default)s)")
+    parser.add_argument("--trials", type=positive, default=100, help="at most (%(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
-    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
     parser.add_argument("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
 
 
@@ -46,14 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     from evaluation.attacks import attack, load_target
     from evaluation.photographs import read_photographs
     from evaluation.progress import bar, say
-    from handlers.pipeline import Pipeline
-    from mlvgm.recipe import Recipe
 
-    if min(arguments.images, arguments.check, arguments.finalists, arguments.trials) < 1:
-        raise CliError("--images, --check, --finalists and --trials must be 1 or more")
-    with Pipeline.load(arguments.bundle, threads=arguments.threads) as pipeline:
+    with load_pipeline(arguments) as pipeline:
         manifest = pipeline.manifest
-        recipe = Recipe.read(arguments.recipe or str(manifest.source.get("recipe", "road-signs")))
+        recipe = read_recipe(arguments, manifest)
         classifier = load_target(recipe, arguments.classifier)
         count = arguments.images + arguments.check
         signs = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size, count)

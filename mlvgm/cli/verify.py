@@ -3,6 +3,10 @@
 import argparse
 from pathlib import Path
 
+from handlers import runtimes
+from handlers.manifest import Manifest
+from mlvgm.cli.options import add_models, add_report, number, positive, read_recipe
+
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
@@ -14,20 +18,28 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         epilog="Example: mlvgm verify build/road-signs --json build/verify.json",
     )
     parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
-    parser.add_argument("--recipe", help="name or YAML file (default: the one the bundle was made from)")
-    parser.add_argument("--purifier", type=Path, help="checkpoint of the purifier, where the recipe ships none")
-    parser.add_argument("--classifier", type=Path, help="checkpoint of the classifier, likewise")
+    add_models(parser)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
-    parser.add_argument("--count", type=int, default=4, metavar="N", help="images at most (%(default)s)")
-    parser.add_argument("--samples", type=int, default=2, metavar="K", help="purified copies of each (%(default)s)")
-    parser.add_argument("--runtime", action="append", help="repeatable (default: every one that is installed)")
+    parser.add_argument("--count", type=positive, default=4, metavar="N", help="images at most (%(default)s)")
+    parser.add_argument(
+        "--samples", type=positive, default=2, metavar="K", help="purified samples of each (%(default)s)"
+    )
+    parser.add_argument(
+        "--runtime",
+        action="append",
+        choices=runtimes.NAMES[1:],
+        help="repeatable (default: every one that is installed)",
+    )
     parser.add_argument("--no-attack", action="store_true", help="clean images only")
-    parser.add_argument("--limit", type=float, help="relative L2 error allowed (default: by the bundle's precision)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+    parser.add_argument("--limit", type=number, help="relative L2 error allowed (default: by the bundle's precision)")
+    add_report(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the table, and write the report."""
+    manifest = Manifest.read(args.bundle)
+    recipe = read_recipe(args, manifest)
+
     from torch import nn
 
     from deploy.errors import CliError
@@ -37,14 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from evaluation.progress import say
     from export.models import load_models
     from export.precision import LIMITS
-    from handlers import runtimes
-    from handlers.manifest import Manifest
-    from mlvgm.recipe import Recipe
 
-    if min(args.count, args.samples) < 1:
-        raise CliError("--count and --samples must be 1 or more")
-    manifest = Manifest.read(args.bundle)
-    recipe = Recipe.read(args.recipe or str(manifest.source.get("recipe", "road-signs")))
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     if not isinstance(classifier, nn.Module):
         raise CliError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")

@@ -53,15 +53,17 @@ class Installed:
     def __init__(self, wheel: Path, folder: Path) -> None:
         venv.create(folder / "env")
         self.python = folder / "env" / "bin" / "python"
+        self.home, self.work = folder / "home", folder / "work"
+        self.work.mkdir()
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(self.python)]
-        subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
+        done = self.run(*pip, "install", "--no-deps", "--no-index", str(wheel))
+        assert done.returncode == 0, done.stderr
         (self.site,) = (folder / "env" / "lib").glob("python3*/site-packages")
         # The path alone: what its own .pth files would add, an editable install of the checkout above all, is left out.
         (self.site / "libraries.pth").write_text("\n".join(site.getsitepackages()))
-        self.home, self.work = folder / "home", folder / "work"
-        self.work.mkdir()
 
     def run(self, *words: str | Path) -> "subprocess.CompletedProcess[str]":
+        """A command without what the environment says of Python and of us: $PYTHONPATH may well name the checkout."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLVGM", "PYTHON"))}
         environment |= {"XDG_STATE_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=self.work, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""How long a request has waited, where a proxy in front says when it came: ``X-Request-Start: t=SECONDS.MILLISECONDS``.
+"""How long a request was queued, where a proxy in front says when it came: ``X-Request-Start: t=SECONDS.MILLISECONDS``.
 
 TorchServe does not tell its workers how long a request stood in its queue. deploy/nginx.conf sets this header, which
 other proxies know as well, and overwrites what a client sends under its name.
@@ -15,7 +15,7 @@ _LONGEST = 3600.0  # what claims more is no time of arrival, or the clock has ju
 _SECONDS = re.compile(r"t=(\d{1,12}(?:\.\d{1,6})?)")
 
 
-def waited(headers: Mapping[str, Any]) -> float | None:
+def queue_seconds(headers: Mapping[str, Any]) -> float | None:
     """Seconds since the request came; None where no proxy says, or what it says cannot be.
 
     Args:

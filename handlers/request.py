@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from handlers import form
 from handlers.image import format_of
@@ -25,6 +25,10 @@ MOST_IMAGES = 16
 """In one request. Their copies together may be four times what one image may have."""
 MAX_BODY = 6_553_500
 """Bytes of a body, as deploy/config.properties and deploy/nginx.conf have it, and of what a body in gzip holds."""
+
+Layout = Literal["one", "list"] | Envelope
+_Content = tuple[tuple[Image, ...], dict[str, Any], Layout]
+"""What a body says: images, options, and what the answers go back as."""
 
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
@@ -45,8 +49,7 @@ class Request:
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
         seed: decides the noise, of the first image, and each further image has the next one; None takes fresh ones.
-        listed: the images came as a list, and the answers go as one.
-        envelope: of the Open Inference Protocol, if the request came in one.
+        layout: what the answers go back as: one, a list, or tensors in the envelope of the Open Inference Protocol.
     """
 
     images: tuple[Image, ...]
@@ -55,8 +58,7 @@ class Request:
     wants_image: bool
     alphas: str
     seed: int | None
-    listed: bool = False
-    envelope: Envelope | None = None
+    layout: Layout = "one"
 
 
 def parse(
@@ -76,38 +78,29 @@ def parse(
     fields = _unpacked(fields, headers)
     body = fields.get("body")
     if form.HEADER in headers and isinstance(body, bytes | bytearray):
-        content = _form(form.read(body, headers[form.HEADER]), headers)
+        images, given, layout = _form(form.read(body, headers[form.HEADER]), headers)
     else:
-        content = _content(fields, headers)
-    options = _header_options(headers) | content.options
+        images, given, layout = _content(fields, headers)
+    options = _header_options(headers) | given
     if unknown := [name for name in options if name not in OPTIONS]:
         raise RequestError(f"unknown option {quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
     if "seed" in options and not allow_seed:
         raise RequestError("seed: this server does not let clients choose the noise")
     most_named = min(len(manifest.classes), _MOST_TOP_K)
     request = Request(
-        images=content.images,
+        images=images,
         samples=_samples(options, manifest),
         top_k=_integer(options, "top_k", 1, most_named, min(_DEFAULT_TOP_K, most_named)),
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
-        seed=_integer(options, "seed", 0, 2**SEED_BITS - len(content.images), 0) if "seed" in options else None,
-        listed=content.listed,
-        envelope=content.envelope,
+        seed=_integer(options, "seed", 0, 2**SEED_BITS - len(images), 0) if "seed" in options else None,
+        layout=layout,
     )
-    if request.listed and request.wants_image:
+    if layout != "one" and request.wants_image:
         raise RequestError("return: a purified image comes for one image a request, as 'image'")
-    if request.samples != AUTO and len(request.images) * int(request.samples) > 4 * manifest.samples.max:
+    if request.samples != AUTO and len(images) * int(request.samples) > 4 * manifest.samples.max:
         raise RequestError(f"images times samples may be {4 * manifest.samples.max} at most")
     return request
-
-
-@dataclass(frozen=True)
-class _Content:
-    images: tuple[Image, ...]
-    options: dict[str, Any]
-    listed: bool = False
-    envelope: Envelope | None = None
 
 
 def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Content:
@@ -121,7 +114,7 @@ def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Conte
         raise RequestError("a form can have several fields 'image', and any other once")
     if len(images) > MOST_IMAGES:
         raise RequestError(f"a form can have {MOST_IMAGES} images at most")
-    return _Content(images, options, listed=True)
+    return images, options, "list"
 
 
 def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
@@ -138,16 +131,16 @@ def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
         if JSON_LENGTH_HEADER in headers:
             return _binary(bytes(body), headers, options)
         if format_of(body) or not ("json" in content_type or _JSON_START.match(body)):
-            return _Content((_image(bytes(body)),), options)
+            return (_image(bytes(body)),), options, "one"
     entries = json_object(body)
     if "inputs" in entries:
         return _tensors(entries, b"", options)
     if "images" not in entries:
-        return _Content((base64_bytes(entries.pop("image", None)),), options | entries)
+        return (base64_bytes(entries.pop("image", None)),), options | entries, "one"
     texts = entries.pop("images")
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
         raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
-    return _Content(tuple(base64_bytes(text) for text in texts), options | entries, listed=True)
+    return tuple(base64_bytes(text) for text in texts), options | entries, "list"
 
 
 def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any]:
@@ -191,7 +184,7 @@ def _binary(body: bytes, headers: Mapping[str, str], options: dict[str, Any]) ->
 
 def _tensors(entries: Mapping[str, Any], binary: bytes, options: dict[str, Any]) -> _Content:
     images, parameters, envelope = read(entries, binary, MOST_IMAGES)
-    return _Content(images, options | parameters, listed=True, envelope=envelope)
+    return images, options | parameters, envelope
 
 
 def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """TorchServe's entry point: settings in, a `Service` behind it, answers out."""
 
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class PurifierHandler:
             self._service = Service(pipeline, settings.allow_seed, settings.max_wait_s, sink(context))
             self._service.self_test()
             self._unmeasured = Service(pipeline)
+            gc.freeze()  # what is loaded stays: passes of the garbage collector need not visit it
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
             logger.error("%s: %s", FAILED, str(error).replace("\n", " "))

@@ -14,11 +14,10 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from handlers import answer
 from handlers.pipeline import Pipeline
-from handlers.service import Answer, Service
-
-MAX_BODY = 6_553_500
-"""Bytes of a request, as in deploy/config.properties."""
+from handlers.request import MAX_BODY
+from handlers.service import Service
 
 
 @serve.deployment
@@ -47,11 +46,11 @@ class Purifier:
             body += part
             if len(body) > MAX_BODY:
                 return _refusal(413, "the body is larger than 6.5 MB")
-        answer = await self._together(({"body": bytes(body)}, dict(request.headers)))
-        return Response(answer.body, answer.status, answer.headers, answer.content_type)
+        made = await self._together(({"body": bytes(body)}, dict(request.headers)))
+        return Response(made.body, made.status, made.headers, made.content_type)
 
     @serve.batch(batch_wait_timeout_s=0.002)
-    async def _together(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Answer]:
+    async def _together(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[answer.Response]:
         return await asyncio.to_thread(self._service.answer, requests)
 
 

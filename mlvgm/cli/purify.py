@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -78,10 +77,8 @@ class Purifier:
         """For each image a PNG and the answer, or what is wrong with it."""
         requests = [dataclasses.replace(self._request, images=(image,)) for image in images]
         return [
-            (answer.body, json.loads(answer.headers["X-Mlvgm-Answer"]))
-            if answer.status == 200
-            else str(json.loads(answer.body)["error"])
-            for answer in self._service.purify(requests)
+            (outcome.purified, outcome.content) if outcome.purified else str(outcome.content["error"])
+            for (outcome,) in self._service.purify(requests)
         ]
 
     @functools.cached_property

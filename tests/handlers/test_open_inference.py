@@ -62,7 +62,7 @@ def test_encoded_images(manifest: Manifest) -> None:
     for shape, data in (([3], TEXTS), ([3, 1], [[text] for text in TEXTS])):
         request = read(manifest, {**BYTES, "shape": shape, "data": data}, parameters={"samples": 2, "top_k": 1})
         assert request.images == tuple(FILES)
-        assert (request.samples, request.top_k, request.listed) == (2, 1, True)
+        assert (request.samples, request.top_k) == (2, 1)
     assert read(manifest, BYTES, {"X-Mlvgm-Samples": "2"}).samples == 2
 
 

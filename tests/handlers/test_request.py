@@ -158,14 +158,14 @@ def test_several_images_keep_their_order(manifest: Manifest) -> None:
     texts = [base64.b64encode(bytes([i])).decode() for i in range(3)]
     request = parse({"body": {"images": texts, "samples": 2}}, {}, manifest)
     assert request.images == (b"\0", b"\1", b"\2")
-    assert request.listed
-    assert not parse({"body": {"image": BASE64}}, {}, manifest).listed
+    assert request.layout == "list"
+    assert parse({"body": {"image": BASE64}}, {}, manifest).layout == "one"
 
 
 def test_a_form_through_nginx_can_have_several_images(manifest: Manifest) -> None:
     fields = [("image", b"1"), ("samples", b"2"), ("image", b"{2}"), ("image", b"3")]
     request = parse({"body": forms.written(*fields)}, THROUGH_NGINX, manifest)
-    assert (request.images, request.samples, request.listed) == ((b"1", b"{2}", b"3"), 2, True)
+    assert (request.images, request.samples, request.layout) == ((b"1", b"{2}", b"3"), 2, "list")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import base64
 import json
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from handlers.answer import Response
 from handlers.image import decode, encode_png
 from handlers.metrics import (
     ANSWERS,
@@ -26,8 +29,9 @@ from handlers.metrics import (
     Measure,
 )
 from handlers.pipeline import Pipeline
-from handlers.service import Answer, Service
+from handlers.service import Service
 from tests import bundles
+from tests.handlers.hostile import encoded
 
 
 class Meter(defaultdict[tuple[Measure, str], list[float]]):
@@ -62,7 +66,7 @@ def ask(image: bytes, **options: object) -> tuple[dict[str, Any], dict[str, Any]
     return {"body": bytearray(image)}, {f"X-Mlvgm-{name.replace('_', '-')}": str(v) for name, v in options.items()}
 
 
-def said(answer: Answer) -> dict[str, Any]:
+def said(answer: Response) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(answer.body)
     return content
 
@@ -276,6 +280,17 @@ def test_large_images_are_read_side_by_side(service: Service, monkeypatch: pytes
     assert all(name.startswith("reader") for name in threads)
     assert said(together[0])["top_k"] == alone[0]["top_k"]
     assert [entry["top_k"] for entry in said(together[2])["answers"]] == [e["top_k"] for e in alone[2]["answers"]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_an_image_that_takes_more_memory_than_there_is_fails_alone(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handlers.service._READING_BYTES", 30_000_000)
+    large = encoded(Image.new("RGB", (4000, 4000)), "PNG")
+    answers = service.answer([ask(png(0)), ask(large), ask(png(1))])
+    assert [answer.status for answer in answers] == [200, 400, 200]
+    assert "too large" in said(answers[1])["error"]
 
 
 def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,29 @@
+"""A limit on memory while strangers' images are read: what wants more fails alone, instead of the whole worker."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_STATM = Path("/proc/self/statm")
+
+
+@contextlib.contextmanager
+def memory(more: int) -> Iterator[None]:
+    """Let this process allocate ``more`` bytes beyond what it has: allocations that want more raise MemoryError.
+
+    Linux alone counts so (RLIMIT_DATA: what is private and writable). Elsewhere nothing is limited.
+    """
+    try:
+        import resource
+
+        held = int(_STATM.read_text().split()[5]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = held + more if before == resource.RLIM_INFINITY else min(before, held + more)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))

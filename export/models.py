@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from export.bundle import ExportError
-from mlvgm.load import CLASSIFIERS, load_callable, load_classifier, load_purifier
+from mlvgm.load import load_callable, load_classifier, load_purifier
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
@@ -16,30 +16,24 @@ def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) 
     A classifier that is an ONNX file is returned as its path.
 
     Raises:
-        ExportError: neither the recipe nor the arguments name a file.
+        ExportError: neither the recipe nor the arguments name a file that is there.
         CheckpointError: a file cannot be used.
     """
-    purifier_file = purifier or recipe.purifier
-    if purifier_file is None:
-        raise ExportError(f"recipe {recipe.name} ships no purifier: give its checkpoint with --purifier FILE")
-    return (
-        load_purifier(recipe.family, purifier_file, recipe.temperature),
-        _load_classifier(recipe, classifier),
-    )
-
-
-def _load_classifier(recipe: Recipe, file: Path | None) -> nn.Module | Path:
     architecture = recipe.classifier.architecture
+    purifier = _file(recipe, "purifier", purifier or recipe.purifier)
     if ":" in architecture:
-        return load_callable(architecture)
-    file = file or recipe.classifier.file
-    if file is None:
-        raise ExportError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
+        built = load_callable(architecture)
+        return load_purifier(recipe.family, purifier, recipe.temperature), built
+    classifier = _file(recipe, "classifier", classifier or recipe.classifier.file)
+    loaded = load_purifier(recipe.family, purifier, recipe.temperature)
     if architecture == "onnx":
-        return file
-    if architecture not in CLASSIFIERS:
-        known = ", ".join(CLASSIFIERS)
-        raise ExportError(
-            f"recipe {recipe.name}: classifier {architecture!r} is none of {known}, onnx, module:function"
-        )
-    return load_classifier(architecture, file, len(recipe.classes))
+        return loaded, classifier
+    return loaded, load_classifier(architecture, classifier, len(recipe.classes))
+
+
+def _file(recipe: Recipe, name: str, file: Path | None) -> Path:
+    if file is None:
+        raise ExportError(f"recipe {recipe.name} ships no {name}: give its checkpoint with --{name} FILE")
+    if not file.is_file():
+        raise ExportError(f"recipe {recipe.name}: {name} {file}: no such file")
+    return file

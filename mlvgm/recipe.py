@@ -47,7 +47,7 @@ class ClassifierRecipe:
 
     def __post_init__(self) -> None:
         module, colon, function = self.architecture.partition(":")
-        if colon and all(part.isidentifier() for part in (*module.split("."), function)):
+        if colon and all(part.isidentifier() for part in f"{module}.{function}".split(".")):
             return
         if self.architecture not in ARCHITECTURES:
             known = none_of(self.architecture, ARCHITECTURES)
@@ -130,7 +130,9 @@ class Recipe:
         object.__setattr__(self, "alphas", {"linear": linear, "cosine": cosine, **self.alphas})
         for name, values in self.alphas.items():
             if len(values) != n:
-                raise ValueError(f"alphas.{name} has {len(values)} weights, must have one for each of {n} latents")
+                raise ValueError(
+                    f"alphas.{name} has {len(values)} weights, must have one for each latent (n_latents is {n})"
+                )
         if self.schedule not in self.alphas:
             raise ValueError(f"schedule is {none_of(self.schedule, self.alphas)}")
         if self.runtime not in runtimes.NAMES:

@@ -1,5 +1,6 @@
 """Recipes: the built-in ones say what the paper says, and a wrong one is refused in one sentence."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_fields_can_be_replaced_and_are_checked_too(tmp_path: Path) -> None:
         ({"temperature": float("nan")}, "temperature is nan, must be a number above 0"),
         ({"input_noise_l2": -3}, "input_noise_l2 is -3, must be a number, 0 or more"),
         ({"attenuation": 2}, "attenuation is 2, must be a number from 0 to 1"),
-        ({"alphas": {"tuned": [0.5]}}, "alphas.tuned has 1 weights, must have one for each of 3 latents"),
+        ({"alphas": {"tuned": [0.5]}}, "alphas.tuned has 1 weights, must have one for each latent .n_latents is 3."),
         ({"alphas": {"tuned": [0, 0, 2]}}, r"alphas.tuned\[2\] is 2, must be a number from 0 to 1"),
         ({"alphas": [0, 0, 1]}, "alphas is .*, must be a mapping from names to lists of numbers"),
         ({"schedule": "cosin"}, r"schedule is 'cosin', must be cosine or linear \(did you mean 'cosine'\?\)"),
@@ -141,3 +142,53 @@ def test_what_the_recipe_calls_by_name_is_what_can_be_loaded() -> None:
     from mlvgm.load import CLASSIFIERS
 
     assert {"onnx", *CLASSIFIERS} == set(ARCHITECTURES)
+
+
+FULL = {
+    **TINY,
+    "classes": ["a", "b"],
+    "schedule": "cosine",
+    "alphas": {"tuned": [0, 0.5, 1]},
+    "attenuation": 0.5,
+    "purifier": "a.pt",
+    "temperature": 0.7,
+    "input_noise_l2": 0.5,
+    "blur": True,
+    "precision": "fp16",
+    "runtime": "openvino",
+    "batch": {"min": 1, "opt": 2, "max": 4, "cpu": 1},
+    "samples": {"default": 2, "max": 4},
+}
+ODD = [
+    *[None, "", " ", "x", "1e3", "0.5", "no", "\u202e", "a\tb", "ü" * 10_000],
+    *[True, 0, 1, -1, 2, 0.5, 10**400, -(10**400), float("nan"), float("inf"), 1e-300],
+    *[
+        [],
+        [[]],
+        [1],
+        ["x"],
+        [None],
+        {},
+        {"x": 1},
+        {1: 2},
+        {"min": 1},
+        {"default": [1]},
+        datetime.date(2024, 1, 1),
+        b"\0",
+    ],
+]
+
+
+@pytest.mark.parametrize("name", sorted(FULL))
+def test_whatever_stands_in_a_field_is_read_or_named(name: str, tmp_path: Path) -> None:
+    assert Recipe.read(write(tmp_path, **FULL)).samples == Samples(2, 4)
+    read = []
+    for value in ODD:
+        path = write(tmp_path, **{**FULL, name: value})
+        try:
+            read.append(getattr(Recipe.read(path), name))
+        except RecipeError as error:
+            assert str(error).startswith(f"{path}: "), value  # noqa: PT017
+            assert name in str(error), value  # noqa: PT017
+            assert len(str(error)) < len(str(path)) + 500, value  # noqa: PT017
+    assert len({type(value) for value in read if value is not None}) <= 1, read

@@ -7,7 +7,7 @@ import sys
 from deploy.errors import CliError
 from deploy.server import IN_CHECKOUT, PROJECT
 
-SUBJECTS = ("stages", "server", "trtexec")
+SUBJECTS = ("stages", "server", "trtexec", "vote")
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

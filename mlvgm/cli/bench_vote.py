@@ -1,0 +1,68 @@
+"""``mlvgm bench vote``: whether a vote that is ended early says what all samples would have said."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the subject's arguments."""
+    parser = subjects.add_parser(
+        "vote",
+        help="samples: auto against the maximum",
+        description="Classify clean and attacked validation images with samples: auto and with the bundle's maximum, "
+        "with the same noise, batch by batch in turn. Says how many labels are equal, how many samples were drawn, "
+        "and how many times as fast auto is.",
+        epilog="Example: mlvgm bench vote --bundle build/road-signs --data ../gtsrb --json build/vote.json",
+    )
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
+    parser.add_argument("--recipe", help="whose classifier is attacked (default: the one the bundle was made from)")
+    parser.add_argument("--classifier", type=Path, help="its checkpoint, where the recipe ships none")
+    parser.add_argument("--attacks", nargs="*", choices=("deepfool", "cw"), default=["deepfool"], help="(deepfool)")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="of each kind (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a call (%(default)s)")
+    parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md goes beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Attack, measure, print the table, and write the report."""
+    from benchmarks import vote
+    from deploy.errors import CliError
+    from evaluation import report
+    from evaluation.attacks import attack, load_target
+    from evaluation.photographs import read_photographs
+    from handlers.pipeline import Pipeline
+    from mlvgm.recipe import Recipe
+
+    if min(args.images, args.batch) < 1:
+        raise CliError("--images and --batch must be 1 or more")
+    with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
+        manifest = pipeline.manifest
+        photographs = read_photographs(args.data, "validation", manifest.classes, manifest.image_size, args.images)
+        sets = {"clean": photographs.images}
+        if args.attacks:
+            recipe = Recipe.read(args.recipe or str(manifest.source.get("recipe", "road-signs")))
+            classifier = load_target(recipe, args.classifier)
+            for name in args.attacks:
+                cache = Path("build/attacks")
+                sets[name] = attack(classifier, photographs.images, photographs.labels, name, cache).images
+        pipeline.warm_up()
+        content = {
+            "bundle": f"{manifest.name} {manifest.version}",
+            "images": len(photographs),
+            "batch": args.batch,
+            "maximum": manifest.samples.max,
+            "runtime": pipeline.runtime,
+            "precision": manifest.precision,
+            **report.measured_here(),
+            "sets": {
+                name: vote.measure(pipeline, images, photographs.labels, args.batch) for name, images in sets.items()
+            },
+        }
+    page = vote.markdown(content)
+    print(page, end="")
+    if args.json:
+        report.save(content, page, args.json)
+    return 0

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from handlers.manifest import Manifest
 
 
+_CHUNK = 64
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
     parser = subparsers.add_parser(
@@ -30,6 +33,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_pipeline(parser, default=Path("build/road-signs"), help="(%(default)s)")
     add_models(parser, purifier=False)
     parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
+    parser.add_argument(
+        "--score",
+        type=float,
+        metavar="RATE",
+        help="instead: set from which attack score on the bundle calls an image suspicious, so that this share of "
+        "clean images is, on average (0.01). Takes all validation images, and no attack",
+    )
     parser.add_argument("--images", type=positive, default=300, help="to search with (%(default)s)")
     parser.add_argument(
         "--check", type=positive, default=600, help="other images, to compare the best with (%(default)s)"
@@ -43,6 +53,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> int:
     """Attack, search, compare the finalists, and write and print the winner."""
+    if arguments.score is not None:
+        return _set_threshold(arguments)
     from evaluation import tuning
     from evaluation.attacks import attack, load_target
     from evaluation.photographs import read_photographs
@@ -91,6 +103,32 @@ def run(arguments: argparse.Namespace) -> int:
     scale = recipe.attenuation or 1.0
     print(f"better than the bundle's own weights by {interval}:")
     print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in best.weights)}]")
+    return 0
+
+
+def _set_threshold(arguments: argparse.Namespace) -> int:
+    """Score clean images as they are served, and write the threshold into the bundle's manifest."""
+    import numpy as np
+
+    from evaluation.photographs import read_photographs
+    from evaluation.progress import track
+    from handlers.score import ScoreThreshold
+
+    with load_pipeline(arguments) as pipeline:
+        manifest = pipeline.manifest
+        images = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size).images
+        ScoreThreshold.of(np.zeros(len(images)), arguments.score)  # refuses too few before the work
+        chunks = np.split(np.arange(len(images)), range(_CHUNK, len(images), _CHUNK))
+        scores = [
+            pipeline.run(images[rows], seeds=rows).scores for rows in track(chunks, "scoring", f"x{_CHUNK} image")
+        ]
+    found = ScoreThreshold.of(np.concatenate(scores), arguments.score)
+    dataclasses.replace(manifest, score=found).write(arguments.bundle)
+    print(
+        f"{arguments.bundle}: a score above {found.threshold:.4g} is suspicious. Of {len(images)} clean images "
+        f"{(np.concatenate(scores) > found.threshold).sum()} are; of further ones {found.low:.2%} to {found.high:.2%} "
+        "will be (95 %)"
+    )
     return 0
 
 

@@ -1,11 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from evaluation import attacks, tuning
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
 from mlvgm.cli.main import main
+from tests import bundles
 from tests.evaluation.models import of_bundle, pictures
 
 pytest.importorskip("foolbox")
@@ -61,3 +65,24 @@ def test_refuses_what_cannot_work(words: list[str], capsys: pytest.CaptureFixtur
     assert main([*words, "--images", "9"]) == 2
     assert "9 validation images, too few" in capsys.readouterr().err
     assert main([*words, "--trials", "0"]) == 2
+
+
+def test_sets_the_threshold_of_the_attack_score(
+    nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(nvae_bundle, tmp_path / "bundle"))
+    images = bundles.images(40)
+    (tmp_path / "data" / "validation" / "0").mkdir(parents=True)
+    for i, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "data" / "validation" / "0" / f"{i:02}.png")
+    words = ["tune", "--bundle", str(bundle), "--data", str(tmp_path / "data"), "--score"]
+    assert main([*words, "0.1"]) == 0
+    assert "are; of further ones" in capsys.readouterr().out
+    with Pipeline.load(bundle) as pipeline:
+        threshold = pipeline.manifest.score
+        assert threshold is not None
+        assert threshold.false_alarms == 0.1
+        assert (pipeline.run(images).scores > threshold.threshold).mean() < 0.3
+    assert main([*words, "0.01"]) == 2
+    assert "needs 99 clean images, not 40" in capsys.readouterr().err
+    assert Manifest.read(bundle).score == threshold

@@ -70,6 +70,8 @@ def build_archive(
     if importlib.util.find_spec("model_archiver") is None:
         raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver==0.12.0")
     manifest = Manifest.read(bundle)
+    if settings.suspicious != "pass" and manifest.score is None:
+        raise ArchiveError(f"{bundle}: has no threshold of the attack score: run mlvgm tune --score 0.01 first")
     out.mkdir(parents=True, exist_ok=True)
     # The archiver deletes $TMPDIR/<model name> before it begins: give it a folder where nothing else can be.
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out) as scratch:

@@ -1,7 +1,7 @@
 """What goes back: an `Outcome` for each image, and one `Response` for each request."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +45,15 @@ def refusal(status: int, reason: str) -> Outcome:
     return Outcome(status, {"error": reason, "status": status})
 
 
-def describe(result: Result, i: int, request: Request, classes: Sequence[str], decode_ms: float) -> Outcome:
+def describe(
+    result: Result, i: int, request: Request, classes: Sequence[str], decode_ms: float, more: Mapping[str, Any]
+) -> Outcome:
     """What ``result`` says of its image ``i``, as ``request`` wants it.
 
     Args:
         classes: their names, by index.
         decode_ms: milliseconds that reading the image took.
+        more: what else is said of the image.
     """
     label, unpurified = int(result.labels[i]), int(result.unpurified_labels[i])
     content = {
@@ -66,6 +69,7 @@ def describe(result: Result, i: int, request: Request, classes: Sequence[str], d
             "confidence": _rounded(result.unpurified_confidences[i, unpurified]),
         },
         "samples": int(result.samples[i]),
+        **more,
     }
     if request.wants_image:
         return Outcome(200, content, encode_png(result.representative(i)))

@@ -37,6 +37,23 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a server lets clients have certified.
+
+    Attributes:
+        draws: noisy images that count, for all images of a request together, at most; 0 refuses certificates.
+        sigma, alpha: as for `Certified`.
+    """
+
+    draws: int = 0
+    sigma: float = 0.25
+    alpha: float = 0.001
+
+
+NONE = Budget()
+
+
+@dataclass(frozen=True)
 class Certified:
     """The answer for B images and C classes.
 

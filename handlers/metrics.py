@@ -30,12 +30,15 @@ REJECTED = Measure("mlvgm_rejected", "counter", "count", "reason")
 FLAGGED = Measure("mlvgm_flagged", "counter", "count")
 DISAGREED = Measure("mlvgm_disagreed", "counter", "count")
 FALLBACKS = Measure("mlvgm_fallbacks", "counter", "count", "stage")
+SAMPLES = Measure("mlvgm_samples", "counter", "count")
+SCORE = Measure("mlvgm_attack_score", "histogram", "nats")
+SUSPICIOUS = Measure("mlvgm_suspicious", "counter", "count")
 
-MEASURES = (STAGE, REQUEST, QUEUE, BATCH, ANSWERS, REJECTED, FLAGGED, DISAGREED, FALLBACKS)
+MEASURES = (STAGE, REQUEST, QUEUE, BATCH, ANSWERS, REJECTED, FLAGGED, DISAGREED, FALLBACKS, SAMPLES, SCORE, SUSPICIOUS)
 
-REASONS = ("request", "image", "late", "overflow", "internal")
+REASONS = ("request", "image", "late", "overflow", "internal", "suspicious")
 """Why something is not answered with 200: the request or an image of it cannot be read, it has waited for too long, a
-stage overflows in fp32 too, or something broke here."""
+stage overflows in fp32 too, something broke here, or it looks attacked and the operator has such images refused."""
 
 Sink = Callable[[Measure, float, str], None]
 """Takes one value: what a counter grows by, or one value of a histogram, and the label's value or ""."""

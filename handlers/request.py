@@ -1,7 +1,7 @@
 """One prediction request, whichever way it came: raw bytes, a multipart form, JSON, or the Open Inference Protocol.
 
-Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas`` and ``seed``. A form has them as
-fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples, X-Mlvgm-Top-K and so on.
+Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas``, ``seed`` and ``certify``. A form has
+them as fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples and so on.
 JSON may hold several images: a list under "images". So may a form that comes through nginx: several fields "image".
 """
 
@@ -20,7 +20,7 @@ from handlers.strict_json import RequestError, base64_bytes, json_object, quoted
 
 __all__ = ["MAX_BODY", "MOST_IMAGES", "OPTIONS", "Request", "RequestError", "parse"]
 
-OPTIONS = ("samples", "top_k", "return", "alphas", "seed")
+OPTIONS = ("samples", "top_k", "return", "alphas", "seed", "certify")
 MOST_IMAGES = 16
 """In one request. Their copies together may be four times what one image may have."""
 MAX_BODY = 6_553_500
@@ -49,6 +49,7 @@ class Request:
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
         seed: decides the noise, of the first image, and each further image has the next one; None takes fresh ones.
+        certify: noisy images of each image that count for a certificate; 0 for none.
         layout: what the answers go back as: one, a list, or tensors in the envelope of the Open Inference Protocol.
     """
 
@@ -58,11 +59,16 @@ class Request:
     wants_image: bool
     alphas: str
     seed: int | None
+    certify: int = 0
     layout: Layout = "one"
 
 
 def parse(
-    fields: Mapping[str, Any], headers: Mapping[str, Any], manifest: Manifest, allow_seed: bool = False
+    fields: Mapping[str, Any],
+    headers: Mapping[str, Any],
+    manifest: Manifest,
+    allow_seed: bool = False,
+    most_draws: int = 0,
 ) -> Request:
     """Read one request.
 
@@ -70,6 +76,7 @@ def parse(
         fields: the form's fields by name, or the whole body as "body" or "data": bytes, or parsed JSON.
         headers: HTTP headers, in any case.
         allow_seed: whether clients may choose the seed.
+        most_draws: what clients may have certified: the draws for all images together.
 
     Raises:
         RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
@@ -94,10 +101,13 @@ def parse(
         wants_image=_choice(options, "return", ("json", "purified"), _accepted(headers)) == "purified",
         alphas=_choice(options, "alphas", manifest.alphas, manifest.default_alphas),
         seed=_integer(options, "seed", 0, 2**SEED_BITS - len(images), 0) if "seed" in options else None,
+        certify=_certify(options, most_draws, len(images)),
         layout=layout,
     )
     if layout != "one" and request.wants_image:
         raise RequestError("return: a purified image comes for one image a request, as 'image'")
+    if isinstance(layout, Envelope) and request.certify:
+        raise RequestError("certify: tensors have no place for a certificate; send the image as it is, or in JSON")
     if request.samples != AUTO and len(images) * int(request.samples) > 4 * manifest.samples.max:
         raise RequestError(f"images times samples may be {4 * manifest.samples.max} at most")
     return request
@@ -202,6 +212,14 @@ def _accepted(headers: Mapping[str, str]) -> str:
     taken = {kind.strip() for kind, _, quality in ranges if not _NEVER.fullmatch(quality)}
     takes_json = taken & {"application/json", "application/*", "*/*"}
     return "purified" if taken & {"image/png", "image/*"} and not takes_json else "json"
+
+
+def _certify(options: Mapping[str, Any], most_draws: int, n_images: int) -> int:
+    if "certify" not in options:
+        return 0
+    if most_draws < n_images:
+        raise RequestError("certify: this server certifies no answers, or none to so many images at once")
+    return _integer(options, "certify", 1, most_draws // n_images, 0)
 
 
 def _samples(options: Mapping[str, Any], manifest: Manifest) -> int | str:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from handlers.binomial import lower_bound
 from handlers.errors import InputError
 
-POLICIES = ("pass", "review", "refuse")
-"""What becomes of a suspicious image: it is answered as any other, marked for review, or refused."""
+_ROUNDING = 1e-12
+"""Of a product, relatively: 0.01 times 100 is one."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class ScoreThreshold:
     def of(cls, scores: npt.ArrayLike, false_alarms: float) -> "ScoreThreshold":
         """The least threshold that clean images exceed at this rate at most, on average.
 
-        The k-th least of n scores, k = ceil((n + 1) (1 - rate)), as in split conformal prediction (Vovk, Gammerman and
-        Shafer, "Algorithmic Learning in a Random World", 2005): a further clean image exceeds it with probability
-        1 - k / (n + 1) at most. Its true rate has a beta distribution with parameters n + 1 - k and k, whatever that of
-        the scores.
+        The k-th least of n scores, k = n + 1 - floor((n + 1) rate), as in split conformal prediction (Vovk, Gammerman
+        and Shafer, "Algorithmic Learning in a Random World", 2005): a further clean image exceeds it with probability
+        1 - k / (n + 1) at most. Its true rate has a beta distribution with parameters n + 1 - k and k, whatever the
+        distribution of the scores.
 
         Args:
             scores: (n,), of clean images that are like those to come and have not been used to choose anything.
@@ -53,9 +53,10 @@ class ScoreThreshold:
         n = len(ordered)
         if not 0 < false_alarms < 1:
             raise InputError(f"the rate of false alarms must lie between 0 and 1, not {false_alarms}")
-        k = math.ceil((n + 1) * (1 - false_alarms))
-        if k > n:
-            needed = math.ceil(1 / false_alarms) - 1
+        above = math.floor((n + 1) * false_alarms * (1 + _ROUNDING))
+        k = n + 1 - above
+        if above == 0:
+            needed = math.ceil(1 / false_alarms * (1 - _ROUNDING)) - 1
             raise InputError(f"a false-alarm rate of {false_alarms:g} needs {needed} clean images, not {n}")
         low, high = lower_bound(n + 1 - k, n, 0.025), 1 - lower_bound(k, n, 0.025)
         return cls(float(ordered[k - 1]), false_alarms, low, high)

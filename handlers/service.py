@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from handlers import cores, limits, metrics
+from handlers import certify, cores, limits, metrics
 from handlers.answer import Outcome, Response, describe, refusal, respond
 from handlers.arrival import queue_seconds
+from handlers.certify import Budget
+from handlers.errors import InputError
 from handlers.image import ImageError, Pixels, decode, encode_png
 from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
@@ -50,6 +52,12 @@ class Service:
         allow_seed: let clients choose the noise.
         max_wait_s: requests queued for longer are refused; needs `X-Request-Start` from the proxy.
         sink: takes what is measured.
+        suspicious: what becomes of an image whose attack score is above the bundle's threshold: "pass" only says so,
+            "review" marks the answer, "refuse" answers 422.
+        certificates: what clients may have certified.
+
+    Raises:
+        InputError: images shall be reviewed or refused, and the bundle has no threshold.
     """
 
     def __init__(
@@ -58,11 +66,17 @@ class Service:
         allow_seed: bool = False,
         max_wait_s: float = math.inf,
         sink: metrics.Sink = metrics.nowhere,
+        suspicious: str = "pass",
+        certificates: Budget = certify.NONE,
     ) -> None:
+        if suspicious != "pass" and pipeline.manifest.score is None:
+            raise InputError(f"suspicious images cannot be told for {suspicious!r}: run mlvgm tune --score 0.01 first")
         self._pipeline = pipeline
         self._allow_seed = allow_seed
         self._max_wait_s = max_wait_s
         self._measure = sink
+        self._suspicious = suspicious
+        self._certificates = certificates
         self._readers = ThreadPoolExecutor(min(cores.usable(), _MOST_READERS), "reader")
         for measure, labels in self._counters().items():
             for label in labels:
@@ -125,7 +139,7 @@ class Service:
                 self._measure(metrics.QUEUE, queued, "")
                 if queued > self._max_wait_s:
                     return self._refuse("late", 503, "the server is busy: try again later")
-            return parse(fields, headers, self._pipeline.manifest, self._allow_seed)
+            return parse(fields, headers, self._pipeline.manifest, self._allow_seed, self._certificates.draws)
         except RequestError as error:
             return self._refuse("request", 400, str(error))
         except Exception:
@@ -159,11 +173,7 @@ class Service:
                 pixels, seeds = np.stack([image.pixels for image in images]), [image.seed for image in images]
                 result = pipeline.run(pixels, samples, seeds, alphas=alphas)
                 self._measure_run(result)
-                classes = pipeline.manifest.classes
-                return outcomes | {
-                    image.place: describe(result, i, image.request, classes, image.decode_ms)
-                    for i, image in enumerate(images)
-                }
+                return outcomes | {image.place: self._describe(image, result, i) for i, image in enumerate(images)}
             except NonFiniteError as error:
                 logger.error("%s", error)
                 broken = [images[i] for i in error.items]
@@ -180,6 +190,24 @@ class Service:
                 return outcomes | {image.place: self._refuse("internal", 500, reason) for image in images}
         return outcomes
 
+    def _describe(self, image: _Decoded, result: Result, i: int) -> Outcome:
+        manifest, more = self._pipeline.manifest, dict[str, Any]()
+        if manifest.score is not None:
+            more["suspicious"] = bool(result.scores[i] > manifest.score.threshold)
+            if more["suspicious"]:
+                self._measure(metrics.SUSPICIOUS, 1, "")
+                if self._suspicious == "refuse":
+                    return self._refuse("suspicious", 422, "the image looks attacked: this server does not answer it")
+            if self._suspicious == "review":
+                more["review"] = more["suspicious"]
+        if image.request.certify:
+            sigma, alpha = self._certificates.sigma, self._certificates.alpha
+            certified = self._pipeline.certify(
+                image.pixels[None], sigma, image.request.certify, alpha, image.request.alphas
+            )
+            more |= certify.answer(certified, 0, manifest.classes)
+        return describe(result, i, image.request, manifest.classes, image.decode_ms, more)
+
     def _refuse(self, metric_label: str, status: int, reason: str) -> Outcome:
         self._measure(metrics.REJECTED, 1, metric_label)
         return refusal(status, reason)
@@ -188,6 +216,9 @@ class Service:
         for stage, milliseconds in result.timing_ms.items():
             self._measure(metrics.STAGE, milliseconds / 1000, stage)
         self._measure(metrics.BATCH, len(result.labels), "")
+        self._measure(metrics.SAMPLES, int(result.samples.sum()), "")
+        for score in result.scores:
+            self._measure(metrics.SCORE, float(score), "")
         for measure, count in (
             (metrics.FLAGGED, result.flagged.sum()),
             (metrics.DISAGREED, (result.agreement < 1).sum()),
@@ -198,5 +229,5 @@ class Service:
     def _counters(self) -> dict[metrics.Measure, tuple[str, ...]]:
         """What is said to be 0 at first, so that the first event shows as growth, and the values of its label."""
         stages = tuple(stage.name for stage in self._pipeline.manifest.stages)
-        unlabelled = dict.fromkeys((metrics.FLAGGED, metrics.DISAGREED), ("",))
+        unlabelled = dict.fromkeys((metrics.FLAGGED, metrics.DISAGREED, metrics.SAMPLES, metrics.SUSPICIOUS), ("",))
         return {metrics.ANSWERS: ("200",), metrics.REJECTED: metrics.REASONS, metrics.FALLBACKS: stages, **unlabelled}

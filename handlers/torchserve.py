@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from handlers import metrics, runtimes
+from handlers.certify import Budget
 from handlers.fields import Range, none_of, read_strict
 from handlers.pipeline import Pipeline
 from handlers.service import Service
@@ -32,12 +33,21 @@ class HandlerSettings:
         allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
         max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
             a proxy that says when it came (`handlers.arrival`).
+        suspicious: what becomes of an image whose attack score is above the bundle's threshold: "pass" only says so,
+            "review" marks the answer, "refuse" answers 422.
+        certify_draws: noisy images that count for the certificates of a request, at most; 0 refuses certificates. They
+            cost what as many samples do, and everybody waits for them.
+        certify_sigma, certify_alpha: standard deviation of their noise, and the risk that a radius is too large.
     """
 
     runtime: str = "auto"
     threads: Annotated[int, Range(0, 1024)] = 0
     allow_seed: bool = False
     max_wait_s: Annotated[int, Range(1, 86_400)] = 30
+    suspicious: Literal["pass", "review", "refuse"] = "pass"
+    certify_draws: Annotated[int, Range(0, 100_000)] = 0
+    certify_sigma: Annotated[float, Range(0.001, 10.0)] = 0.25
+    certify_alpha: Annotated[float, Range(1e-9, 0.5)] = 0.001
 
     def __post_init__(self) -> None:
         if self.runtime not in runtimes.NAMES:
@@ -60,7 +70,10 @@ class PurifierHandler:
             folder = Path(context.system_properties["model_dir"]) / BUNDLE
             device = context.system_properties.get("gpu_id") or 0
             pipeline = Pipeline.load(folder, settings.runtime, threads, device)
-            self._service = Service(pipeline, settings.allow_seed, settings.max_wait_s, sink(context))
+            budget = Budget(settings.certify_draws, settings.certify_sigma, settings.certify_alpha)
+            self._service = Service(
+                pipeline, settings.allow_seed, settings.max_wait_s, sink(context), settings.suspicious, budget
+            )
             self._service.self_test()
             self._unmeasured = Service(pipeline)
             gc.freeze()  # what is loaded stays: passes of the garbage collector need not visit it

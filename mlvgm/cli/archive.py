@@ -46,6 +46,27 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     ):
         parser.add_argument(option, dest=name, type=int, default=getattr(defaults, name), metavar=unit, help=text)
     parser.add_argument(
+        "--suspicious",
+        choices=("pass", "review", "refuse"),
+        default=defaults.suspicious,
+        help="what becomes of an image whose attack score is above the threshold that mlvgm tune --score has set: its "
+        "answer says so, is marked for review, or is refused (%(default)s)",
+    )
+    parser.add_argument(
+        "--certify-draws",
+        type=int,
+        default=defaults.certify_draws,
+        metavar="N",
+        help="let clients ask for certificates of so many noisy images a request; they cost as many samples "
+        "(%(default)s: none)",
+    )
+    parser.add_argument(
+        "--certify-sigma", type=float, default=defaults.certify_sigma, metavar="S", help="of their noise (%(default)s)"
+    )
+    parser.add_argument(
+        "--certify-alpha", type=float, default=defaults.certify_alpha, metavar="A", help="their risk (%(default)s)"
+    )
+    parser.add_argument(
         "--allow-seed",
         action="store_true",
         help="let clients choose the noise, for tests: whoever can do that can search for noise that suits an attack",

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
+
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the subject's arguments."""
@@ -14,37 +16,28 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "and how many times as fast auto is.",
         epilog="Example: mlvgm bench vote --bundle build/road-signs --data ../gtsrb --json build/vote.json",
     )
-    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
+    add_pipeline(parser, required=True)
+    add_models(parser, purifier=False)
     parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
-    parser.add_argument("--recipe", help="whose classifier is attacked (default: the one the bundle was made from)")
-    parser.add_argument("--classifier", type=Path, help="its checkpoint, where the recipe ships none")
     parser.add_argument("--attacks", nargs="*", choices=("deepfool", "cw"), default=["deepfool"], help="(deepfool)")
-    parser.add_argument("--images", type=int, default=1000, metavar="N", help="of each kind (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images a call (%(default)s)")
-    parser.add_argument("--runtime", default="auto", help="see mlvgm doctor (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
+    parser.add_argument("--images", type=positive, default=1000, metavar="N", help="of each kind (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images a call (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md goes beside it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Attack, measure, print the table, and write the report."""
     from benchmarks import vote
-    from deploy.errors import CliError
     from evaluation import report
     from evaluation.attacks import attack, load_target
     from evaluation.photographs import read_photographs
-    from handlers.pipeline import Pipeline
-    from mlvgm.recipe import Recipe
 
-    if min(args.images, args.batch) < 1:
-        raise CliError("--images and --batch must be 1 or more")
-    with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
+    with load_pipeline(args) as pipeline:
         manifest = pipeline.manifest
         photographs = read_photographs(args.data, "validation", manifest.classes, manifest.image_size, args.images)
         sets = {"clean": photographs.images}
         if args.attacks:
-            recipe = Recipe.read(args.recipe or str(manifest.source.get("recipe", "road-signs")))
-            classifier = load_target(recipe, args.classifier)
+            classifier = load_target(read_recipe(args, manifest), args.classifier)
             for name in args.attacks:
                 cache = Path("build/attacks")
                 sets[name] = attack(classifier, photographs.images, photographs.labels, name, cache).images

@@ -120,7 +120,8 @@ def _set_threshold(arguments: argparse.Namespace) -> int:
         ScoreThreshold.of(np.zeros(len(images)), arguments.score)  # refuses too few before the work
         chunks = np.split(np.arange(len(images)), range(_CHUNK, len(images), _CHUNK))
         scores = [
-            pipeline.run(images[rows], seeds=rows).scores for rows in track(chunks, "scoring", f"x{_CHUNK} image")
+            pipeline.run(images[rows], seeds=rows.tolist()).scores
+            for rows in track(chunks, "scoring", f"x{_CHUNK} image")
         ]
     found = ScoreThreshold.of(np.concatenate(scores), arguments.score)
     dataclasses.replace(manifest, score=found).write(arguments.bundle)

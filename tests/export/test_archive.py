@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from export.archive import ArchiveError, Settings, build_archive, fitting_batch, fitting_queue
 from handlers.manifest import BundleError, Manifest
+from handlers.torchserve import HandlerSettings
 from tests import bundles
 
 pytest.importorskip("model_archiver")
@@ -34,7 +36,7 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
     assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"
     assert settings["maxBatchDelay"] == 7
     assert settings["jobQueueSize"] == 8, "four full calls of an engine"
-    assert settings["handler"] == {"runtime": "auto", "threads": 0, "allow_seed": True, "max_wait_s": 30}
+    assert settings["handler"] == dataclasses.asdict(HandlerSettings(allow_seed=True))
 
 
 def test_a_batch_is_what_an_engine_takes_at_once(nvae_bundle: Path) -> None:
@@ -158,3 +160,9 @@ def test_a_failing_archiver_is_one_error(nvae_bundle: Path, tmp_path: Path, monk
     with pytest.raises(ArchiveError, match="torch-model-archiver failed"):
         build_archive(nvae_bundle, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_by_its_score_needs_a_threshold(nvae_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="mlvgm tune --score"):
+        build_archive(nvae_bundle, tmp_path / "store", Settings(suspicious="refuse"))
+    assert not (tmp_path / "store").exists()

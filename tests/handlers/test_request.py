@@ -102,8 +102,8 @@ def test_the_option_beats_the_accept_header(manifest: Manifest) -> None:
         ("alphas", ["linear"], "'linear', 'none'"),
         ("seed", -1, "0 to 9223372036854775807"),
         ("seed", 2**63, "0 to 9223372036854775807"),
-        ("\N{SNOWMAN}", 1, "samples, top_k, return, alphas, seed"),
-        ("image2", "x", "samples, top_k, return, alphas, seed"),
+        ("\N{SNOWMAN}", 1, "samples, top_k, return, alphas, seed, certify"),
+        ("image2", "x", "samples, top_k, return, alphas, seed, certify"),
     ],
 )
 def test_options_out_of_range_name_the_range(option: str, value: object, said: str, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ def test_no_more_of_the_calibration_images_are_suspicious_than_allowed(n: int, r
     found = ScoreThreshold.of(scores, rate)
     above = int((scores > found.threshold).sum())
     assert above <= rate * (n + 1)
-    assert above + 1 > rate * (n + 1) - 1, "a lower threshold would raise more"
+    assert above + 2 > rate * (n + 1) - 1e-6, "with one more, further images would be above it too often"
     assert found.low < rate < found.high
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from handlers.answer import Response
+from handlers.certify import Budget
+from handlers.errors import InputError
 from handlers.image import decode, encode_png
 from handlers.metrics import (
     ANSWERS,
@@ -25,10 +27,14 @@ from handlers.metrics import (
     REASONS,
     REJECTED,
     REQUEST,
+    SAMPLES,
+    SCORE,
     STAGE,
+    SUSPICIOUS,
     Measure,
 )
 from handlers.pipeline import Pipeline
+from handlers.score import ScoreThreshold
 from handlers.service import Service
 from tests import bundles
 from tests.handlers.hostile import encoded
@@ -236,6 +242,8 @@ def test_everything_is_measured(pipeline: Pipeline) -> None:
     figures = [said(answers[0]), said(answers[3])["answers"][0], said(answers[4])]
     assert sum(meter[FLAGGED, ""]) == sum(entry["flagged"] for entry in figures)
     assert sum(meter[DISAGREED, ""]) == sum(entry["agreement"] < 1 for entry in figures)
+    assert meter[SCORE, ""] == [pytest.approx(entry["score"], abs=1e-6) for entry in figures]
+    assert sum(meter[SAMPLES, ""]) == sum(entry["samples"] for entry in figures)
     assert {measure for measure, _ in meter} == set(MEASURES) - {QUEUE}
     assert {label for measure, label in meter if measure is REJECTED} == set(REASONS)
 
@@ -314,3 +322,89 @@ def test_the_self_test_passes_and_can_fail(
     monkeypatch.setattr("handlers.service.encode_png", lambda _: WHITE)
     with pytest.raises(RuntimeError, match="encode"):
         service.self_test()
+
+
+@pytest.fixture(scope="module")
+def halfway(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A bundle to whose threshold half of eight images come up."""
+    folder = tmp_path_factory.mktemp("scored")
+    with Pipeline.load(nvae_bundle, "onnxruntime", threads=1) as plain:
+        images = np.concatenate([bundles.images(1, seed=i) for i in range(8)])
+        scores = np.sort(plain.run(images, seeds=range(8)).scores)
+    bundles.write_nvae(folder, score=ScoreThreshold(float(scores[3] + scores[4]) / 2, 0.5, 0.2, 0.8))
+    with Pipeline.load(folder, "onnxruntime", threads=1) as loaded:
+        yield loaded
+
+
+EIGHT = [ask(png(i), seed=i) for i in range(8)]
+
+
+def test_a_suspicious_image_is_said_to_be_one(halfway: Pipeline) -> None:
+    meter = Meter()
+    answers = Service(halfway, allow_seed=True, sink=meter).answer(EIGHT)
+    assert [answer.status for answer in answers] == [200] * 8
+    threshold = halfway.manifest.score
+    assert threshold is not None
+    for answer in map(said, answers):
+        assert answer["suspicious"] == (answer["score"] > threshold.threshold)
+        assert "review" not in answer
+    assert sum(said(answer)["suspicious"] for answer in answers) == 4
+    assert meter[SUSPICIOUS, ""] == [0, 1, 1, 1, 1]
+
+
+def test_suspicious_images_can_be_marked_for_review(halfway: Pipeline) -> None:
+    answers = Service(halfway, allow_seed=True, suspicious="review").answer(EIGHT)
+    assert [said(answer)["review"] for answer in answers] == [said(answer)["suspicious"] for answer in answers]
+
+
+def test_suspicious_images_can_be_refused(halfway: Pipeline) -> None:
+    meter = Meter()
+    service = Service(halfway, allow_seed=True, suspicious="refuse", sink=meter)
+    answers = service.answer(EIGHT)
+    statuses = [answer.status for answer in answers]
+    assert sorted(statuses) == [200] * 4 + [422] * 4
+    for answer in answers:
+        assert set(said(answer)) == {"error", "status"} or not said(answer)["suspicious"]
+    assert meter[REJECTED, "suspicious"] == [0, 1, 1, 1, 1]
+    (together,) = service.answer([several([png(i) for i in range(8)], seed=0)])
+    assert [entry.get("status", 200) for entry in said(together)["answers"]] == statuses
+
+
+@pytest.mark.parametrize("policy", ["review", "refuse"])
+def test_without_a_threshold_nothing_can_be_suspicious(pipeline: Pipeline, policy: str) -> None:
+    with pytest.raises(InputError, match="mlvgm tune --score"):
+        Service(pipeline, suspicious=policy)
+    (answer,) = Service(pipeline).answer([ask(png(0))])
+    assert "suspicious" not in said(answer)
+
+
+def test_a_certificate_comes_with_the_answer(pipeline: Pipeline) -> None:
+    service = Service(pipeline, allow_seed=True, certificates=Budget(200, sigma=0.01, alpha=0.05))
+    plain, certified, purified = service.answer(
+        [ask(png(0), seed=1), ask(png(0), seed=1, certify=200), ask(png(0), certify=20, **{"return": "purified"})]
+    )
+    assert "abstained" not in said(plain)
+    answer = said(certified)
+    assert answer["top_k"] == said(plain)["top_k"]
+    assert (answer["sigma"], answer["alpha"], answer["draws"]) == (0.01, 0.05, 200)
+    assert answer["abstained"] == (answer["certified_label"] is None) == (answer["certified_l2"] == 0)
+    assert answer["certified_label"] in (None, *bundles.CLASSES)
+    assert json.loads(purified.headers["X-Mlvgm-Answer"])["draws"] == 20
+
+
+def test_certificates_are_kept_within_the_budget(pipeline: Pipeline) -> None:
+    service = Service(pipeline, certificates=Budget(20))
+    requests = [
+        ask(png(0), certify=21),
+        several([png(0), png(1)], certify=11),
+        several([png(0), png(1)], certify=10),
+        ask(png(0), certify="many"),
+    ]
+    answers = service.answer(requests)
+    assert [answer.status for answer in answers] == [400, 400, 200, 400]
+    assert "1 to 20" in said(answers[0])["error"]
+    assert "1 to 10" in said(answers[1])["error"]
+    assert [entry["draws"] for entry in said(answers[2])["answers"]] == [10, 10]
+    (refused,) = Service(pipeline).answer([ask(png(0), certify=1)])
+    assert refused.status == 400
+    assert "certifies no answers" in said(refused)["error"]

@@ -1,6 +1,7 @@
 """Requests of every kind to a real TorchServe, those of docs/requests.md first."""
 
 import base64
+import gzip
 import http.client
 import json
 import os
@@ -145,6 +146,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "the image is animated: send one frame": ({"body": ""}, {}),
     "the JPEG has too many scans: at most 100 are accepted": ({"body": JPEG_SCANS}, {}),
+    "a JPEG of 12 bits, or a hierarchical one, is not read: save it as an ordinary JPEG": (
+        {"body": JPEG_SCANS[:6] + b"\x0c" + JPEG_SCANS[7:]},
+        {},
+    ),
+    "the image has more than 10000 parts (chunks, segments): save it anew": (
+        {"body": COSTLY["PNG, half a million chunks"]()},
+        {},
+    ),
     "the scans of the JPEG take too long: scale it down, or save it in one scan (baseline)": (
         {"body": jpeg_scans(4096, 20)},
         {},
@@ -161,13 +170,23 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
     "image: not valid base64": ({"body": {"image": "%"}}, {}),
+    "image: this is an address, and images are not fetched from anywhere: send its bytes in base64": (
+        {"body": {"image": "https://example.com/sign.png"}},
+        {},
+    ),
     "Content-Encoding 'br' is not understood: send the body as it is, or in gzip": (
         {"body": b"image"},
         {"content-encoding": "br"},
     ),
+    "the body is not gzip, though Content-Encoding says so": ({"body": SIGN}, {"content-encoding": "gzip"}),
+    "the gzip of the body is broken off, or holds more than 6553500 bytes": (
+        {"body": gzip.compress(bytes(7_000_000))},
+        {"content-encoding": "gzip"},
+    ),
     "inference-header-content-length says 2, and of the body's first 2 bytes: the body is neither image bytes nor a "
     "JSON object with 'image' in base64": ({"body": b'{"}'}, {"inference-header-content-length": "2"}),
     "the JSON has 'samples' twice": ({"body": b'{"samples": 1, "samples": 2}'}, {}),
+    "the JSON has more than 250000 lists, objects and texts": ({"body": b'{"image":' + b"[" * 250_001}, {}),
     "the JSON holds NaN, which is no number": ({"body": b'{"samples": NaN}'}, {}),
     "unknown option 'sample': the options are samples, top_k, return, alphas, seed": (
         {"body": SIGN},

@@ -33,7 +33,7 @@ from handlers import cores, runtimes
 from handlers.inputs import PipelineInputs
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.pipeline import Pipeline
-from mlvgm.recipe import Recipe
+from mlvgm.recipe import Recipe, RecipeError
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
 
@@ -263,7 +263,7 @@ class _Twin:
         recipe = Recipe.read(subject.recipe)
         purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
         if not isinstance(classifier, nn.Module):
-            raise ValueError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
+            raise RecipeError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
         stages = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
         self.manifest = Manifest.read(subject.bundle)
         self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))

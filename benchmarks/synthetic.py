@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlvgm.e4e import Encoder4Editing
 from mlvgm.irse import Widths
 from mlvgm.nvae import NVAE, NVAEConfig
-from mlvgm.recipe import Recipe
+from mlvgm.recipe import Recipe, RecipeError
 from mlvgm.resnet import ResNetClassifier
 from mlvgm.style_transformer import StyleTransformerEncoder
 from mlvgm.stylegan2 import Generator
@@ -103,7 +103,7 @@ def _purifier(recipe: Recipe) -> Checkpoint:
         return e4e(CHANNELS[: recipe.n_latents // 2])
     if recipe.family == "style_transformer":
         return style_transformer(CHANNELS[: recipe.n_latents // 2])
-    raise ValueError(f"recipe {recipe.name}: no published size is known for it; give --purifier and --classifier")
+    raise RecipeError(f"recipe {recipe.name}: no published size is known for it; give --purifier and --classifier")
 
 
 def _classifier(recipe: Recipe) -> Checkpoint:
@@ -114,7 +114,7 @@ def _classifier(recipe: Recipe) -> Checkpoint:
     if recipe.classifier.architecture in ("resnet50", "resnext50"):
         groups = 32 if recipe.classifier.architecture == "resnext50" else 1
         return {"state_dict": weights(ResNetClassifier(n, groups=groups))}
-    raise ValueError(f"recipe {recipe.name}: its classifier has no published format; give --classifier")
+    raise RecipeError(f"recipe {recipe.name}: its classifier has no published format; give --classifier")
 
 
 def _value(key: str, old: Tensor) -> Tensor:

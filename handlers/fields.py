@@ -23,7 +23,7 @@ import reprlib
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -64,8 +64,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.exclusive:
-            return f" above {self.low:g}" + ("" if math.isinf(self.high) else f" and at most {self.high:g}")
-        return f", {self.low:g} or more" if math.isinf(self.high) else f" from {self.low:g} to {self.high:g}"
+            return f" above {self.low:.15g}" + ("" if math.isinf(self.high) else f" and at most {self.high:.15g}")
+        return f", {self.low:.15g} or more" if math.isinf(self.high) else f" from {self.low:.15g} to {self.high:.15g}"
 
 
 @dataclass(frozen=True)
@@ -204,22 +204,31 @@ class _Reader:
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for name in value:
             if name not in known:
-                moved = cls.MOVED.get(name) if hasattr(cls, "MOVED") else None
-                also = moved or f"the fields are {', '.join(known)}{_nearest(name, known)}"
-                self._add(f"there is no field {show(name)}{f' in {at}' if at else ''}: {also}")
+                self._add(lambda name=name: self._unknown(cls, name, known, at))
         for name, field in known.items():
             needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if needed and name not in value:
-                self._add(f"{_join(at, name)} is missing, must be {_describe(hints[name])}")
+                self._add(lambda name=name: f"{_join(at, name)} is missing, must be {_describe(hints[name])}")
         read = {n: self.read(hints[n], v, _join(at, n)) for n, v in value.items() if n in known}
         if self.count > before:
             return None
         try:
             return cls(**read)
         except ValueError as error:
-            return self._add(f"{at}: {error}" if at else str(error))
+            reason = f"{at}: {error}" if at else str(error)
+            return self._add(lambda: reason)
+
+    @staticmethod
+    def _unknown(cls: Any, name: Any, known: Iterable[str], at: str) -> str:
+        moved = cls.MOVED.get(name) if hasattr(cls, "MOVED") else None
+        also = moved or f"the fields are {', '.join(known)}{_nearest(name, known)}"
+        return f"there is no field {show(name)}{f' in {at}' if at else ''}: {also}"
 
     def _refuse(self, hint: Any, value: Any, at: str) -> None:
+        self._add(lambda: self._refusal(hint, value, at))
+
+    @staticmethod
+    def _refusal(hint: Any, value: Any, at: str) -> str:
         kind, _ = _split(hint)
         cure = ""
         if known := _names(kind):
@@ -234,12 +243,13 @@ class _Reader:
                 entries = (f"{name}: {show(entry)}" for name, entry in zip(names, value, strict=False))
                 cure = f": write {{{', '.join(entries)}}}"
         held = "empty" if value is None else show(value)
-        self._add(f"{at or 'the content'} is {held}, must be {_describe(hint)}{cure}")
+        return f"{at or 'the content'} is {held}, must be {_describe(hint)}{cure}"
 
-    def _add(self, problem: str) -> None:
+    def _add(self, problem: Callable[[], str]) -> None:
+        """Only the first are put into words: there may be as many as values."""
         self.count += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(problem)
+        if self.count <= MAX_PROBLEMS:
+            self.problems.append(problem())
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The strict reader: what fits is read as it is, and everything else is named with what may stand there."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,30 @@ def test_all_that_is_wrong_is_said_at_once_but_not_without_end() -> None:
         read_strict(Outer, {"name": 1, "steps": 0, "quiet": 2})
     with pytest.raises(FieldError, match=f"; and {1000 - MAX_PROBLEMS} more$"):
         read_strict(Outer, {"name": "a", "words": [1] * 1000})
+
+
+def test_a_file_of_nothing_but_slips_costs_no_more_than_one_of_none() -> None:
+    """Counted in calls of functions, which no busy machine changes."""
+
+    def calls(content: Any) -> int:
+        made = 0
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            nonlocal made
+            made += event == "call"
+
+        sys.setprofile(count)
+        try:
+            read_strict(Outer, content)
+        except FieldError:
+            pass
+        finally:
+            sys.setprofile(None)
+        return made
+
+    right = calls({"name": "a", "words": ["a"] * 10_000})
+    assert calls({"name": "a", "words": [1] * 10_000}) < 2 * right
+    assert calls({"name": "a", **{f"nam{i}": 1 for i in range(10_000)}}) < 2 * right
 
 
 def test_a_value_that_aliases_repeat_is_counted_as_often() -> None:

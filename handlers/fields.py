@@ -204,11 +204,11 @@ class _Reader:
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for name in value:
             if name not in known:
-                self._add(lambda name=name: self._unknown(cls, name, known, at))
+                self._add(functools.partial(self._unknown, cls, name, known, at))
         for name, field in known.items():
             needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if needed and name not in value:
-                self._add(lambda name=name: f"{_join(at, name)} is missing, must be {_describe(hints[name])}")
+                self._add(functools.partial(self._missing, hints[name], _join(at, name)))
         read = {n: self.read(hints[n], v, _join(at, n)) for n, v in value.items() if n in known}
         if self.count > before:
             return None
@@ -217,6 +217,10 @@ class _Reader:
         except ValueError as error:
             reason = f"{at}: {error}" if at else str(error)
             return self._add(lambda: reason)
+
+    @staticmethod
+    def _missing(hint: Any, at: str) -> str:
+        return f"{at} is missing, must be {_describe(hint)}"
 
     @staticmethod
     def _unknown(cls: Any, name: Any, known: Iterable[str], at: str) -> str:

@@ -56,7 +56,9 @@ _SIGNATURES = {
     b"\x1f\x8b": "gzip",
     b"PK\3\4": "ZIP",
 }
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC"}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from deploy.output import LONGEST_LINE, Output
 
 _LAUNCH = Path(__file__).with_name("launch.py")
 _KILL_SECONDS = 10.0
+_ORPHANS_SECONDS = 1.0  # and no more: a container may have nobody who reaps them
 
 
 class Child:
@@ -74,12 +76,26 @@ class Child:
         self.wait(seconds)
         kill_group(self.pid)
         self.wait(_KILL_SECONDS)
+        deadline = time.monotonic() + _ORPHANS_SECONDS
+        while group_exists(self.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _pass_on(self, output: Output) -> None:
         assert self._process.stdout
         while line := self._process.stdout.readline(LONGEST_LINE):
             self.lines.append(line.decode(errors="replace").rstrip())
             output.write(line if line.endswith(b"\n") else line + b"\n")
+
+
+def group_exists(leader: int) -> bool:
+    """Whether there is any process of the session that the process ``leader`` has begun."""
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def kill_group(leader: int) -> None:

@@ -94,8 +94,8 @@ class Nginx:
         master = psutil.Process(self._process.pid)
         workers = set(master.children())
         self._changed()
-        checked = subprocess.run([*self._command(), "-t", "-q"], capture_output=True, text=True, timeout=60)
-        if checked.returncode == 0:
+        fault = self._fault()
+        if not fault:
             self._process.send(signal.SIGHUP)
             self._readiness.follow(server)
             for _ in range(int(timeout * 10)):
@@ -107,7 +107,7 @@ class Nginx:
         self._server = former
         self._readiness.follow(former)
         self.reload_if_changed()
-        raise CliError(f"nginx does not take its configuration: {checked.stderr.strip()}")
+        raise CliError(f"nginx does not take its configuration: {fault}")
 
     def drain(self, timeout: float) -> None:
         """Take nothing new and wait until all is answered; after ``timeout`` seconds end it all the same."""
@@ -116,6 +116,14 @@ class Nginx:
         self._readiness.stop()
         self._process.end(signal.SIGQUIT, timeout)
         self._health.stop()
+
+    def _fault(self) -> str:
+        """What nginx holds against its configuration."""
+        try:
+            checked = subprocess.run([*self._command(), "-t", "-q"], capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            return "it is still reading it after 20 s"
+        return checked.stderr.strip() if checked.returncode else ""
 
     def _command(self) -> list[str]:
         program = find_nginx()

@@ -181,15 +181,9 @@ class TorchServe(Server):
         (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": models}))
 
     def _launch(self, store: Path, models: list[str], threads: int) -> None:
-        from ts import model_server  # type: ignore[import-untyped]
-
-        site = Path(model_server.__file__).parents[1]
-        config, temporary = self.folder / "config.properties", self.folder / "tmp"
-        _refuse_streams(site, self.folder)
-        java = find_java().home
+        temporary = self.folder / "tmp"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         environment |= {
-            "JAVA_HOME": str(java),
             "TEMP": str(temporary),
             "TMPDIR": str(temporary),
             "LOG_LOCATION": str(self.folder / "logs"),
@@ -197,18 +191,26 @@ class TorchServe(Server):
         }
         if threads:
             environment[THREADS_VARIABLE] = str(threads)
-        command = [str(java / "bin" / "java"), f"-Dmodel_server_home={site}"]
-        command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile=file://{self.folder}/log4j2.xml"]
-        command += model_server.load_properties(str(config)).get("vmargs", "").split()
-        command += ["-cp", f"{self.folder}:{site}/ts/frontend/*"]
-        command += [MAIN_CLASS, "--python", sys.executable, "-f", str(config), "-ncs"]
-        command += ["-s", str(store.resolve()), "-m", *models]
+        command = self._command(store, models)
         dies_by = 0 if self._detached else signal.SIGKILL
         assert self._lock is not None
         with self.log.open("wb") as log:
             output = self._output or log
             self._java = Child(command, output, dies_by, self.folder, environment, [self._lock])
         (temporary / ".model_server.pid").write_text(str(self._java.pid))
+
+    def _command(self, store: Path, models: list[str]) -> list[str]:
+        from ts import model_server  # type: ignore[import-untyped]
+
+        site = Path(model_server.__file__).parents[1]
+        _refuse_streams(site, self.folder)
+        config = self.folder / "config.properties"
+        command = [str(find_java().home / "bin" / "java"), f"-Dmodel_server_home={site}"]
+        command += [f"-Djava.io.tmpdir={self.folder}/tmp", f"-Dlog4j.configurationFile=file://{self.folder}/log4j2.xml"]
+        command += model_server.load_properties(str(config)).get("vmargs", "").split()
+        command += ["-cp", f"{self.folder}:{site}/ts/frontend/*"]
+        command += [MAIN_CLASS, "--python", sys.executable, "-f", str(config), "-ncs"]
+        return [*command, "-s", str(store.resolve()), "-m", *models]
 
     def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:
         """TorchServe's own health check says yes long before a worker is up: only an answer counts."""

@@ -67,9 +67,15 @@ def check(server: Server, model: str, timeout: float) -> Finding:
             # A full queue is no fault, and a probe that fails under load makes more load: but somebody must be at work.
             if error.status != 503 or left <= 0:
                 return Finding(False, f"not ready: {error}", error.status in (0, 503))
-            if server.worker_seconds() - seconds >= COMPUTES_S and _has_worker(server, model):
+            if _computes(seconds, server.worker_seconds()) and _has_worker(server, model):
                 return Finding(True, "ready, and busy: its queue is full")
         time.sleep(0.2)
+
+
+def _computes(before: float | None, after: float | None) -> bool:
+    """Whether workers have computed from one look at their CPU time to the next, as far as that can be seen."""
+    # A new worker begins at 0 again.
+    return before is None or after is None or abs(after - before) >= COMPUTES_S
 
 
 def _has_worker(server: Server, model: str) -> bool:
@@ -95,7 +101,7 @@ class Readiness:
         self._until: dict[str, float] = {}  # how long each counts as ready
         self._stopped = threading.Event()
         self._progress = clock()
-        self._seconds = 0.0
+        self._seconds: float | None = None
 
     def start(self) -> None:
         threading.Thread(target=self._look_on, daemon=True).start()
@@ -126,8 +132,7 @@ class Readiness:
     def hung_for(self) -> float:
         """Seconds for which no model has answered and no worker has computed, while an answer was asked for."""
         seconds = self._server.worker_seconds()
-        # A new worker begins at 0 again.
-        if abs(seconds - self._seconds) >= COMPUTES_S:
+        if _computes(self._seconds, seconds):
             self._seconds, self._progress = seconds, self._clock()
         return self._clock() - self._progress
 

@@ -92,13 +92,18 @@ class Server:
         is_ours = MAIN_CLASS in command and str(self.folder / "config.properties") in command
         return process if is_ours and _is_alive(process) else None
 
-    def worker_seconds(self) -> float:
-        """CPU time that the workers have used: while they compute it grows, whether or not an answer is ready."""
+    def worker_seconds(self) -> float | None:
+        """CPU time that the workers have used: while they compute it grows, whether or not an answer is ready.
+
+        None where the server is not to be seen: in another container it has process ids of its own.
+        """
         import psutil
 
         process = self.process()
+        if process is None:
+            return None
         total = 0.0
-        for worker in process.children() if process else []:
+        for worker in process.children():
             try:
                 times = worker.cpu_times()
             except psutil.NoSuchProcess:

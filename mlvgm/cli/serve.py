@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deploy.errors import CliError
 from deploy.server import Server
-from deploy.signals import Stopped, blocked, pause
+from deploy.signals import Stopped, noted, pause
 from deploy.torchserve import TorchServe
 from deploy.workers import chosen, sizes_of
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
         return 0 if stopped else 1
     archives = _archives(arguments.model_store, arguments.models)
-    with blocked():
+    with noted():
         try:
             return _serve(arguments, archives)
         except Stopped:

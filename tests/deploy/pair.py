@@ -51,19 +51,19 @@ class Pair:
         self.process: subprocess.Popen[bytes] | None = None
         self._write_conf(metrics)
 
-    def run(self, store: Path, *words: str, stdout: str = "") -> "subprocess.Popen[bytes]":
-        """deploy/pair.py, with its output in the log, or that of the two in ``stdout``."""
+    def run(self, store: Path, *words: str, stdout: str = "", output: int | None = None) -> "subprocess.Popen[bytes]":
+        """deploy/pair.py, with its output in the log, or that of the two in ``stdout``, or all in ``output``."""
         command = [sys.executable, "-m", "deploy.pair", "--model-store", str(store), "--port", str(self.server.port)]
         command += ["--workers", "1", "--ready-timeout", "5"]
         command += ["--nginx-conf", str(self.folder / "etc" / "nginx.conf"), *words]
         environment = os.environ | {"MLVGM_STATE": str(self.state)}
         with (self.folder / "log").open("ab") as log, open(stdout or os.devnull, "wb") as other:
-            out = other if stdout else log
-            return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=log)
+            out, err = (other if stdout else log, log) if output is None else (output, output)
+            return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=err)
 
-    def start(self, store: Path, stdout: str = "") -> None:
+    def start(self, store: Path, *words: str, stdout: str = "", output: int | None = None) -> None:
         """Run both and wait until nginx listens."""
-        self.process = self.run(store, stdout=stdout)
+        self.process = self.run(store, *words, stdout=stdout, output=output)
         deadline = time.monotonic() + WAIT
         while time.monotonic() < deadline and self.process.poll() is None:
             if port_is_taken(self.port):

@@ -1,11 +1,14 @@
 """deploy/pair.py, really run: nothing in flight is lost, no key is ever stale for long, nothing is left behind."""
 
+import contextlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
 import threading
+import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -272,3 +275,66 @@ def test_an_empty_store_is_named(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     assert pair.run(tmp_path / "store").wait(60) == 1
     assert f"pair: {tmp_path / 'store'}: no archive there" in pair.log()
+
+
+def test_a_torchserve_that_hangs_is_started_again(store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    try:
+        pair.start(store, "--hang-timeout", "5")
+        named(pair, "java").suspend()
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503, 60)
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 200, WAIT)
+        assert pair.predict()[0] == 200
+        assert "it is started again" in pair.log()
+        assert [process.name() for process in family_of(pair)].count("java") == 1
+    finally:
+        assert pair.stop() == 0
+
+
+def test_a_folder_belongs_to_one_pair(pair: Pair, store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whether the second has other ports or the same ones."""
+    other = Pair(tmp_path_factory.mktemp("p"))
+    other.state = pair.state
+    assert other.run(store).wait(WAIT) == 1
+    assert "is in use already" in other.log()
+    other.server = pair.server
+    assert other.run(store, "--only", "torchserve").wait(WAIT) == 1
+    assert f"a server is running on port {pair.server.port} already" in other.log()
+    assert pair.predict()[0] == 200
+    assert pair.process
+    assert pair.process.poll() is None
+
+
+def test_nobody_need_read_what_it_writes(store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A full pipe as the standard output, and as that for errors."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 1000)
+    os.set_blocking(writing, True)
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    try:
+        pair.start(store, output=writing)
+        assert {pair.ask("GET", "/v2/health/live", headers={})[0] for _ in range(300)} == {200}
+        assert pair.predict()[0] == 200
+    finally:
+        assert pair.stop() == 0
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 3.0])
+def test_a_signal_while_it_starts_leaves_nothing(
+    store: Path, tmp_path_factory: pytest.TempPathFactory, seconds: float
+) -> None:
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    process = pair.run(store)
+    time.sleep(seconds)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(WAIT) in (0, -signal.SIGTERM)
+    assert [child for child in family if not is_gone(child)] == []
+    assert "Traceback" not in pair.log()
+    assert not pair.server.key_file.exists()

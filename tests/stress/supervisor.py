@@ -80,7 +80,8 @@ def run(state: Path, port: int, output: int, seed: int) -> None:
     supervisor.TorchServe, supervisor.Nginx = StubTorchServe, StubNginx  # type: ignore[misc]
     supervisor.LOOK_EVERY_S = 0.05
     words = ["--port", str(port), "--model-store", str(state / "store"), "--nginx-conf", str(state / "etc/nginx.conf")]
-    with signals.blocked():
+    with signals.noted():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, signals.UPGRADE))
         signals.leave(supervisor.main([*words, "--models", "m", "--workers", "1", "--drain", "0.5"]))
 
 

@@ -17,7 +17,10 @@ MOST_SHARES = 8
 
 _MEMORY_EACH = 3.0  # of its archive: the model, what is computed with it, and what OpenVINO makes of it
 _MEMORY_MORE = 800e6  # bytes, whatever the model
-_JAVA = 1e9  # bytes of its heap, as deploy/config.properties has it
+_MEMORY_IMAGE = (
+    400e6  # bytes: a WebP of 16 million pixels takes 332 MB while it is decoded, and each worker one at a time
+)
+_JAVA = 1.5e9  # bytes: its heap, as deploy/config.properties has it, and the bodies that it holds outside of that
 
 
 def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int, int]:
@@ -38,7 +41,7 @@ def fitting(sizes: list[int]) -> tuple[int, int]:
     mine = max(1, cores.usable() // max(len(sizes), 1))
     shares = min(mine, MOST_SHARES) if small else max(1, mine // CORES_EACH)
     wanted = shares + 1 if small else shares
-    needed = sum(_MEMORY_EACH * size + _MEMORY_MORE for size in sizes)
+    needed = sum(_MEMORY_EACH * size + _MEMORY_MORE + _MEMORY_IMAGE for size in sizes)
     workers = max(1, min(wanted, int((available_memory() - _JAVA) / max(needed, 1))))
     shares = min(shares, workers)
     return workers, mine // shares if shares > 1 else 0

@@ -21,7 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 
-import grpc
+try:
+    import grpc
+except ImportError:
+    print("not run: needs grpcio", file=sys.stderr)
+    sys.exit(2)
 from PIL import Image
 
 from deploy.server import free_ports

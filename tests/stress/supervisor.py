@@ -20,8 +20,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from deploy import signals, supervisor
 from deploy.nginx import Nginx
 from deploy.server import PORTS
@@ -122,7 +120,8 @@ def stop_once(state: Path, port: int, output: int, seed: int) -> None:
         return
     # The kernel kills TorchServe, and asks nginx to end: these here may be stubborn, or have children.
     for process in left(state):
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     for key in state.rglob("key_file.json"):
         key.unlink()
 
@@ -134,13 +133,13 @@ def ended(pid: int, status: list[int]) -> bool:
     return bool(found)
 
 
-def left(state: Path) -> list[psutil.Process]:
-    """Programs that were started for this folder and have not ended."""
+def left(state: Path) -> list[int]:
+    """Process ids of programs that were started for this folder and have not ended."""
     found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if str(state) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if bytes(state) in (folder / "cmdline").read_bytes():  # which is empty when it has ended
+                found.append(int(folder.name))
     return found
 
 

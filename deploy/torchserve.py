@@ -1,5 +1,6 @@
 """TorchServe as a child of ours, with its configuration, keys and logs in a private folder."""
 
+import contextlib
 import fcntl
 import importlib.util
 import json
@@ -194,8 +195,8 @@ class TorchServe(Server):
         command = self._command(store, models)
         dies_by = 0 if self._detached else signal.SIGKILL
         assert self._lock is not None
-        with self.log.open("wb") as log:
-            output = self._output or log
+        with contextlib.ExitStack() as stack:
+            output = self._output or stack.enter_context(self.log.open("wb"))
             self._java = Child(command, output, dies_by, self.folder, environment, [self._lock])
         (temporary / ".model_server.pid").write_text(str(self._java.pid))
 
@@ -233,7 +234,7 @@ class TorchServe(Server):
                     raise CliError(f"TorchServe could not load {model}: {self._last_words()}") from None
                 said = str(error)
             pause(0.25)
-        raise CliError(f"{model} has not answered in time (last: {said}); its log is {self.log}")
+        raise CliError(f"{model} has not answered in time (last: {said}){self._see_log()}")
 
     def _failure(self) -> str | None:
         """What a worker said when it could not serve its bundle."""
@@ -251,7 +252,10 @@ class TorchServe(Server):
     def _last_words(self) -> str:
         lines = [line for line in self._said() if line.strip()]
         telling = [line for line in lines if "bind" in line or "ERROR" in line or "not found" in line]
-        return f"{(telling or lines or ['nothing in its log'])[-1].strip()} (log: {self.log})"
+        return f"{(telling or lines or ['nothing in its log'])[-1].strip()}{self._see_log()}"
+
+    def _see_log(self) -> str:
+        return "" if self._output else f" (log: {self.log})"
 
 
 def try_lock(path: Path) -> int | None:

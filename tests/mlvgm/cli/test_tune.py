@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from evaluation import attacks, tuning
@@ -24,7 +25,17 @@ def words(tmp_path: Path, nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
         path = tmp_path / "data" / "validation" / str(i % 3) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    data = ["--bundle", str(nvae_bundle), "--data", str(tmp_path / "data")]
+    manifest = Manifest.read(nvae_bundle)
+    recipe = {
+        "name": manifest.name,
+        "family": "nvae",
+        "image_size": manifest.image_size[0],
+        "n_latents": manifest.n_latents,
+        "classes": list(manifest.classes),
+        "classifier": {"architecture": "vgg11"},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    data = ["--bundle", str(nvae_bundle), "--data", str(tmp_path / "data"), "--recipe", "tiny.yaml"]
     return ["tune", *data, "--attacks", "deepfool", "--out", "tuned.json"]
 
 
@@ -64,7 +75,9 @@ def test_prints_weights_that_are_better(
 def test_refuses_what_cannot_work(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--images", "9"]) == 2
     assert "9 validation images, too few" in capsys.readouterr().err
-    assert main([*words, "--trials", "0"]) == 2
+    with pytest.raises(SystemExit):
+        main([*words, "--trials", "0"])
+    assert "--trials: must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_sets_the_threshold_of_the_attack_score(

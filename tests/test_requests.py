@@ -188,7 +188,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "the JSON has 'samples' twice": ({"body": b'{"samples": 1, "samples": 2}'}, {}),
     "the JSON has more than 250000 lists, objects and texts": ({"body": b'{"image":' + b"[" * 250_001}, {}),
     "the JSON holds NaN, which is no number": ({"body": b'{"samples": NaN}'}, {}),
-    "unknown option 'sample': the options are samples, top_k, return, alphas, seed": (
+    "unknown option 'sample': the options are samples, top_k, return, alphas, seed, certify": (
         {"body": SIGN},
         {"X-Mlvgm-Sample": "3"},
     ),

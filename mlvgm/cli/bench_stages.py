@@ -27,7 +27,9 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_models(parser, action="append", help="name or YAML file; repeatable (default: road-signs)")
     parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
-    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples of each (1)")
+    parser.add_argument(
+        "--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples of each (1)"
+    )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
     parser.add_argument(
         "--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)"

@@ -14,7 +14,7 @@ help:
 	@echo "make test       install, lint, type-check, run the tests"
 	@echo "make test-full  the tests on full-size models as well (hours, 16 GB)"
 	@echo "make fuzz       fuzz the request parser and the image decoder, each for FUZZ_SECONDS=$(FUZZ_SECONDS)"
-	@echo "make train      train the default model anew from DATA=$(DATA)"
+	@echo "make train      train the default model anew from DATA=$(DATA), into build/road-signs-model"
 	@echo "make wheel      build/mlvgm_serve-*.whl, with the default model in it, to install elsewhere"
 	@echo "make clean      remove what was built"
 
@@ -24,7 +24,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mlvgm-serve needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,attack,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,attack,dev]'
 	touch $@
 
 demo: install
@@ -46,7 +46,8 @@ fuzz: install
 	for target in request image; do $(BIN)/python -m tests.fuzz.$$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
 train: install
-	$(BIN)/python -m mlvgm.training --data $(DATA) --out model_store/road-signs
+	$(BIN)/python -m mlvgm.training.classifier --data $(DATA) --out build/road-signs-model
+	$(BIN)/mlvgm train $(DATA)/train.npz --settings model_store/road-signs/training.yaml --out build/road-signs-model
 
 # What an earlier build left would be packed as well.
 wheel: install

@@ -1,4 +1,4 @@
-"""What each technique gains: PyTorch with the published operators, rewritten, exported, and in each runtime.
+"""What each technique gains: the eager twin with the published operators, rewritten, exported, and in each runtime.
 
 Every technique runs in a process of its own, on the same images and the same noise: memory is its own, and no library's
 threads disturb another's. Ratios are to the published operators in eager fp32, in the same run.
@@ -54,7 +54,7 @@ class Technique:
 
 
 @dataclass(frozen=True)
-class ModelUnderTest:
+class Subject:
     """What is measured: a recipe, its bundle, and the checkpoints where the recipe ships none."""
 
     recipe: str
@@ -105,7 +105,7 @@ def techniques() -> list[Technique]:
 
 
 def measure(
-    model: ModelUnderTest,
+    subject: Subject,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
     seconds: float = 10.0,
@@ -135,14 +135,14 @@ def measure(
     ]
     counted: dict[tuple[str, int], float | None] = {}
     for technique in chosen or techniques():
-        say(f"{model.recipe}: {technique.label}")
+        say(f"{subject.recipe}: {technique.label}")
         try:
-            peak, results = _apart(_run, model, technique, images, loads, seconds, threads)
+            peak, results = _apart(_run, subject, technique, images, loads, seconds, threads)
         except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
             say(f"  not measured: {error}")
             continue
         baseline = baseline or results
-        for load, result, published in zip(loads, results, baseline, strict=True):
+        for load, result, reference in zip(loads, results, baseline, strict=True):
             whole = baseline[first[load.samples]]
             compared = min(len(result.labels), len(whole.labels))
             # An engine does what its traced form does; only PyTorch can count it.
@@ -150,14 +150,14 @@ def measure(
             gflops = counted.setdefault((kind, load.samples), result.gflops)
             per_second = load.batch / result.seconds
             row = {
-                "recipe": model.recipe,
+                "recipe": subject.recipe,
                 "technique": technique.name,
                 "runtime": technique.runtime,
                 "precision": technique.precision,
                 "batch": load.batch,
                 "samples": load.samples,
                 "images_per_s": per_second,
-                "ratio": published.seconds / result.seconds,
+                "ratio": reference.seconds / result.seconds,
                 "stage_ms": result.stage_ms,
                 "memory_mb": result.memory_mb,
                 "gflops": gflops,
@@ -194,7 +194,7 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _run(
-    model: ModelUnderTest,
+    subject: Subject,
     technique: Technique,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
@@ -202,14 +202,14 @@ def _run(
     threads: int,
 ) -> tuple[float, list[Measured]]:
     torch.set_num_threads(threads or cores.usable())
-    manifest = Manifest.read(model.bundle)
+    manifest = Manifest.read(subject.bundle)
     if technique.runtime == "eager":
-        reference = _Reference(model, technique.name == REWRITTEN)
-        results = [_measure(manifest, images, load, seconds, reference.run, reference) for load in loads]
+        twin = _Twin(subject, technique.name == REWRITTEN)
+        results = [_measure(manifest, images, load, seconds, twin.run, twin) for load in loads]
     else:
         with (
-            tempfile.TemporaryDirectory(dir=model.bundle.parent) as folder,
-            Pipeline.load(_in_precision(model.bundle, technique.precision, Path(folder)), technique.runtime, threads)
+            tempfile.TemporaryDirectory(dir=subject.bundle.parent) as folder,
+            Pipeline.load(_in_precision(subject.bundle, technique.precision, Path(folder)), technique.runtime, threads)
             as pipeline,
         ):  # fmt: skip
 
@@ -226,12 +226,7 @@ Served = Callable[[PipelineInputs], tuple[NDArray[np.float32], NDArray[np.float3
 
 
 def _measure(
-    manifest: Manifest,
-    images: NDArray[np.uint8],
-    load: Load,
-    seconds: float,
-    run: Served,
-    reference: "_Reference | None" = None,
+    manifest: Manifest, images: NDArray[np.uint8], load: Load, seconds: float, run: Served, twin: "_Twin | None" = None
 ) -> Measured:
     purified, labels, stage_ms = [], [], []
     times: list[float] = []
@@ -239,8 +234,8 @@ def _measure(
         PipelineInputs.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
         for start in range(0, max(load.compared // load.batch // load.samples, 1) * load.batch, load.batch)
     ]
-    gflops = reference.count(calls[0]) / load.batch if reference else None
-    if reference is None:  # the count has warmed the reference up
+    gflops = twin.count(calls[0]) / load.batch if twin else None
+    if twin is None:  # the count has warmed the twin up
         run(calls[0])
     begun = time.perf_counter()
     while len(times) < len(calls) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
@@ -261,16 +256,16 @@ def _measure(
     )
 
 
-class _Reference:
+class _Twin:
     """The stages in PyTorch: with the published operators, or in the form that is traced."""
 
-    def __init__(self, model: ModelUnderTest, rewritten: bool) -> None:
-        recipe = Recipe.read(model.recipe)
-        purifier, classifier = load_models(recipe, model.purifier, model.classifier)
+    def __init__(self, subject: Subject, rewritten: bool) -> None:
+        recipe = Recipe.read(subject.recipe)
+        purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
         if not isinstance(classifier, nn.Module):
             raise RecipeError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
         stages = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
-        self.manifest = Manifest.read(model.bundle)
+        self.manifest = Manifest.read(subject.bundle)
         self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
         self.functions = [_rewritten(stage) if rewritten else stage.twin for stage in self.stages]
         inputs = [[name for name, _ in stage.inputs] for stage in self.stages]

@@ -18,7 +18,8 @@ from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.fields import Range, read_strict
 from handlers.manifest import FILE_NAME, Manifest
-from handlers.torchserve import BUNDLE, HandlerSettings
+from handlers.settings import HandlerSettings
+from handlers.torchserve import BUNDLE
 
 QUEUED_CALLS = 4
 """Full calls of an engine that may wait: a request that is let in waits for these, and for what is being answered."""

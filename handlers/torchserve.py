@@ -1,18 +1,21 @@
-"""TorchServe's entry point: settings in, a `Service` behind it, answers out."""
+"""TorchServe's entry point: settings in, a `Service` behind it, answers out.
+
+TorchServe takes the one class that this file defines, and refuses a file with two.
+"""
 
 import gc
 import logging
 import os
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from handlers import metrics, runtimes
+from handlers import metrics
 from handlers.certify import Budget
-from handlers.fields import Range, none_of, read_strict
+from handlers.fields import read_strict
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 
 BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
@@ -21,37 +24,6 @@ PROBE_HEADER = "X-Readiness-Probe"
 """Marks a request that is no traffic: it is answered, and not measured."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HandlerSettings:
-    """The ``handler:`` section of the model's yaml file.
-
-    Attributes:
-        runtime: one of `handlers.runtimes.NAMES`.
-        threads: CPU threads of each worker; 0 for every core.
-        allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
-        max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
-            a proxy that says when it came (`handlers.arrival`).
-        suspicious: what becomes of an image whose attack score is above the bundle's threshold: "pass" only says so,
-            "review" marks the answer, "refuse" answers 422.
-        certify_draws: noisy images that count for the certificates of a request, at most; 0 refuses certificates. They
-            cost what as many samples do, and everybody waits for them.
-        certify_sigma, certify_alpha: standard deviation of their noise, and the risk that a radius is too large.
-    """
-
-    runtime: str = "auto"
-    threads: Annotated[int, Range(0, 1024)] = 0
-    allow_seed: bool = False
-    max_wait_s: Annotated[int, Range(1, 86_400)] = 30
-    suspicious: Literal["pass", "review", "refuse"] = "pass"
-    certify_draws: Annotated[int, Range(0, 100_000)] = 0
-    certify_sigma: Annotated[float, Range(0.001, 10.0)] = 0.25
-    certify_alpha: Annotated[float, Range(1e-9, 0.5)] = 0.001
-
-    def __post_init__(self) -> None:
-        if self.runtime not in runtimes.NAMES:
-            raise ValueError(f"runtime is {none_of(self.runtime, runtimes.NAMES)}")
 
 
 class PurifierHandler:

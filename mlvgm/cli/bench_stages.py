@@ -1,4 +1,4 @@
-"""``mlvgm bench stages``: how much faster each technique is than PyTorch, and its error."""
+"""``mlvgm bench stages``: what each technique gains over the eager twin, and what it costs in accuracy."""
 
 import argparse
 import tempfile
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from benchmarks.stages import ModelUnderTest
+    from benchmarks.stages import Subject
 
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmark's arguments."""
+    """Declare the subject's arguments."""
     parser = subjects.add_parser(
         "stages",
         help="the pipeline by technique, stage by stage",
@@ -27,9 +27,7 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_models(parser, action="append", help="name or YAML file; repeatable (default: road-signs)")
     parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
-    parser.add_argument(
-        "--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples of each (1)"
-    )
+    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="K", help="purified samples (1)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
     parser.add_argument(
         "--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)"
@@ -54,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for name in recipes:
-            model = _model(args, name, work)
-            rows += stages.measure(model, _images(args, model), loads, args.seconds, args.threads, say=say)
+            subject = _subject(args, name, work)
+            rows += stages.measure(subject, _images(args, subject), loads, args.seconds, args.threads, say=say)
     content = {
         **report.measured_here(),
         "weights": "Synthetic weights." if args.synthetic else "The recipe's or the given weights.",
@@ -68,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
+def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":
     """The recipe with its files, exported where no bundle of it is there yet."""
-    from benchmarks.stages import ModelUnderTest
+    from benchmarks.stages import Subject
     from benchmarks.synthetic import write_checkpoints
     from export.bundle import export_bundle
     from export.models import load_models
@@ -86,15 +84,15 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     if not (bundle / FILE_NAME).is_file():
         models = load_models(recipe, purifier, classifier)
         export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
-    return ModelUnderTest(name, bundle, purifier, classifier)
+    return Subject(name, bundle, purifier, classifier)
 
 
-def _images(args: argparse.Namespace, model: "ModelUnderTest") -> "NDArray[np.uint8]":
+def _images(args: argparse.Namespace, subject: "Subject") -> "NDArray[np.uint8]":
     from evaluation.photographs import pictures
     from handlers.manifest import Manifest
 
     count = max(*args.batch, args.compare)
-    images = pictures(args.images, count, Manifest.read(model.bundle).image_size)
+    images = pictures(args.images, count, Manifest.read(subject.bundle).image_size)
     if len(images) < count:
         raise CliError(f"{args.images}: holds {len(images)} images; --batch and --compare want {count}")
     return images

@@ -12,6 +12,7 @@ from handlers.errors import MlvgmError
 
 VERBS = {
     "demo": "export, serve and attack the shipped road-sign model",
+    "train": "train a purifier on your own images",
     "export": "export a model to a bundle of engines",
     "verify": "compare a bundle with the PyTorch reference",
     "archive": "pack a bundle into a .mar for TorchServe",

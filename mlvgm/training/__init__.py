@@ -1,1 +1,1 @@
-"""Training of the default model: a sign classifier and an NVAE on the German Traffic Sign Recognition Benchmark."""
+"""Training: a purifier on anybody's images (`mlvgm train`), and the classifier of road-signs."""

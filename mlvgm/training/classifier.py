@@ -1,16 +1,23 @@
 """Training of the sign classifier: plain, so that it stands for any. It sees no purified and no attacked image.
 
+    python -m mlvgm.training.classifier --data GTSRB --out model_store/road-signs
+
 Left out because each moves what attacks find from fine detail, which purification replaces, towards coarse shapes,
 which it keeps: SGD instead of Adam, label smoothing, sensor noise and soft pictures among the training images.
 """
 
+import argparse
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-from mlvgm.training.data import Signs, augment
-from mlvgm.training.loop import Progress, batches, cosine_rate
+from mlvgm.training.data import Signs, load_signs, split_by_track
+from mlvgm.training.images import augment
+from mlvgm.training.loop import cosine_rate, shuffled
 from mlvgm.vgg import VGG11
 
 BATCH = 128
@@ -31,21 +38,28 @@ def train_classifier(train: Signs, validation: Signs, model: VGG11, epochs: int,
         start = state["epoch"]
     per_epoch = len(train) // BATCH
     steps = epochs * per_epoch
-    progress = Progress("classifier", epochs)
-    for epoch in range(start, epochs):
+    for epoch in tqdm(range(start, epochs), "classifier", epochs, initial=start, unit="epoch", disable=None):
         model.train()
         total = 0.0
-        for i, index in enumerate(batches(len(train), BATCH, seed=epoch)):
+        order = torch.from_numpy(shuffled(len(train), seed=epoch))
+        torch.manual_seed(epoch)
+        for i, index in enumerate(order[: per_epoch * BATCH].split(BATCH)):
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_RATE * cosine_rate(epoch * per_epoch + i, steps, round(WARMUP * steps))
-            loss = F.cross_entropy(model(augment(images[index])), labels[index])
+            loss = F.cross_entropy(
+                model(augment(images[index]).contiguous(memory_format=torch.channels_last)), labels[index]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        torch.save(state, checkpoint)
-        progress.report(epoch + 1, loss=total / per_epoch, validation=accuracy(model, validation))
+        draft = checkpoint.with_suffix(".part")
+        torch.save(state, draft)
+        os.replace(draft, checkpoint)
+        tqdm.write(
+            f"epoch {epoch + 1}: loss {total / per_epoch:.4f}, held-out accuracy {accuracy(model, validation):.4f}"
+        )
     return model.eval()
 
 
@@ -56,3 +70,24 @@ def accuracy(model: torch.nn.Module, signs: Signs) -> float:
     images, labels = signs.tensors()
     parts = zip(images.split(500), labels.split(500), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in parts) / len(signs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the classifier of road-signs.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz or the official GTSRB folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for classifier.safetensors")
+    parser.add_argument("--epochs", type=int, default=12)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    train, validation = split_by_track(load_signs(args.data, "train"))
+    classifier = VGG11(n_classes=43, width=0.5, pool=1)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier = train_classifier(train, validation, classifier, args.epochs, args.out / "classifier.pt")
+    save_file(
+        {key: value.contiguous() for key, value in classifier.state_dict().items()}, args.out / "classifier.safetensors"
+    )
+
+
+if __name__ == "__main__":
+    main()

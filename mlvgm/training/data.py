@@ -1,12 +1,15 @@
-"""The German Traffic Sign Recognition Benchmark (Stallkamp et al., Neural Networks 2012) at 32x32."""
+"""The German Traffic Sign Recognition Benchmark (Stallkamp et al., Neural Networks 2012) at 32x32.
+
+python -m mlvgm.training.data GTSRB    # packs the official folders as train.npz and test.npz, beside them
+"""
 
 import csv
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -63,22 +66,6 @@ def split_by_track(signs: Signs, share: float = 0.1, seed: int = 0) -> tuple[Sig
     return signs.subset(~validation), signs.subset(validation)
 
 
-def augment(images: Tensor, strength: float = 1.0) -> Tensor:
-    """Random small rotation, scale, shift and lighting of images (B, 3, 32, 32) in [0, 1]."""
-    batch = len(images)
-    angle = (torch.rand(batch) - 0.5) * 0.44 * strength
-    scale = 1.0 + (torch.rand(batch) - 0.5) * 0.3 * strength
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = torch.cos(angle) * scale
-    theta[:, 0, 1], theta[:, 1, 0] = -torch.sin(angle) * scale, torch.sin(angle) * scale
-    theta[:, :, 2] = (torch.rand(batch, 2) - 0.5) * 0.3 * strength
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    gain = torch.exp((torch.rand(batch, 1, 1, 1) - 0.5) * 1.0 * strength)
-    offset = (torch.rand(batch, 1, 1, 1) - 0.5) * 0.2 * strength
-    return (moved * gain + offset).clamp(0.0, 1.0).contiguous(memory_format=torch.channels_last)
-
-
 def _read_training(folder: Path) -> Signs:
     images, labels, tracks = [], [], []
     for label_folder in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -102,3 +89,16 @@ def _read_test(folder: Path) -> Signs:
 def _read(file: Path) -> NDArray[np.uint8]:
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for part in ("train", "test"):
+        signs = load_signs(folder, part)
+        arrays = {"images": signs.images, "labels": signs.labels, "tracks": signs.tracks}
+        np.savez_compressed(folder / f"{part}.npz", **{k: v for k, v in arrays.items() if v is not None})  # type: ignore[arg-type]
+        print(f"{folder / part}.npz: {len(signs)} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,135 +1,242 @@
-"""Training of NVAE by the evidence lower bound (NVAE, section 3; its appendix for the schedules)."""
+"""Training of an NVAE that purifies (see `mlvgm.training.bound` for what, NVAE's appendix for the schedules)."""
 
 import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
-from mlvgm.mixture import mixture_log_likelihood, mixture_mean
+from mlvgm.checkpoint import CheckpointError, load_tensors
 from mlvgm.nvae import NVAE
-from mlvgm.nvae_cells import soft_clamp
-from mlvgm.training.data import Signs, augment
-from mlvgm.training.loop import Progress, batches, cosine_rate
+from mlvgm.training.bound import Bound, evidence_lower_bound, random_schedules
+from mlvgm.training.images import ImageSet, augment, to_tensor
+from mlvgm.training.loop import cosine_rate, shuffled
+from mlvgm.training.settings import Settings, TrainingError
 
-NOISE = 0.05
-"""Standard deviation, at most, of the noise that the encoder sees in training."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The evidence lower bound of a batch in nats, (B,) and one (B,) per latent, and the mean image."""
-
-    log_likelihood: Tensor
-    divergence: list[Tensor]
-    reconstruction: Tensor
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+REPORT_EVERY, SAVE_EVERY = 100, 100
+VALIDATION_IMAGES = 256
+MAX_NORM = 1.0
+"""Gradients are clipped to this norm; a step with a norm that is not finite is skipped."""
+SMALL_NOISE, SMALL_NOISE_SHARE = 0.05, 0.6
+"""Most images get little noise or none, the others up to the settings' ``noise``."""
 
 
-def evidence_lower_bound(network: NVAE, images: Tensor, seen: Tensor | None = None) -> Bound:
-    """One training forward pass: every latent is drawn from its posterior, relative to its prior (section 3.2).
+@dataclass
+class State:
+    """What a checkpoint holds: the weights, their moving average, the optimiser and how many steps were made.
 
-    Args:
-        network: the model, in training mode.
-        images: (B, 3, H, W) in [0, 1].
-        seen: what the encoder is given in place of ``images``; where it is noisy, the model learns to leave the noise
-            out (Im et al., Denoising Criterion for Variational Auto-Encoding Framework, AAAI 2017).
+    ``memory_format`` is that of the images and the weights in memory, which no figure depends on, but the speed does.
     """
-    features = network.encode(images if seen is None else seen)
-    x = network.start(len(images))
-    divergence = []
-    for i, (s, g) in enumerate(network.config.latents()):
-        x = network.to_latent(s, g, x)
-        mu, log_sigma, delta, delta_log_sigma = network.prior_and_posterior(s, g, x, features[i])
-        prior_mean, prior_log_sigma = soft_clamp(mu), soft_clamp(log_sigma)
-        mean, posterior_log_sigma = soft_clamp(mu + delta), soft_clamp(log_sigma + delta_log_sigma)
-        z = mean + torch.exp(posterior_log_sigma) * torch.randn_like(mean)
-        ratio = 2.0 * (posterior_log_sigma - prior_log_sigma)
-        distance = ((mean - prior_mean) * torch.exp(-prior_log_sigma)) ** 2
-        divergence.append((0.5 * (torch.exp(ratio) + distance - 1.0 - ratio)).flatten(1).sum(dim=1))
-        x = network.from_latent(s, g, x, z)
-    logits = network.finish(x)
-    scaled = 2.0 * images - 1.0
-    with torch.no_grad():
-        reconstruction = (mixture_mean(logits) + 1.0) / 2.0
-    return Bound(mixture_log_likelihood(logits, scaled), divergence, reconstruction)
+
+    network: NVAE
+    average: NVAE
+    optimizer: torch.optim.Optimizer
+    memory_format: torch.memory_format
+    step: int = 0
+    skipped: int = 0
+
+    def save(self, file: Path, digest: str) -> None:
+        """Write all of it, or leave the old file."""
+        content = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "skipped": self.skipped,
+            "digest": digest,
+        }
+        draft = file.with_suffix(".part")
+        torch.save(content, draft)
+        os.replace(draft, file)
+
+    def load(self, file: Path, digest: str) -> None:
+        content = torch.load(file, weights_only=True, map_location="cpu")
+        if content["digest"] != digest:
+            raise TrainingError(
+                f"{file} belongs to a run with other settings or images: remove it, or give another --work"
+            )
+        self.network.load_state_dict(content["network"])
+        self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.skipped = content["step"], content["skipped"]
 
 
 def train_nvae(
-    train: Signs, validation: Signs, network: NVAE, steps: int, checkpoint: Path, beta: float = 1.0, batch: int = 32
+    settings: Settings,
+    images: ImageSet,
+    work: Path,
+    device: torch.device | str = "cpu",
+    channels_last: bool = True,
+    draw: Callable[[NVAE, int], None] | None = None,
+    draw_every: int = 1000,
 ) -> NVAE:
-    """Fit ``network`` with Adamax; resumes from ``checkpoint`` where it exists.
+    """Fit an NVAE; goes on from the checkpoint in ``work`` where there is one, to the same weights as undisturbed.
 
     Args:
-        beta: weight of the divergence once warmed up; below 1 reconstructions are sharper.
+        work: folder of the checkpoint, and of ``log.jsonl`` with the figures of every report.
+        device: where to train; on "cuda" convolutions run in bf16.
+        channels_last: the faster order in memory, for shapes that PyTorch can train in it (`mlvgm.training.trial`).
+        draw: is given the averaged network, ready for inference, and the step, every ``draw_every`` steps.
 
     Returns:
-        The exponential moving average of the weights, batch-norm statistics re-estimated.
+        The moving average of the weights on the CPU, with batch-norm statistics of its own.
+
+    Raises:
+        TrainingError: the images are too few for one batch, the start weights do not fit, or the checkpoint is not of
+            these settings and images.
     """
-    peak, warmup = 3e-3, 100
-    optimizer = torch.optim.Adamax(network.parameters(), lr=peak)
-    average = copy.deepcopy(network).requires_grad_(False)
-    images, _ = train.tensors()
-    held_out = validation.tensors()[0][:256]
-    step = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    progress = Progress("nvae", steps)
-    while step < steps:
-        for index in batches(len(train), batch, seed=step):
-            if step == steps:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = peak * cosine_rate(step, steps, warmup)
-            network.train()
-            clean = augment(images[index], strength=0.6)
-            sigma = NOISE * torch.rand(len(clean), 1, 1, 1)
-            noisy = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
-            bound = evidence_lower_bound(network, clean, noisy)
-            weight = beta * min(1.0, max(step / (0.15 * steps), 0.05))
-            loss = (weight * torch.stack(bound.divergence).sum(dim=0) - bound.log_likelihood).mean() / images[0].numel()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            if torch.isfinite(norm):
-                optimizer.step()
-                decay = min(0.998, (step + 1) / (step + 10))
-                for mean, now in zip(average.parameters(), network.parameters(), strict=True):
-                    mean.lerp_(now.detach(), 1.0 - decay)
-            step += 1
-            if step % 100 == 0 or step == steps:
-                state = {"network": network.state_dict(), "average": average.state_dict(), "step": step}
-                torch.save({**state, "optimizer": optimizer.state_dict()}, checkpoint)
-                nats = torch.stack(bound.divergence).sum(dim=0).mean().item()
-                progress.report(
-                    step,
-                    likelihood=bound.log_likelihood.mean().item() / images[0].numel(),
-                    divergence=nats / images[0].numel(),
-                    validation_mse=_validate(network, held_out),
-                )
-    return recalibrate(average, images)
+    if len(images.train) < settings.batch:
+        raise TrainingError(f"{len(images.train)} training images do not fill one batch of {settings.batch}")
+    device = torch.device(device)
+    state = begin(settings, device, channels_last)
+    work.mkdir(parents=True, exist_ok=True)
+    digest = f"{settings.digest} {images.digest}"
+    if (work / CHECKPOINT).is_file():
+        state.load(work / CHECKPOINT, digest)
+        _cut_log(work / LOG, state.step)
+    held_out = to_tensor(images.images[images.validation[:VALIDATION_IMAGES]], device)
+    begun, first = time.monotonic(), state.step
+    steps = tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", disable=None)
+    for places in _batches(images, settings, state.step):
+        bound = step(state, settings, to_tensor(images.images[places], device))
+        steps.update()
+        last = state.step == settings.steps
+        if state.step % REPORT_EVERY == 0 or last:
+            figures = _figures(state, bound, held_out)
+            with (work / LOG).open("a") as log:
+                log.write(json.dumps(figures) + "\n")
+            pace = (time.monotonic() - begun) / (state.step - first)
+            tqdm.write(_line(figures, settings.steps, pace))
+        if state.step % SAVE_EVERY == 0 or last:
+            state.save(work / CHECKPOINT, digest)
+        if draw is not None and (state.step % draw_every == 0 or last):
+            draw(recalibrated(state.average, images, settings, passes=8), state.step)
+    steps.close()
+    return recalibrated(state.average, images, settings).to("cpu")
 
 
-@torch.no_grad()
-def recalibrate(network: NVAE, images: Tensor, passes: int = 60) -> NVAE:
-    """Re-estimate the batch-norm statistics of averaged weights as plain means over ``passes`` batches."""
+def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: int = 60) -> NVAE:
+    """A copy whose batch-norm statistics are means over ``passes`` batches; those of training are of other weights."""
+    network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None
     network.train()
-    for index in list(batches(len(images), 128, seed=0))[:passes]:
-        evidence_lower_bound(network, images[index])
-    return network.eval()
+    device, places = network.const_prior.device, images.train
+    with torch.no_grad():
+        for i, batch in enumerate(np.array_split(places, max(1, len(places) // 128))[:passes]):
+            torch.manual_seed(i)
+            evidence_lower_bound(network, to_tensor(images.images[batch], device))
+    return network.eval().requires_grad_(False)
+
+
+def begin(settings: Settings, device: torch.device, channels_last: bool = True) -> State:
+    """Fresh weights, or those to start from."""
+    torch.manual_seed(settings.seed)
+    network = NVAE(settings.shape.config(settings.image_size))
+    if settings.start is not None:
+        try:
+            load_tensors(network, load_file(settings.start), settings.start)
+        except (OSError, CheckpointError, ValueError) as error:
+            raise TrainingError(f"start: {error}") from None
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.Adamax(network.parameters(), lr=settings.rate, foreach=True)
+    return State(network, average, optimizer, memory_format)
+
+
+def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:
+    """Places of the images of every step from ``step`` on: the same, wherever the run begins."""
+    per_epoch = len(images.train) // settings.batch
+    while step < settings.steps:
+        epoch, first = divmod(step, per_epoch)
+        order = shuffled(len(images.train), seed=settings.seed + epoch)
+        for i in range(first, min(per_epoch, first + settings.steps - step)):
+            yield images.train[np.sort(order[i * settings.batch : (i + 1) * settings.batch])]
+            step += 1
+
+
+def step(state: State, settings: Settings, images: Tensor) -> Bound:
+    """One step of the optimiser. All randomness is of the step's own seed, so that a run can be resumed exactly."""
+    network, number, batch = state.network.train(), state.step, len(images)
+    torch.manual_seed((settings.seed << 32) + number)
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.rate * cosine_rate(number, settings.steps, settings.warmup)
+    clean = augment(images, settings.augment) if settings.augment else images
+    clean = clean.contiguous(memory_format=state.memory_format)
+    each = (batch, 1, 1, 1)
+    little = torch.rand(each, device=images.device) < SMALL_NOISE_SHARE
+    sigma = torch.rand(each, device=images.device) * torch.where(
+        little, min(SMALL_NOISE, settings.noise), settings.noise
+    )
+    seen = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
+    alphas = random_schedules(batch, len(network.config.latents()), settings.whole, images.device)
+    with _half(images.device):
+        bound = evidence_lower_bound(network, clean, seen, alphas)
+    rise = settings.beta_warmup * settings.steps
+    weight = settings.beta * (min(1.0, max(number / rise, 0.05)) if rise else 1.0)
+    divergence = torch.stack(bound.divergence).sum(dim=0)
+    loss = (weight * divergence - bound.log_likelihood).mean() / images[0].numel()
+    state.optimizer.zero_grad()
+    loss.backward()
+    if torch.isfinite(torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)):
+        state.optimizer.step()
+        decay = min(settings.average, (number + 1) / (number + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(state.average.parameters()), list(network.parameters()), 1.0 - decay)
+    else:
+        state.skipped += 1
+    state.step += 1
+    return bound
+
+
+def _half(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
-def _validate(network: NVAE, images: Tensor) -> float:
-    network.eval()
-    bound = evidence_lower_bound(network, images)
-    return F.mse_loss(bound.reconstruction, images).item()
+def _figures(state: State, bound: Bound, held_out: Tensor) -> dict[str, Any]:
+    """Nats per value of an image for the last batch, and how far held-out images are from their reconstructions."""
+    values = held_out[0].numel()
+    network = state.network.eval()
+    torch.manual_seed(0)
+    parts = [F.mse_loss(evidence_lower_bound(network, part).reconstruction, part) for part in held_out.split(64)]
+    return {
+        "step": state.step,
+        "log_likelihood": bound.log_likelihood.mean().item() / values,
+        "divergence": [latent.mean().item() / values for latent in bound.divergence],
+        "validation_mse": torch.stack(parts).mean().item(),
+        "skipped": state.skipped,
+    }
+
+
+def _line(figures: dict[str, Any], steps: int, pace: float) -> str:
+    left = pace * (steps - figures["step"])
+    each = " ".join(f"{value:.4f}" for value in figures["divergence"])
+    return (
+        f"step {figures['step']}/{steps}  log likelihood {figures['log_likelihood']:.4f}  divergence by latent {each}  "
+        f"validation MSE {figures['validation_mse']:.5f}  {left / 60:.0f} min left"
+    )
+
+
+def _cut_log(log: Path, step: int) -> None:
+    """Drop the reports of steps that a killed run made after its last checkpoint: they are made again."""
+    if log.is_file():
+        lines = [
+            line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        log.write_text("".join(line + "\n" for line in lines))

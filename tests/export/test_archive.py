@@ -13,7 +13,7 @@ import yaml
 
 from export.archive import ArchiveError, Settings, build_archive, fitting_batch, fitting_queue
 from handlers.manifest import BundleError, Manifest
-from handlers.torchserve import HandlerSettings
+from handlers.settings import HandlerSettings
 from tests import bundles
 
 pytest.importorskip("model_archiver")

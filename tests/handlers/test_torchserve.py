@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from deploy.server import DEPLOY
+from handlers import torchserve
 from handlers.fields import FieldError
 from handlers.image import encode_png
 from handlers.metrics import MEASURES, STAGE
@@ -182,3 +183,9 @@ def test_what_is_not_declared_is_not_written(model_dir: Path, tmp_path: Path, ca
         for measure in MEASURES:
             write(measure, 1, "x")
     assert not caplog.text
+
+
+def test_torchserve_finds_the_handler() -> None:
+    from ts.utils.util import list_classes_from_module
+
+    assert list_classes_from_module(torchserve) == [PurifierHandler], "it refuses a file that defines two classes"

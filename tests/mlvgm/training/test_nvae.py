@@ -1,0 +1,137 @@
+"""Training on drawn images: the bound improves, a killed run ends in the same weights, bad shapes are refused."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlvgm.nvae import NVAE
+from mlvgm.training.bound import evidence_lower_bound
+from mlvgm.training.images import ImageSet, to_tensor
+from mlvgm.training.nvae import CHECKPOINT, LOG, train_nvae
+from mlvgm.training.publish import write_weights
+from mlvgm.training.settings import Settings, Shape, TrainingError
+from mlvgm.training.trial import try_step
+from tests.mlvgm.training.spawned import spawned
+
+SHAPE = Shape((1, 2), latent_channels=2, channels=4, mixtures=2)
+SETTINGS = Settings(32, SHAPE, steps=24, batch=16, warmup=2)
+
+
+def images(count: int = 96) -> ImageSet:
+    """Images of one colour each, the last third held out."""
+    random = np.random.default_rng(0)
+    pixels = np.broadcast_to(random.integers(0, 256, (count, 1, 1, 3), np.uint8), (count, 32, 32, 3))
+    places = np.arange(count)
+    return ImageSet(pixels, places[: count * 2 // 3], places[count * 2 // 3 :], (), "drawn", "digest")
+
+
+def likelihoods(work: Path) -> tuple[float, float]:
+    """Of held-out images, before and after training."""
+    torch.manual_seed(0)
+    held_out = to_tensor(images().images[images().validation])
+    trained = train_nvae(SETTINGS, images(), work)
+    with torch.no_grad():
+        before = evidence_lower_bound(NVAE(SHAPE.config(32)), held_out).log_likelihood.mean()
+        after = evidence_lower_bound(trained, held_out).log_likelihood.mean()
+    return float(before), float(after)
+
+
+def test_the_bound_improves(tmp_path: Path) -> None:
+    before, after = spawned(likelihoods, tmp_path)
+    assert after > before
+    assert len((tmp_path / LOG).read_text().splitlines()) == 1
+
+
+def weights(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
+    """The trained weights; the process is killed when it has drawn the picture of step ``kill_at``."""
+
+    def kill(_: NVAE, step: int) -> None:
+        if step == kill_at:
+            os._exit(9)
+
+    return dict(train_nvae(SETTINGS, images(), work, draw=kill, draw_every=5).state_dict())
+
+
+def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = spawned(weights_saved_often, tmp_path / "a", 0)
+    with pytest.raises(Exception, match="terminated abruptly"):
+        spawned(weights_saved_often, tmp_path / "b", 15)
+    assert torch.load(tmp_path / "b" / CHECKPOINT, weights_only=True)["step"] == 14
+    resumed = spawned(weights_saved_often, tmp_path / "b", 0)
+    assert undisturbed.keys() == resumed.keys()
+    for key, value in undisturbed.items():
+        assert torch.equal(value, resumed[key]), key
+    assert (tmp_path / "a" / LOG).read_text() == (tmp_path / "b" / LOG).read_text()
+
+
+def weights_saved_often(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
+    from mlvgm.training import nvae
+
+    nvae.SAVE_EVERY, nvae.REPORT_EVERY = 7, 5
+    return weights(work, kill_at)
+
+
+def train(settings: Settings, work: Path) -> torch.Tensor:
+    """One of the trained weights; a whole network cannot travel between processes."""
+    return train_nvae(settings, images(), work).const_prior.detach()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    spawned(train, settings, tmp_path)
+    with pytest.raises(TrainingError, match="other settings or images"):
+        spawned(train, dataclasses.replace(settings, beta=0.5), tmp_path)
+
+
+def test_training_goes_on_from_weights_of_the_same_shape(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = NVAE(SHAPE.config(32))
+    write_weights(network, tmp_path / "start.safetensors")
+    # Steps too small to matter: what comes out is what went in.
+    settings = dataclasses.replace(SETTINGS, steps=1, rate=1e-12, start=tmp_path / "start.safetensors")
+    trained = spawned(train, settings, tmp_path / "work")
+    assert torch.allclose(trained, network.const_prior, atol=1e-6)
+    other = dataclasses.replace(settings, shape=dataclasses.replace(SHAPE, channels=6))
+    with pytest.raises(TrainingError, match=r"start\.safetensors.*has shape"):
+        spawned(train, other, tmp_path / "other")
+
+
+def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="do not fill one batch"):
+        train_nvae(SETTINGS, images(count=12), tmp_path)
+
+
+def test_a_trial_tells_what_a_step_costs() -> None:
+    trial = try_step(SETTINGS, "cpu", threads=1)
+    assert trial.parameters == sum(p.numel() for p in NVAE(SHAPE.config(32)).parameters())
+    assert trial.seconds > 0
+    assert trial.memory > 10_000_000
+
+
+def test_a_step_that_fails_is_told_in_one_sentence() -> None:
+    with pytest.raises(TrainingError, match=r"channels 4.* fails: .*RuntimeError"):
+        try_step(SETTINGS, "nonesuch")
+
+
+def test_a_shape_that_crashes_with_channels_last_is_trained_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$6" in 1) kill -SEGV $$;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert not try_step(SETTINGS, "cpu", threads=1).channels_last
+
+
+def test_a_step_that_ends_its_process_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")  # whatever the order in memory
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(TrainingError, match=r"channels 4.* ended its process by signal 11"):
+        try_step(SETTINGS, "cpu")

@@ -22,7 +22,7 @@ __all__ = ["MAX_BODY", "MOST_IMAGES", "OPTIONS", "Request", "RequestError", "par
 
 OPTIONS = ("samples", "top_k", "return", "alphas", "seed", "certify")
 MOST_IMAGES = 16
-"""In one request. Their copies together may be four times what one image may have."""
+"""In one request. Their samples together may be four times what one image may have; "auto" is not counted so."""
 MAX_BODY = 6_553_500
 """Bytes of a body, as deploy/config.properties and deploy/nginx.conf have it, and of what a body in gzip holds."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluation import report
 from handlers.errors import MlvgmError
-from handlers.manifest import Manifest, Stage
+from handlers.manifest import Manifest, StageSpec
 
 PROGRAM = "trtexec"
 
@@ -41,7 +41,7 @@ def profiles(manifest: Manifest) -> list[Profile]:
     return [Profile(stage.name, rows, timed) for stage in manifest.stages for timed in sorted(set(rows))]
 
 
-def command(bundle: Path, stage: Stage, profile: Profile, work: Path, build: bool) -> list[str]:
+def command(bundle: Path, stage: StageSpec, profile: Profile, work: Path, build: bool) -> list[str]:
     """The arguments that build the stage's engine, or load the one just built, and time it.
 
     Engine and times go to the folder ``work``, the times under a name of their own.
@@ -64,7 +64,7 @@ def times_file(work: Path, profile: Profile) -> Path:
     return work / f"{profile.stage}-{profile.timed}.json"
 
 
-def _shapes(stage: Stage, rows: int) -> str:
+def _shapes(stage: StageSpec, rows: int) -> str:
     """Only inputs with a batch axis have a shape to be told."""
     return ",".join(
         f"{tensor.name}:{'x'.join(str(rows if n == 'B' else n) for n in tensor.shape)}"

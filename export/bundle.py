@@ -1,6 +1,5 @@
 """From a recipe and its models to a bundle: trace every stage, compare it with its twin, and only then write."""
 
-import filecmp
 import importlib.metadata
 import platform
 import shutil
@@ -13,14 +12,15 @@ from typing import Any
 from torch import nn
 
 from export import classifier as classify
-from export import families, memory, onnx_classifier, parity
+from export import families, memory, parity
 from export.engines import programs
+from export.onnx_classifier import OnnxClassifier
 from export.precision import LIMITS, in_half
 from export.stage import Named, Stage
 from export.trace import TraceError, trace
 from handlers import manifest, runtimes
 from handlers.errors import MlvgmError
-from handlers.runtimes import built
+from handlers.runtimes import EngineError, built
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
@@ -44,8 +44,7 @@ def export_bundle(
         classifier: a module that takes images in [0, 1], or an ONNX file that takes normalised ones.
         progress: is told in one line what comes next.
         with_programs: also write every stage as a program of PyTorch, compared like the graphs.
-        keep_engines: leave what was built for the bundle that is replaced, unsealed, to those who build anew and know
-            what still fits.
+        keep_engines: keep what was built for the bundle that is replaced: those who build anew know what still fits.
 
     Raises:
         ExportError: the models do not fit the recipe, or ``out`` holds something else.
@@ -53,15 +52,17 @@ def export_bundle(
         ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
-    if with_programs and not isinstance(classifier, nn.Module):
+    if isinstance(classifier, Path):
+        classifier = OnnxClassifier(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
+    if with_programs and isinstance(classifier, OnnxClassifier):
         raise ExportError(
-            f"{classifier}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT"
+            f"{classifier.file}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     stages = (
         *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
-        _classify(recipe, classifier),
+        classify.stage(classifier, recipe.image_size, len(recipe.classes), progress),
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
         draft = Path(draft_name) / out.name
         draft.mkdir()
@@ -70,12 +71,13 @@ def export_bundle(
             report = _write_half(stages, files, recipe.batch.max, progress)
         else:
             report = _write(stages, files, recipe, progress)
+        runtime = _served_by(stages, files, recipe, progress)
         if with_programs:
             report["parity_torch"] = _write_programs(stages, files, recipe, report, progress)
-        written = _manifest(recipe, purifier, stages, report, draft).write(draft)
+        if keep_engines and out.exists():
+            _move_engines(out / built.FOLDER, draft / built.FOLDER)
+        written = _manifest(recipe, purifier, stages, runtime, report, draft).write(draft)
         if out.exists():
-            if keep_engines:
-                _move_engines(out / built.FOLDER, draft / built.FOLDER)
             shutil.rmtree(out)
         draft.rename(out)
     return written
@@ -111,21 +113,16 @@ def _write_half(
             _trace(stage, files[stage.name], progress)
     drawn = parity.compare_stages(stages, files, _batches(min(largest, 2)), progress=progress, precision="fp16")
     for c in drawn:
-        if c.stage != parity.END_TO_END and c.stage not in single and c.relative_error > LIMITS["fp16"]:
+        if c.stage != parity.END_TO_END and c.stage not in single and c.relative_error > c.limit:
             single[c.stage] = f"{c.output} is {c.relative_error:.1e} off its eager twin in fp16"
             progress(f"{c.stage} stays in fp32: {single[c.stage]}")
             _trace(next(stage for stage in stages if stage.name == c.stage), files[c.stage], progress)
     report = _compare(stages, files, _batches(largest), "fp16", "onnxruntime", progress)
     fallbacks = dict(files)
     for stage in stages:
-        half, full = files[stage.name], _fallback(files[stage.name])
-        if stage.name in single:
-            continue
-        _trace(stage, full, progress)
-        if filecmp.cmp(half, full, shallow=False):  # a classifier that came as a graph is never changed
-            full.unlink()
-        else:
-            fallbacks[stage.name] = full
+        if stage.name not in single and not stage.is_graph:
+            fallbacks[stage.name] = _fallback(files[stage.name])
+            _trace(stage, fallbacks[stage.name], progress)
     in_single = _compare(stages, fallbacks, _batches(largest), "fp32", "onnxruntime", progress)
     return {"parity": {**report, "fp32_stages": single}, "parity_fallback": in_single}
 
@@ -181,14 +178,30 @@ def _compare(
 ) -> dict[str, Any]:
     progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
     found = parity.compare_stages(stages, files, batches, runtime, progress, precision)
-    parity.check(found, LIMITS[precision])
-    return {"runtime": runtime, "precision": precision, **parity.report(found, LIMITS[precision])}
+    parity.check(found)
+    return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **parity.report(found)}
 
 
-def _classify(recipe: Recipe, classifier: nn.Module | Path) -> Stage:
-    if isinstance(classifier, nn.Module):
-        return classify.stage(classifier, recipe.image_size, len(recipe.classes))
-    return onnx_classifier.stage(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
+def _served_by(
+    stages: Sequence[Stage], files: Mapping[str, Path], recipe: Recipe, progress: Callable[[str], None]
+) -> str:
+    """The bundle's runtime: the recipe's, or "onnxruntime" where "auto" would choose one that cannot run these stages.
+
+    Raises:
+        ExportError: the recipe names a runtime for CPUs that cannot.
+    """
+    name = runtimes.choose("auto") if recipe.runtime == "auto" else recipe.runtime
+    if name not in runtimes.ON_CPU or name == "onnxruntime" or (recipe.precision, name) == ("bf16", "openvino"):
+        return recipe.runtime
+    try:
+        _compare(stages, files, _batches(min(recipe.batch.max, 2)), recipe.precision, name, progress)
+    except (EngineError, parity.ParityError) as error:
+        reason = f"{name} cannot serve these models ({' '.join(str(error).split())[:300]})"
+        if recipe.runtime != "auto":
+            raise ExportError(f"recipe {recipe.name}: {reason}") from None
+        progress(f"{reason}: the bundle is for onnxruntime")
+        return "onnxruntime"
+    return recipe.runtime
 
 
 def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
@@ -205,7 +218,7 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
 
 
 def _manifest(
-    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], report: dict[str, Any], draft: Path
+    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], runtime: str, report: dict[str, Any], draft: Path
 ) -> manifest.Manifest:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     return manifest.Manifest(
@@ -218,21 +231,21 @@ def _manifest(
         default_alphas=recipe.schedule,
         samples=manifest.Samples(recipe.samples.default, recipe.samples.max),
         classes=recipe.classes,
-        batch=manifest.Batch(recipe.batch.min, recipe.batch.opt, recipe.batch.max, recipe.batch.cpu),
+        batch=recipe.batch,
         stages=tuple(_stage(stage, draft) for stage in stages),
         input_noise_l2=recipe.input_noise_l2,
         precision=recipe.precision,
-        runtime=recipe.runtime,
+        runtime=runtime,
         report=report,
         source={"recipe": recipe.name, "blur": recipe.blur, "python": platform.python_version(), "packages": packages},
     )
 
 
-def _stage(stage: Stage, draft: Path) -> manifest.Stage:
+def _stage(stage: Stage, draft: Path) -> manifest.StageSpec:
     file = draft / f"{stage.name}.onnx"
     fallback = _fallback(file).name if _fallback(file).is_file() else ""
-    return manifest.Stage(stage.name, file.name, _tensors(stage.inputs), _tensors(stage.outputs), fallback)
+    return manifest.StageSpec(stage.name, file.name, _tensors(stage.inputs), _tensors(stage.outputs), fallback)
 
 
-def _tensors(named: tuple[Named, ...]) -> tuple[manifest.Tensor, ...]:
-    return tuple(manifest.Tensor(name, "float32", shape) for name, shape in named)
+def _tensors(named: tuple[Named, ...]) -> tuple[manifest.TensorSpec, ...]:
+    return tuple(manifest.TensorSpec(name, "float32", shape) for name, shape in named)

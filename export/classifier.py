@@ -1,23 +1,47 @@
 """The ``classify`` stage: any classifier, published, one's own module, or an ONNX file."""
 
-from typing import cast
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from export.fold import fold_batch_norms
+from export.onnx_classifier import OnnxClassifier
+from export.probe import SMALLEST, Habits, probe
 from export.stage import Stage
 
 
-def stage(classifier: nn.Module, image_size: int, n_classes: int) -> Stage:
-    """``classify`` of a module that takes images (B, 3, H, W) in [0, 1] and returns logits (B, n_classes)."""
+def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[[str], None] = lambda _: None) -> Stage:
+    """``classify`` of a module that takes images (B, 3, H, W) in [0, 1] and returns logits (B, n_classes).
 
-    def twin(images: Tensor) -> Tensor:
-        return cast(Tensor, classifier(images))
+    Args:
+        say: is told in one line what was adapted, if anything was.
 
-    return Stage(
-        "classify",
-        lambda: fold_batch_norms(classifier),
-        twin,
-        (("images", ("B", 3, image_size, image_size)),),
-        (("logits", ("B", n_classes)),),
-    )
+    Raises:
+        ClassifierError: it does not give such logits.
+    """
+    inputs, outputs = (("images", ("B", 3, image_size, image_size)),), (("logits", ("B", n_classes)),)
+    if isinstance(classifier, OnnxClassifier):
+        adapted = classifier.adapted
+        made = Stage("classify", classifier.graph, classifier, inputs, outputs, True, classifier.tolerance)
+    else:
+        habits = probe(classifier, image_size, n_classes, "the classifier")
+        adapted = [*["works in place on its input: gets a copy"] * habits.in_place]
+        adapted += ["gives probabilities, as of a softmax: their logarithms are the logits"] * habits.probabilities
+        module = AdaptedClassifier(classifier, habits) if adapted else classifier
+        made = Stage("classify", lambda: fold_batch_norms(module), module, inputs, outputs)
+    if adapted:
+        say(f"the classifier is adapted: it {'; it '.join(adapted)}")
+    return made
+
+
+class AdaptedClassifier(nn.Module):
+    """A classifier whose input is a copy, and whose probabilities become logits, each where its ``habits`` want it."""
+
+    def __init__(self, classifier: nn.Module, habits: Habits) -> None:
+        super().__init__()
+        self.classifier, self.in_place, self.probabilities = classifier, habits.in_place, habits.probabilities
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(images.clone() if self.in_place else images)
+        return torch.log(logits.float().clamp(min=SMALLEST)) if self.probabilities else logits

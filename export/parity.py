@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export import memory
+from export.precision import LIMITS
 from export.stage import Stage, as_tuple
 from export.trace import example
 from handlers import runtimes
@@ -31,13 +32,14 @@ class ParityError(MlvgmError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one batch size against its twin: relative L2 error and largest difference."""
+    """One output at one batch size against its twin: relative L2 error, largest difference, and the error allowed."""
 
     stage: str
     output: str
     batch: int
     relative_error: float
     max_difference: float
+    limit: float
 
 
 def relative_error(found: FloatArray, expected: FloatArray) -> float:
@@ -65,6 +67,7 @@ def compare_stages(
     chained: dict[str, FloatArray] = {}
     comparisons = []
     for stage in stages:
+        limit = max(LIMITS[precision], stage.tolerance)
         progress(f"comparing {stage.name} with its eager twin at batches {', '.join(map(str, batches))}")
         for i, named in enumerate(stage.inputs):
             known.setdefault(named[0], example(named, largest, seed=1000 * largest + i))
@@ -74,7 +77,8 @@ def compare_stages(
             for batch in sorted(batches):
                 found = engine.run({name: tensor.numpy() for name, tensor in cut(stage, known, slice(batch)).items()})
                 for name, _ in stage.outputs:
-                    comparisons.append(_compare(stage.name, name, batch, found[name], expected[name][:batch].numpy()))
+                    pair = found[name], expected[name][:batch].numpy()
+                    comparisons.append(_compare(stage.name, name, batch, *pair, limit))
             if any(name in chained for name, _ in stage.inputs):
                 found = engine.run({name: chained.get(name, known[name].numpy()) for name, _ in stage.inputs})
             chained |= found
@@ -84,7 +88,8 @@ def compare_stages(
         known |= expected
     for name in ("images", "logits"):
         if name in chained:
-            comparisons.append(_compare(END_TO_END, name, largest, chained[name], known[name].numpy()))
+            pair, last = (chained[name], known[name].numpy()), LIMITS[precision] if name == "images" else limit
+            comparisons.append(_compare(END_TO_END, name, largest, *pair, last))
     return comparisons
 
 
@@ -105,17 +110,17 @@ def cut(stage: Stage, known: Mapping[str, Tensor], rows: slice) -> dict[str, Ten
     return {name: known[name][rows] if "B" in shape else known[name] for name, shape in stage.inputs}
 
 
-def check(comparisons: Sequence[Comparison], limit: float) -> None:
-    """Raises ParityError naming the worst output, where one is over ``limit``."""
-    worst = max(comparisons, key=lambda c: c.relative_error)
-    if worst.relative_error > limit:
+def check(comparisons: Sequence[Comparison]) -> None:
+    """Raises ParityError naming the worst output, where one is over its limit."""
+    worst = max(comparisons, key=lambda c: c.relative_error / c.limit)
+    if worst.relative_error > worst.limit:
         raise ParityError(
             f"stage {worst.stage}: {worst.output} is {worst.relative_error:.1e} off its eager twin at batch "
-            f"{worst.batch} (relative L2 error; the limit is {limit:.0e}): nothing was written"
+            f"{worst.batch} (relative L2 error; the limit is {worst.limit:.0e}): nothing was written"
         )
 
 
-def report(comparisons: Sequence[Comparison], limit: float) -> dict[str, Any]:
+def report(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """The comparisons as the manifest keeps them: the worst per stage and output, over all batch sizes."""
     worst: dict[tuple[str, str], Comparison] = {}
     for c in comparisons:
@@ -123,14 +128,13 @@ def report(comparisons: Sequence[Comparison], limit: float) -> dict[str, Any]:
         if key not in worst or c.relative_error > worst[key].relative_error:
             worst[key] = c
     return {
-        "limit": limit,
         "batches": sorted({c.batch for c in comparisons}),
         "worst": [asdict(c) for c in worst.values()],
     }
 
 
-def _compare(stage: str, output: str, batch: int, found: FloatArray, expected: FloatArray) -> Comparison:
+def _compare(stage: str, output: str, batch: int, found: FloatArray, expected: FloatArray, limit: float) -> Comparison:
     if found.shape != expected.shape:
         raise ParityError(f"stage {stage}: {output} has shape {found.shape} at batch {batch}, not {expected.shape}")
     difference = float(np.abs(found - expected).max())
-    return Comparison(stage, output, batch, relative_error(found, expected), difference)
+    return Comparison(stage, output, batch, relative_error(found, expected), difference, limit)

@@ -24,6 +24,9 @@ HALF = torch.float16
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """Relative L2 error that a stage may have against its eager fp32 twin."""
 
+ROUNDED = 5e-2
+"""The same where a classifier rounds to whole numbers by itself: there the smallest difference can be a step."""
+
 
 def in_half(stage: Stage) -> Stage:
     """``stage`` with its module in half precision; a stage that is an ONNX graph already keeps its own precision."""

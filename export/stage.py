@@ -21,6 +21,8 @@ class Stage:
         twin: the published operators, a function of the same inputs: what the traced form must agree with.
         inputs, outputs: names and shapes. Known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
             ``noise_0``, ``noise_1``, ... and ``alphas``; any other must be the output of a stage before.
+        is_graph: ``module`` makes an ONNX graph, whose precision is its own.
+        tolerance: relative error that it may have in any precision, because it makes small differences larger.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Stage:
     twin: Callable[..., Tensor | Sequence[Tensor]]
     inputs: tuple[Named, ...]
     outputs: tuple[Named, ...]
+    is_graph: bool = False
+    tolerance: float = 0.0
 
 
 def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

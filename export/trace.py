@@ -8,14 +8,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export.onnx_graph import INLINE_BYTES, save_graph
 from export.stage import Named, Stage
 from handlers.errors import MlvgmError
 
 TRACE_BATCH = 7
 """An odd size that no other axis has, so that nothing is mistaken for the batch. Tracing computes nothing."""
-
-EXTERNAL_BYTES = 1_500_000_000
-"""Above this, weights go to a file of their own: one protocol-buffer file holds at most 2 GB."""
 
 
 class TraceError(MlvgmError):
@@ -40,7 +38,7 @@ def trace(stage: Stage, file: Path) -> None:
     """
     module = stage.module()
     if isinstance(module, onnx.ModelProto):
-        onnx.save(module, str(file), save_as_external_data=module.ByteSize() > EXTERNAL_BYTES)
+        save_graph(module, file)
         _check(stage, file)
         return
     inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
@@ -64,7 +62,7 @@ def trace(stage: Stage, file: Path) -> None:
         raise TraceError(f"stage {stage.name} cannot be exported: {reason[0]}") from error
     assert program is not None
     weights = sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
-    program.save(str(file), external_data=weights > EXTERNAL_BYTES)
+    program.save(str(file), external_data=weights > INLINE_BYTES)
     _check(stage, file)
 
 

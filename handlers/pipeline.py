@@ -18,7 +18,7 @@ from handlers import runtimes, vote
 from handlers.batching import buckets, chunks
 from handlers.certify import Certified, certify
 from handlers.inputs import PipelineInputs, checked_images
-from handlers.manifest import Manifest, Stage
+from handlers.manifest import Manifest, StageSpec
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, EngineError, Options
 
@@ -288,7 +288,7 @@ class Pipeline:
         return np.concatenate(parts)
 
     def _run_stage(
-        self, stage: Stage, tensors: Mapping[str, Array], owners: IntArray, timing: "_Timing"
+        self, stage: StageSpec, tensors: Mapping[str, Array], owners: IntArray, timing: "_Timing"
     ) -> dict[str, Array]:
         """One engine call for the rows whose images are ``owners``, with everything that comes out of it checked."""
         count = len(owners)
@@ -353,10 +353,10 @@ def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
         raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
 
 
-def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
+def _split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec]]:
     """The stages that run once per image, and those that run once per sample."""
-    per_image: list[Stage] = []
-    per_sample: list[Stage] = []
+    per_image: list[StageSpec] = []
+    per_sample: list[StageSpec] = []
     random: set[str] = set()
     for stage in stages:
         if any(_is_noise(t.name) or t.name in random for t in stage.inputs):
@@ -367,7 +367,7 @@ def _split(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
     return per_image, per_sample
 
 
-def _inputs_from_outside(stages: Sequence[Stage]) -> set[str]:
+def _inputs_from_outside(stages: Sequence[StageSpec]) -> set[str]:
     """What ``stages``, run in order, take that none of them has made before."""
     outside: set[str] = set()
     made: set[str] = set()

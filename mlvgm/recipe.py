@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from handlers import runtimes
 from handlers.errors import MlvgmError
-from handlers.fields import FieldError, Length, Pattern, Range, none_of, read_strict
+from handlers.fields import FieldError, Length, Range, none_of, read_strict
+from handlers.manifest import Batch, Name
 from mlvgm.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,6 @@ RECIPES = ROOT / "export" / "recipes"
 
 ARCHITECTURES = ("onnx", "resnet50", "resnext50", "vgg11")
 
-Name = Annotated[str, Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "up to 64 letters a-z, digits, '.', '_' or '-'")]
 Classes = Annotated[tuple[Annotated[str, Length(1, 200)], ...], Length(2, 100_000)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 ThreeNumbers = tuple[float, float, float]
@@ -55,26 +55,6 @@ class ClassifierRecipe:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows per engine call: 1 <= min <= opt <= max.
-
-    Attributes:
-        cpu: the most rows that are worth a call on a CPU; 0 stands for max.
-    """
-
-    min: Annotated[int, Range(1, 65536)]
-    opt: Annotated[int, Range(1, 65536)]
-    max: Annotated[int, Range(1, 65536)]
-    cpu: Annotated[int, Range(0, 65536)] = 0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"must have 1 <= min <= opt <= max, not {self.min}, {self.opt}, {self.max}")
-        if self.cpu and not self.min <= self.cpu <= self.max:
-            raise ValueError(f"cpu is {self.cpu}, must lie between min and max, or be 0")
-
-
-@dataclass(frozen=True)
 class Samples:
     """Purified samples per image: how many vote where a request does not say ("auto": as few as settle the vote), and
     the most that it may ask for."""
@@ -85,6 +65,9 @@ class Samples:
     def __post_init__(self) -> None:
         if self.default != "auto" and not 1 <= self.default <= self.max:
             raise ValueError(f"must have 1 <= default <= max, not {self.default} and {self.max}")
+
+
+_BATCH = Batch(1, 8, 32)
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ class Recipe:
     blur: bool = False
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     runtime: str = "auto"
-    batch: Batch = Batch(1, 8, 32)
+    batch: Batch = _BATCH
     samples: Samples = Samples(8, 32)
 
     def __post_init__(self) -> None:

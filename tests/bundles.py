@@ -9,13 +9,13 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from handlers.manifest import Batch, Manifest, Samples, Stage, Tensor
+from handlers.manifest import Batch, Manifest, Samples, StageSpec, TensorSpec
 
 SIZE = 8
 BATCH = Batch(1, 4, 8)
 CLASSES = ("stop", "yield", "speed limit \N{DEGREE SIGN}")
-IMAGES = Tensor("images", "float32", ("B", 3, SIZE, SIZE))
-LOGITS = Tensor("logits", "float32", ("B", len(CLASSES)))
+IMAGES = TensorSpec("images", "float32", ("B", 3, SIZE, SIZE))
+LOGITS = TensorSpec("logits", "float32", ("B", len(CLASSES)))
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,9 +27,9 @@ def write_nvae(folder: Path, nan_on_white: bool = False, batch: Batch = BATCH, *
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = ((2, 2, 2), (2, 4, 4))
-    features = tuple(Tensor(f"feature_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
-    noise = tuple(Tensor(f"noise_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
-    alphas = Tensor("alphas", "float32", (2,))
+    features = tuple(TensorSpec(f"feature_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
+    noise = tuple(TensorSpec(f"noise_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
+    alphas = TensorSpec("alphas", "float32", (2,))
     random = np.random.default_rng(0)
 
     encode = [
@@ -99,15 +99,15 @@ def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BAT
     """A bundle of the StyleGAN2 kind: three latents of equal shape and a ``resample`` stage of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     n, width = 3, 4
-    codes = Tensor("codes", "float32", ("B", n, width))
-    noise = Tensor("noise", "float32", ("B", n, width))
-    mixed = Tensor("mixed", "float32", ("B", n, width))
-    alphas = Tensor("alphas", "float32", (n,))
+    codes = TensorSpec("codes", "float32", ("B", n, width))
+    noise = TensorSpec("noise", "float32", ("B", n, width))
+    mixed = TensorSpec("mixed", "float32", ("B", n, width))
+    alphas = TensorSpec("alphas", "float32", (n,))
     random = np.random.default_rng(1)
 
     encode, inputs, source = [], (IMAGES,), "images"
     if input_noise_l2:
-        inputs, source = (IMAGES, Tensor("input_noise", "float32", IMAGES.shape)), "noisy"
+        inputs, source = (IMAGES, TensorSpec("input_noise", "float32", IMAGES.shape)), "noisy"
         encode += [
             helper.make_node("ReduceL2", ["input_noise"], ["norm"], axes=[1, 2, 3], keepdims=1),
             helper.make_node("Div", ["input_noise", "norm"], ["direction"]),
@@ -154,8 +154,8 @@ def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BAT
 def write_plain(folder: Path, weights: Floats, batch: Batch = BATCH) -> Manifest:
     """A bundle that changes no image, and whose logits are the ``weights`` (3 * SIZE * SIZE, 3) times image - 0.5."""
     folder.mkdir(parents=True, exist_ok=True)
-    feature = Tensor("feature_0", "float32", IMAGES.shape)
-    noise, alphas = Tensor("noise_0", "float32", ("B", 1)), Tensor("alphas", "float32", (1,))
+    feature = TensorSpec("feature_0", "float32", IMAGES.shape)
+    noise, alphas = TensorSpec("noise_0", "float32", ("B", 1)), TensorSpec("alphas", "float32", (1,))
     encode = [helper.make_node("Identity", ["images"], ["feature_0"])]
     decode = [helper.make_node("Identity", ["feature_0"], ["images"])]
     stages = [
@@ -176,7 +176,7 @@ def _manifest(
     family: str,
     shapes: tuple[tuple[int, ...], ...],
     alphas: dict[str, tuple[float, ...]],
-    stages: Sequence[Stage],
+    stages: Sequence[StageSpec],
     batch: Batch,
     **changes: object,
 ) -> Manifest:
@@ -196,11 +196,11 @@ def _manifest(
     return Manifest(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def _classifier(folder: Path, random: np.random.Generator) -> Stage:
+def _classifier(folder: Path, random: np.random.Generator) -> StageSpec:
     return _linear(folder, _weights(random, 3 * SIZE * SIZE, len(CLASSES)))
 
 
-def _linear(folder: Path, weights: Floats) -> Stage:
+def _linear(folder: Path, weights: Floats) -> StageSpec:
     """A linear classifier that centres its input; its weights lie in an external data file."""
     nodes = [
         helper.make_node("Sub", ["images", "half"], ["centred"]),
@@ -219,11 +219,11 @@ def _save(
     folder: Path,
     name: str,
     nodes: Sequence[onnx.NodeProto],
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
     weights: Mapping[str, npt.ArrayLike],
     external: bool = False,
-) -> Stage:
+) -> StageSpec:
     used = {entry for node in nodes for entry in node.input}
     graph = helper.make_graph(
         nodes,
@@ -236,8 +236,8 @@ def _save(
     onnx.checker.check_model(model)
     file = f"{name}.onnx"
     onnx.save(model, folder / file, save_as_external_data=external, location=f"{file}.data", size_threshold=0)
-    return Stage(name, file, tuple(inputs), tuple(outputs))
+    return StageSpec(name, file, tuple(inputs), tuple(outputs))
 
 
-def _info(tensor: Tensor) -> onnx.ValueInfoProto:
+def _info(tensor: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.shape))

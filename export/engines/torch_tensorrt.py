@@ -13,7 +13,7 @@ from torch.export.passes import move_to_device_pass
 
 from export.engines import tensorrt
 from export.engines.tensorrt import BuildError, Card
-from handlers.manifest import Batch, Manifest, Stage
+from handlers.manifest import Batch, Manifest, StageSpec
 from handlers.runtimes import RuntimeMissing, built, pt2
 from handlers.runtimes.tensorrt import library
 from handlers.runtimes.torch import SUFFIX, version
@@ -46,7 +46,7 @@ def _compiler() -> Any:
         raise RuntimeMissing(f"{NAME} cannot be imported ({error}): pip install torch-tensorrt") from None
 
 
-def _build(compiler: Any, bundle: Path, stage: Stage, batch: Batch) -> Path:
+def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:
     file, trt = bundle / stage.file, library("tensorrt")
     archive = built.find(file, "torch", version(), suffix=SUFFIX)
     rows = (batch.min, batch.opt, batch.max)

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +62,7 @@ def test_bundles_from_before_there_were_fallbacks_are_read(bundle: Path) -> None
     assert [stage.fallback for stage in Manifest.read(bundle).stages] == ["", "", ""]
 
 
-def test_writing_again_after_a_change_seals_the_new_content(bundle: Path) -> None:
+def test_writing_again_after_a_change_lists_the_new_content(bundle: Path) -> None:
     manifest = Manifest.read(bundle)
     (bundle / "report.md").write_text("parity")
     assert "report.md" in manifest.write(bundle).files
@@ -125,13 +127,16 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path) -> None:
 
 EDITS: dict[str, tuple[Change, str]] = {
     "weights missing": (lambda m: m["alphas"].update(linear=[0.5]), "1 weights for 2 latents"),
-    "weight out of range": (lambda m: m["alphas"].update(linear=[0.5, 1.5]), "outside 0 to 1"),
+    "weight out of range": (
+        lambda m: m["alphas"].update(linear=[0.5, 1.5]),
+        "alphas.linear[1] is 1.5, must be a number from 0 to 1",
+    ),
     "weight NaN": (lambda m: m["alphas"].update(linear=[0.5, float("nan")]), "must be a number"),
     "no such schedule": (lambda m: m.update(default_alphas="sine"), "'sine' is not among"),
-    "samples": (lambda m: m["samples"].update(default=99), "samples must have"),
-    "batch": (lambda m: m["batch"].update(min=9), "batch must have"),
-    "batch for CPUs": (lambda m: m["batch"].update(cpu=9), "min <= cpu <= max"),
-    "batch has a text": (lambda m: m["batch"].update(min="1"), "batch.min must be a whole number"),
+    "samples": (lambda m: m["samples"].update(default=99), "samples: must have 1 <= default <= max"),
+    "batch": (lambda m: m["batch"].update(min=9), "batch: must have 1 <= min <= opt <= max"),
+    "batch for CPUs": (lambda m: m["batch"].update(cpu=9), "cpu is 9, must lie between min and max"),
+    "batch has a text": (lambda m: m["batch"].update(min="1"), "batch.min is '1', must be a whole number"),
     "class twice": (lambda m: m.update(classes=["a", "a", "b"]), "a name twice"),
     "too few classes": (lambda m: m.update(classes=["a", "b"]), "classify"),
     "image size": (lambda m: m.update(image_size=[16, 16]), "encode: input images"),
@@ -139,17 +144,17 @@ EDITS: dict[str, tuple[Change, str]] = {
     "noise shape": (lambda m: m["noise_shapes"].__setitem__(0, [3, 2, 2]), "noise_0"),
     "name": (lambda m: m.update(name="../x"), "name"),
     "input noise": (lambda m: m.update(input_noise_l2=1.0), "disagree"),
-    "no stages": (lambda m: m.update(stages=[]), "the last stage must be classify"),
+    "no stages": (lambda m: m.update(stages=[]), "stages is []"),
     "order of stages": (lambda m: m["stages"].insert(0, m["stages"].pop(1)), "nothing provides"),
     "stage twice": (lambda m: m["stages"].insert(0, m["stages"][0]), "same name"),
     "stage without file": (lambda m: m["stages"][0].update(file="other.onnx"), "not among the files"),
     "stage with unknown input": (lambda m: m["stages"][0]["inputs"][0].update(name="pixels"), "'pixels'"),
     "stage of other type": (lambda m: m["stages"][1]["inputs"][0].update(dtype="float16"), "feature_0 float16"),
     "unknown type": (lambda m: m["stages"][1]["inputs"][0].update(dtype="float31"), "float31"),
-    "unknown field": (lambda m: m.update(extra=1), "unknown field 'extra'"),
-    "missing field": (lambda m: m.pop("classes"), "field 'classes' is missing"),
-    "no SHA-256": (lambda m: m["files"]["encode.onnx"].update(sha256="beef"), "is no SHA-256"),
-    "list for object": (lambda m: m.update(files=[]), "files must be a JSON object"),
+    "unknown field": (lambda m: m.update(extra=1), "there is no field 'extra'"),
+    "missing field": (lambda m: m.pop("classes"), "classes is missing"),
+    "no SHA-256": (lambda m: m["files"]["encode.onnx"].update(sha256="beef"), "64 hexadecimal digits"),
+    "list for object": (lambda m: m.update(files=[]), "files is [], must be a mapping"),
 }
 
 
@@ -158,6 +163,46 @@ def test_contradictions_are_refused(bundle: Path, name: str) -> None:
     edit, reason = EDITS[name]
     change(bundle, edit)
     assert reason in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "more/weights.data", ".hidden"])
+def test_what_the_manifest_does_not_list_is_refused(bundle: Path, name: str) -> None:
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_text("x")
+    assert f"{name}: not a file of this bundle" in refusal(bundle)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling link", "link to a folder"])
+def test_what_is_no_file_is_refused_unopened(bundle: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(bundle / "other")
+    else:
+        (bundle / "other").symlink_to(bundle.parent if kind == "link to a folder" else "absent")
+    assert "other: not a file of this bundle" in refusal(bundle)
+
+
+def test_a_pipe_in_the_place_of_the_manifest_is_refused_unopened(bundle: Path) -> None:
+    (bundle / FILE_NAME).unlink()
+    os.mkfifo(bundle / FILE_NAME)
+    assert "not a bundle" in refusal(bundle)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_folder_that_no_file_system_can_name(path: str) -> None:
+    with pytest.raises(BundleError):
+        Manifest.read(path)
+
+
+NUMBERS = ("1" * 5000, "1e999", "-1", "1.5", "true", "9" * 400, "[" * 50_000 + "]" * 50_000)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:6])
+@pytest.mark.parametrize("field", ['"bytes": ', '"max": ', '"input_noise_l2": ', '"format": '])
+def test_numbers_without_bound_are_refused(bundle: Path, field: str, number: str) -> None:
+    text = (bundle / FILE_NAME).read_text()
+    (bundle / FILE_NAME).write_text(re.sub(rf"{field}[\d.]+", f"{field}{number}", text, count=1))
+    if (field, number) != ('"input_noise_l2": ', "1.5"):
+        assert refusal(bundle)
 
 
 def test_nothing_inconsistent_can_be_written(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -229,7 +229,7 @@ def _manifest(
         noise_shapes=purifier.noise_shapes,
         alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
         default_alphas=recipe.schedule,
-        samples=manifest.Samples(recipe.samples.default, recipe.samples.max),
+        samples=recipe.samples,
         classes=recipe.classes,
         batch=recipe.batch,
         stages=tuple(_stage(stage, draft) for stage in stages),
@@ -248,4 +248,4 @@ def _stage(stage: Stage, draft: Path) -> manifest.StageSpec:
 
 
 def _tensors(named: tuple[Named, ...]) -> tuple[manifest.TensorSpec, ...]:
-    return tuple(manifest.TensorSpec(name, "float32", shape) for name, shape in named)
+    return tuple(manifest.TensorSpec(name, "float32", cast(Any, shape)) for name, shape in named)

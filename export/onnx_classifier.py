@@ -25,7 +25,7 @@ from handlers.manifest import FileDigest
 from mlvgm.checkpoint import kind_of
 from mlvgm.recipe import ClassifierRecipe
 
-_TYPES = {
+_TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.DOUBLE: "float64",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.fields import FieldError, Length, Range, none_of, read_strict
-from handlers.manifest import Batch, Name
+from handlers.manifest import Batch, Name, Samples
 from mlvgm.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,20 +54,7 @@ class ClassifierRecipe:
             raise ValueError(f"architecture is {known}, or a callable module:function that returns a torch.nn.Module")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Purified samples per image: how many vote where a request does not say ("auto": as few as settle the vote), and
-    the most that it may ask for."""
-
-    default: Annotated[int, Range(1, 65536)] | Literal["auto"]
-    max: Annotated[int, Range(1, 65536)]
-
-    def __post_init__(self) -> None:
-        if self.default != "auto" and not 1 <= self.default <= self.max:
-            raise ValueError(f"must have 1 <= default <= max, not {self.default} and {self.max}")
-
-
-_BATCH = Batch(1, 8, 32)
+_BATCH, _SAMPLES = Batch(1, 8, 32), Samples(8, 32)
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ class Recipe:
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     runtime: str = "auto"
     batch: Batch = _BATCH
-    samples: Samples = Samples(8, 32)
+    samples: Samples = _SAMPLES
 
     def __post_init__(self) -> None:
         n = self.n_latents

@@ -25,7 +25,7 @@ import onnx
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from handlers.manifest import Seal
+from handlers.manifest import FileDigest
 
 SIDE = 32
 faults = 0
@@ -62,7 +62,7 @@ def overflowing(folder: Path) -> Path:
     graph.node.extend(helper.make_node(kind, inputs, [output]) for kind, inputs, output in steps)
     onnx.save(model, folder / "encode.onnx")
     manifest = json.loads((folder / "pipeline.json").read_text())
-    manifest["files"]["encode.onnx"] = vars(Seal.of(folder / "encode.onnx"))
+    manifest["files"]["encode.onnx"] = vars(FileDigest.of(folder / "encode.onnx"))
     (folder / "pipeline.json").write_text(json.dumps(manifest))
     return folder
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from export.bundle import export_bundle
 from handlers.pipeline import Pipeline
 from mlvgm.load import load_callable

@@ -18,12 +18,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
 from export.bundle import export_bundle
 from handlers.pipeline import Pipeline
 from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
 from mlvgm.recipe import Batch, ClassifierRecipe, Recipe, Samples
-from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 SIDE, CLASSES = 16, 10
 OURS = ("mlvgm", "export", "handlers")  # exceptions of these packages are printed as one line
@@ -149,7 +150,7 @@ def refused(name: str, content, *words: str, **normalisation) -> None:
 
 def in_integers(model) -> bytes:
     class Reader(CalibrationDataReader):
-        left = [{"x": drawn.random((4, 3, SIDE, SIDE), np.float32)} for _ in range(2)]
+        left = [{"x": drawn.random((4, 3, SIDE, SIDE), np.float32)} for _ in range(2)]  # noqa: RUF012
 
         def get_next(self):
             return self.left.pop() if self.left else None

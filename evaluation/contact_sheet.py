@@ -1,5 +1,6 @@
 """A picture of what an attack does and what purification makes of it, one row per image."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,65 +10,79 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 AMPLIFICATION = 5
+CHANGE = f"the change, x{AMPLIFICATION}"
+
+Pixels = NDArray[np.uint8]
 
 _GREEN, _RED, _INK, _PAPER = (20, 120, 50), (190, 30, 30), (30, 30, 30), (255, 255, 255)
-_SIDE, _GAP, _CAPTION, _TOP = 160, 12, 40, 60
+_WIDTH, _GAP, _TOP, _LINE = 1400, 12, 60, 14
+_LINES = 2  # of a caption, at most
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a row, uint8 (H, W, 3), None for none, and what it is read as, if anything reads it."""
+
+    pixels: Pixels | None
+    read: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: clean, attacked and, if it was, purified, uint8 (H, W, 3), and what it was read as each time."""
+    """The pictures of one image whose class is ``true``; ``vote``, if any, stands under the last of them."""
 
     true: str
-    clean: NDArray[np.uint8]
-    attacked: NDArray[np.uint8]
-    purified: NDArray[np.uint8] | None
-    read_clean: str
-    read_attacked: str
-    read_purified: str
+    pictures: Sequence[Picture]
+    vote: str = ""
 
 
-def save(rows: Sequence[Row], title: str, path: Path, columns: int = 2) -> None:
-    """Write the sheet as PNG, with ``columns`` rows side by side; right answers are green and wrong ones red."""
-    lines = -(-len(rows) // columns)
-    width = columns * 4 * (_SIDE + _GAP) + (columns + 1) * 2 * _GAP
-    sheet = Image.new("RGB", (width, _TOP + lines * (_SIDE + _CAPTION + _GAP)), _PAPER)
+def change(clean: Pixels, attacked: Pixels) -> Picture:
+    """What an attack has added, amplified, on grey."""
+    added = AMPLIFICATION * (attacked.astype(np.float32) - clean)
+    return Picture((128 + added).clip(0, 255).astype(np.uint8))
+
+
+def save(rows: Sequence[Row], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
+    """Write the sheet as PNG, with ``columns`` rows side by side; right answers are green and wrong ones red.
+
+    Args:
+        heads: of the pictures of each row.
+    """
+    side = side_of(len(heads), columns)
+    height = side + _LINE * _LINES * (2 if any(row.vote for row in rows) else 1) + _GAP
+    sheet = Image.new("RGB", (_WIDTH, _TOP + -(-len(rows) // columns) * height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((2 * _GAP, 10), title, fill=_INK, font=ImageFont.load_default(size=18))
-    heads = ("clean", "attacked", f"the change, x{AMPLIFICATION}", "purified")
     for column in range(min(columns, len(rows))):
         for i, head in enumerate(heads):
-            draw.text((_left(column, i), 38), head, fill=_INK, font=ImageFont.load_default(size=15))
+            draw.text((left_of(column, i, len(heads), side), 38), head, _INK, ImageFont.load_default(size=13))
     for number, row in enumerate(rows):
-        column, line = number % columns, number // columns
-        _paste(sheet, row, column, _TOP + line * (_SIDE + _CAPTION + _GAP))
+        top = _TOP + number // columns * height
+        for i, picture in enumerate(row.pictures):
+            left = left_of(number % columns, i, len(heads), side)
+            if picture.pixels is not None:
+                image = Image.fromarray(picture.pixels).resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(image, (left, top))
+                _caption(draw, picture.read, row.true, (left, top + side), side)
+        if row.vote:
+            _caption(draw, row.vote, row.true, (left, top + side + _LINES * _LINE), side, "vote: ")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def _paste(sheet: Image.Image, row: Row, column: int, top: int) -> None:
-    draw = ImageDraw.Draw(sheet)
-    change = row.attacked.astype(np.float32) - row.clean
-    pictures = (row.clean, row.attacked, (128 + AMPLIFICATION * change).clip(0, 255).astype(np.uint8), row.purified)
-    captions = (row.read_clean, row.read_attacked, "", row.read_purified)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        if picture is None:
-            continue
-        left = _left(column, i)
-        sheet.paste(Image.fromarray(picture).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top))
-        colour = _GREEN if caption == row.true else _RED
-        draw.multiline_text(
-            (left, top + _SIDE + 2), _wrapped(caption), colour, ImageFont.load_default(size=14), spacing=1
-        )
+def side_of(pictures: int, columns: int = 2) -> int:
+    """Pixels across one of so many ``pictures`` of a row, a multiple of 32, so that ``columns`` rows fill the sheet."""
+    return (((_WIDTH - 2 * _GAP) // columns - 2 * _GAP) // pictures - _GAP) // 32 * 32
 
 
-def _left(column: int, place: int) -> int:
-    return 2 * _GAP + column * (4 * (_SIDE + _GAP) + 2 * _GAP) + place * (_SIDE + _GAP)
+def left_of(column: int, place: int, pictures: int, side: int) -> int:
+    """Where a picture begins."""
+    return 2 * _GAP + column * (pictures * (side + _GAP) + 2 * _GAP) + place * (side + _GAP)
 
 
-def _wrapped(caption: str, width: int = 22) -> str:
-    """At most two lines, broken at a space."""
-    if len(caption) <= width:
-        return caption
-    cut = caption.rfind(" ", 0, width + 1)
-    return f"{caption[:cut]}\n{caption[cut + 1 :]}" if cut > 0 else caption
+def _caption(
+    draw: ImageDraw.ImageDraw, read: str, true: str, place: tuple[int, int], side: int, before: str = ""
+) -> None:
+    lines = textwrap.wrap(before + read, width=side // 6, max_lines=_LINES, placeholder="...")
+    colour = _GREEN if read == true else _RED
+    draw.multiline_text(place, "\n".join(lines), colour, ImageFont.load_default(size=12), spacing=1)

@@ -96,7 +96,7 @@ def noise(pipeline: Pipeline, samples: int, seed: int = 0, l2: float = NOISE_L2)
             return _array(add_noise(clean, torch.randn(clean.shape, generator=generator), l2))
 
         voters = np.stack([_classify(pipeline, noisy, len(images)) for _ in range(samples)], axis=1)
-        labels = np.array([np.bincount(row).argmax() for row in voters])
+        labels = vote(voters)
         return Predictions(labels, voters, labels != bare(pipeline)(images).labels)
 
     return predict
@@ -117,6 +117,30 @@ def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list
         return Predictions(np.concatenate(labels), np.concatenate(voters), np.concatenate(flagged))
 
     return predict
+
+
+def gaussian(images: Images, sigma: float, seed: int) -> Images:
+    """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
+    drawn = np.random.default_rng(seed).standard_normal(images.shape, np.float32)
+    noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
+    return noisy
+
+
+def vote(sample_labels: Labels) -> Labels:
+    """(N,): the class that most of (N, S) labels are, and of equals the first."""
+    return np.array([np.bincount(row).argmax() for row in sample_labels])
+
+
+def sample_deviation(
+    pipeline: Pipeline, images: Images, samples: int, seed: int = 0, alphas: str | list[float] | None = None
+) -> float:
+    """How far the purified samples of an image differ: their standard deviation, mean over pixels and images."""
+    deviations = []
+    for start in range(0, len(images), _CHUNK):
+        part = images[start : start + _CHUNK]
+        result = pipeline.run(part, samples, seeds=range(seed + start, seed + start + len(part)), alphas=alphas)
+        deviations.append(result.purified.std(axis=1, ddof=1).mean(axis=(1, 2, 3)))
+    return float(np.concatenate(deviations).mean())
 
 
 def _classify(pipeline: Pipeline, images: Callable[[slice], NDArray[Any]], count: int) -> Labels:

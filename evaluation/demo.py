@@ -12,13 +12,17 @@ from PIL import Image
 
 from evaluation import contact_sheet, machine
 from evaluation.attacks import CarliniWagner, Method, attack, predict
+from evaluation.contact_sheet import Picture
 from evaluation.signs import Sign
 from handlers.client import Client
+from handlers.pipeline import Pipeline
 from mlvgm.load import Default
 
 RECIPE = "road-signs"
 ATTACK: Method = CarliniWagner(searches=4, steps=50, stepsize=0.02, initial_const=0.3)
 """A few images only, so the attack may take more steps than on thousands."""
+
+HEADS = ("clean", "attacked", contact_sheet.CHANGE, "what is kept", "sample 1", "sample 2")
 
 Pixels = NDArray[np.uint8]
 
@@ -30,11 +34,27 @@ def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
 
 
 def ask(client: Client, sign: Sign, attacked: Pixels) -> dict[str, Any]:
-    """The server's answers about a sign: "clean", "attacked", and of the latter the purified image, "image"."""
-    image, figures = client.purify(_png(attacked), RECIPE)
-    with Image.open(io.BytesIO(image)) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    return {"clean": client.predict(_png(sign.image), RECIPE), "attacked": figures, "image": pixels}
+    """The server's answers about a sign: "clean" and "attacked"."""
+    return {"clean": client.predict(_png(sign.image), RECIPE), "attacked": client.predict(_png(attacked), RECIPE)}
+
+
+def purify(pipeline: Pipeline, attacked: Sequence[Pixels]) -> list[list[Picture]]:
+    """Of each image what is kept of it and two purified samples, each with what it is read as.
+
+    What is kept shows when every latent that the served schedule resamples is resampled with weight 1: all of the image
+    that remains comes from the latents with weight 0.
+    """
+    manifest, images = pipeline.manifest, np.stack(attacked)
+    whole = [float(alpha > 0) for alpha in manifest.alphas[manifest.default_alphas]]
+    seeds = range(len(images))
+    kept, samples = pipeline.run(images, 1, seeds, alphas=whole), pipeline.run(images, 2, seeds)
+    purified = np.concatenate([kept.purified, samples.purified], axis=1).transpose(0, 1, 3, 4, 2)
+    pixels = (255 * purified).round().clip(0, 255).astype(np.uint8)
+    labels = np.concatenate([kept.sample_labels, samples.sample_labels], axis=1)
+    return [
+        [Picture(shown, manifest.classes[label]) for shown, label in zip(*row, strict=True)]
+        for row in zip(pixels, labels, strict=True)
+    ]
 
 
 def summary(
@@ -120,27 +140,30 @@ def conclusion(default: Default, content: dict[str, Any]) -> list[str]:
 
 
 def save_sheet(
-    default: Default,
     signs: Sequence[Sign],
     attacked: Sequence[Pixels],
     answers: Sequence[dict[str, Any]],
+    purified: Sequence[Sequence[Picture]],
     path: Path,
 ) -> None:
-    """The pictures of it all."""
+    """The pictures of it all; ``purified`` comes from `purify`, and the vote from the server's ``answers``."""
     rows = [
         contact_sheet.Row(
-            true=sign.name,
-            clean=sign.image,
-            attacked=pixels,
-            purified=answer["image"],
-            read_clean=answer["clean"]["unpurified"]["label"],
-            read_attacked=answer["attacked"]["unpurified"]["label"],
-            read_purified=answer["attacked"]["label"],
+            sign.name,
+            [
+                Picture(sign.image, answer["clean"]["unpurified"]["label"]),
+                Picture(pixels, answer["attacked"]["unpurified"]["label"]),
+                contact_sheet.change(sign.image, pixels),
+                *copies,
+            ],
+            vote=answer["attacked"]["label"],
         )
-        for sign, pixels, answer in zip(signs, attacked, answers, strict=True)
+        for sign, pixels, answer, copies in zip(signs, attacked, answers, purified, strict=True)
     ]
-    title = f"{RECIPE}: {type(ATTACK).__name__} attack, vote of {answers[0]['attacked']['samples']} purified samples"
-    contact_sheet.save(rows, title, path)
+    counts = sorted({answer["attacked"]["samples"] for answer in answers})
+    votes = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    title = f"{RECIPE}: {type(ATTACK).__name__} attack on the classifier; what each is read as; vote of {votes} samples"
+    contact_sheet.save(rows, HEADS, title, path)
 
 
 def _png(pixels: Pixels) -> bytes:

@@ -3,8 +3,10 @@
     python -m evaluation.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
 
 Two kinds of attackers. The first knows the classifier alone (DeepFool and Carlini-Wagner, as in the paper); beside the
-purifier stand the bare classifier and two simple defences that a serious one has to beat. The second attacker knows the
-whole defence but its noise. Attacked images are kept in build/attacks, so measuring other weights is quick.
+purifier stand the bare classifier, two simple defences that a serious one has to beat, and the purifier's own null: the
+same models with nothing resampled, one sample in the place of a vote, and the paper's linear schedule. The second
+attacker knows the whole defence but its noise. ``--noise-sigma`` measures Gaussian noise on clean images as well.
+Attacked images are kept in build/attacks (``--cache``), so measuring other weights is quick.
 """
 
 import argparse
@@ -25,7 +27,12 @@ from evaluation.photographs import read_photographs
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
 
-CACHE = Path("build/attacks")
+NOISE_DRAWS, NOISE_SAMPLES = 48, 8
+"""On a noisy image: the draws of the noise that vote, and the purified samples of a single draw."""
+
+DEVIATION_IMAGES, DEVIATION_SAMPLES = 512, 8
+"""Clean images, and purified samples of each, that tell how far samples differ."""
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
 
@@ -38,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = pipeline.manifest
         signs = read_photographs(args.data, args.part, manifest.classes, manifest.image_size, args.limit)
         default = load_default(args.recipe or str(manifest.source.get("recipe", "road-signs")))
-        samples = args.samples or manifest.samples.typical
+        served = manifest.samples.default
+        samples = args.samples or (served if isinstance(served, int) else manifest.samples.max)
         schedule = args.alphas or manifest.default_alphas
         content: dict[str, Any] = {
             "benchmark": "robustness",
@@ -47,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "n": len(signs),
             "samples": samples,
             "schedule": schedule,
+            "served": schedule == manifest.default_alphas,
             "alphas": list(manifest.alphas[schedule]),
             "seed": args.seed,
             "noise_l2": defences.NOISE_L2,
@@ -55,15 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "files": {name: seal.sha256 for name, seal in manifest.files.items()},
             **report.measured_here(),
         }
-        bare = defences.bare(pipeline)
-        simple = {"blur": defences.blur(pipeline), "noise": defences.noise(pipeline, samples, args.seed)}
-        purifier = defences.purifier(pipeline, samples, args.seed, schedule)
-        content |= measure(default.classifier, bare, simple, purifier, signs.images, signs.labels, args.attacks, CACHE)
+        table = compared(pipeline, samples, args.seed, schedule)
+        bare, purifier = table["none"], table["purifier"]
+        content |= measure(default.classifier, table, signs.images, signs.labels, args.attacks, args.cache)
+        spread = min(DEVIATION_SAMPLES, manifest.samples.max)
+        few_images = signs.images[:DEVIATION_IMAGES]
+        content["sample_deviation"] = defences.sample_deviation(pipeline, few_images, spread, args.seed, schedule)
+        if args.noise_sigma:
+            noisy = slice(0, args.noise_images)
+            images, labels = signs.images[noisy], signs.labels[noisy]
+            content["noise"] = measure_noise(pipeline, images, labels, args.noise_sigma, args.seed, schedule)
         if args.adaptive:
             few = slice(0, args.adaptive)
-            served = Default(default.purifier, default.classifier, content["alphas"], default.recipe)
+            whole = Default(default.purifier, default.classifier, content["alphas"], default.recipe)
             content["adaptive"] = measure_adaptive(
-                served,
+                whole,
                 bare,
                 purifier,
                 signs.images[few],
@@ -80,17 +95,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def compared(pipeline: Pipeline, samples: int, seed: int, schedule: str) -> dict[str, Defence]:
+    """The defences of the report by name, in its order, for `measure`; "linear" where the bundle has that schedule."""
+    nothing = [0.0] * pipeline.manifest.n_latents
+    copies = samples if pipeline.manifest.input_noise_l2 else 1  # without any noise all samples are the same
+    table = {
+        "none": defences.bare(pipeline),
+        "blur": defences.blur(pipeline),
+        "noise": defences.noise(pipeline, samples, seed),
+        "kept": defences.purifier(pipeline, copies, seed, nothing),
+        "purifier": defences.purifier(pipeline, samples, seed, schedule),
+    }
+    if "linear" in pipeline.manifest.alphas:
+        table["linear"] = defences.purifier(pipeline, samples, seed, "linear")
+    return table
+
+
 def measure(
     classifier: nn.Module,
-    bare: Defence,
-    simple: Mapping[str, Defence],
-    purifier: Defence,
+    table: Mapping[str, Defence],
     images: Images,
     labels: Labels,
     methods: Sequence[str],
     cache: Path | None = None,
 ) -> dict[str, Any]:
     """Attack ``classifier`` with each of ``methods`` and evaluate every defence on what comes out.
+
+    Args:
+        table: defences by name, "none", the bare classifier, first, and "purifier" among them. The first sample of the
+            latter is evaluated as a defence of its own, "one".
 
     Returns:
         "attacks"; "accuracy", defence -> set of images -> share; "within", the same where changes above a bound count
@@ -103,11 +136,13 @@ def measure(
         result = attack(classifier, images, labels, method, cache)
         sets[method], sizes[method] = result.images, result.l2
         attacks[method] = {"seconds": round(time.monotonic() - begun, 1), **_describe(method, result, right)}
-    unpurified = {name: bare(attacked) for name, attacked in sets.items()}
-    purified = {name: purifier(attacked) for name, attacked in sets.items()}
-    rows = {"none": unpurified}
-    rows |= {name: {key: defence(attacked) for key, attacked in sets.items()} for name, defence in simple.items()}
-    rows["purifier"] = purified
+    rows: dict[str, dict[str, Predictions]] = {}
+    for name, defence in table.items():
+        found = {key: defence(attacked) for key, attacked in sets.items()}
+        if name == "purifier":
+            rows["one"] = {key: _first(found[key], rows["none"][key]) for key in found}
+        rows[name] = found
+    unpurified, purified = rows["none"], rows["purifier"]
     for method in methods:
         agreeing = unpurified[method].labels == predict(classifier, sets[method])
         attacks[method]["engine_agrees"] = share(agreeing)["share"]
@@ -137,6 +172,38 @@ def measure(
             for key, found in purified.items()
         },
     }
+
+
+def measure_noise(
+    pipeline: Pipeline, images: Images, labels: Labels, sigmas: Sequence[float], seed: int, schedule: str
+) -> dict[str, Any]:
+    """Accuracy on clean ``images`` behind Gaussian noise of each standard deviation, for pixels from 0 to 1.
+
+    Returns:
+        "n", "draws", "samples" and "sigmas", one row each: "sigma", and as shares "none", the classifier on one noisy
+        image; "purified", "samples" purified samples of that image; "vote", one purified sample of each of "draws"
+        noisy images; "vote_none", the classifier on each of these.
+    """
+    samples = min(NOISE_SAMPLES, pipeline.manifest.samples.max)
+    bare, several = defences.bare(pipeline), defences.purifier(pipeline, samples, seed, schedule)
+    rows = []
+    for sigma in sigmas:
+        read, purified = [], []
+        for draw in range(NOISE_DRAWS):
+            noisy = defences.gaussian(images, sigma, seed + draw)
+            once = defences.purifier(pipeline, 1, seed + draw * len(images), schedule)
+            read.append(bare(noisy).labels)
+            purified.append(once(noisy).labels)
+        rows.append(
+            {
+                "sigma": sigma,
+                "none": share(read[0] == labels),
+                "purified": share(several(defences.gaussian(images, sigma, seed)).labels == labels),
+                "vote": share(defences.vote(np.stack(purified, axis=1)) == labels),
+                "vote_none": share(defences.vote(np.stack(read, axis=1)) == labels),
+            }
+        )
+    return {"n": len(images), "draws": NOISE_DRAWS, "samples": samples, "sigmas": rows}
 
 
 def measure_adaptive(
@@ -202,6 +269,12 @@ def _within(
     return share(np.where(small, predictions[method].labels, predictions["clean"].labels) == labels)
 
 
+def _first(found: Predictions, unpurified: Predictions) -> Predictions:
+    """``found`` by its first sample alone."""
+    voters = found.sample_labels[:, :1]
+    return Predictions(voters[:, 0], voters, voters[:, 0] != unpurified.labels)
+
+
 def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> dict[str, Any]:
     changed = result.l2[right & result.fooled]
     quantiles = np.quantile(changed, QUANTILES) if len(changed) else np.full(len(QUANTILES), np.nan)
@@ -231,6 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="images to use, the first of a fixed random order (default: all)")
     parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
     parser.add_argument("--alphas", help="schedule of the bundle (default: the bundle's)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/attacks"), help="folder of the attacked images (%(default)s)"
+    )
     parser.add_argument("--attacks", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
     parser.add_argument(
         "--adaptive", type=int, default=200, metavar="N", help="images for it, 0 for none (%(default)s)"
@@ -243,6 +319,15 @@ def _parser() -> argparse.ArgumentParser:
         default=4,
         help="draws of the noise to average each gradient of it over (%(default)s)",
     )
+    parser.add_argument(
+        "--noise-sigma",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SIGMA",
+        help="also read clean images behind Gaussian noise of this standard deviation, for pixels from 0 to 1",
+    )
+    parser.add_argument("--noise-images", type=int, default=200, metavar="N", help="images for it (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image's noise (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/robustness.json"), help="(%(default)s)")

@@ -13,9 +13,20 @@ NAMES = {
     "none": "no defence",
     "blur": "blur, sigma 1",
     "noise": "noise, vote of {samples}",
-    "purifier": "purifier, vote of {samples}",
+    "kept": "nothing resampled (all alphas 0)",
+    "one": "{schedule} schedule, one sample",
+    "purifier": "{schedule} schedule, vote of {samples}",
+    "linear": "linear schedule, vote of {samples}",
 }
-_COLOURS = {"none": "#8a8a8a", "blur": "#d9a441", "noise": "#5a9a6a", "purifier": "#2f6db0"}
+_COLOURS = {
+    "none": "#8a8a8a",
+    "blur": "#d9a441",
+    "noise": "#5a9a6a",
+    "kept": "#7d5fa8",
+    "one": "#86aedb",
+    "purifier": "#2f6db0",
+    "linear": "#3a9a9a",
+}
 _RED = "#b0362a"
 
 
@@ -25,6 +36,8 @@ def markdown(content: Content) -> str:
     lines += ["Accuracy with 95 % intervals:", "", *_accuracy(content), ""]
     lines += ["Accuracy when the change may not exceed an L2 norm:", "", *_within(content), ""]
     lines += ["How often the attacks succeed, and how purification detects them:", "", *_attacks(content), ""]
+    if "noise" in content:
+        lines += [*_noise(content["noise"]), ""]
     if "adaptive" in content:
         lines += [*_adaptive(content["adaptive"]), ""]
     if content["caveats"]:
@@ -34,20 +47,21 @@ def markdown(content: Content) -> str:
 
 def _preamble(content: Content) -> str:
     alphas = ", ".join(f"{alpha:g}" for alpha in content["alphas"])
+    deviation = f"{content['sample_deviation']:.4f} (standard deviation for pixels from 0 to 1, mean over pixels)"
     return (
         f"{content['n']} images of the {content['part']} part, 8 bits each; alphas {content['schedule']} ({alphas}); "
-        f"noise seeds from {content['seed']}; {content['runtime']}, {content['precision']}; {conditions(content)}; "
+        f"purified samples of a clean image deviate by {deviation}; noise seeds from {content['seed']}; "
+        f"{content['runtime']}, {content['precision']}; {conditions(content)}; "
         f"{content['seconds']:.0f} s."
     )
 
 
 def _accuracy(content: Content) -> list[str]:
-    accuracy, samples = content["accuracy"], content["samples"]
+    accuracy = content["accuracy"]
     sets = list(accuracy["none"])
-    rows = [[NAMES[name].format(samples=samples), *(share(row[key]) for key in sets)] for name, row in accuracy.items()]
-    single = content["per_sample"]
-    rows.append(["purifier, a single sample", *(f"{single[key]['one']:.1%}" for key in sets)])
-    rows.append([f"purifier, all {samples} samples right", *(share(single[key]["all"]) for key in sets)])
+    rows = [[_name(content, name), *(share(row[key]) for key in sets)] for name, row in accuracy.items()]
+    unanimous = f"{_schedule(content)} schedule, all {content['samples']} samples right"
+    rows.append([unanimous, *(share(content["per_sample"][key]["all"]) for key in sets)])
     return table(["defence", *(NAMES[key] for key in sets)], rows)
 
 
@@ -57,7 +71,7 @@ def _within(content: Content) -> list[str]:
         for method, entries in content["within"].items()
         for entry in entries
     ]
-    defences = [NAMES[name].format(samples=content["samples"]) for name in content["accuracy"]]
+    defences = [_name(content, name) for name in content["accuracy"]]
     return table(["attack", "L2 at most", *defences], rows)
 
 
@@ -77,6 +91,33 @@ def _attacks(content: Content) -> list[str]:
             ]
         )
     return table(["attack", "fooled", "median L2", "recovered", "flagged", "mean agreement"], rows)
+
+
+def _name(content: Content, defence: str) -> str:
+    return NAMES[defence].format(samples=content["samples"], schedule=_schedule(content))
+
+
+def _schedule(content: Content) -> str:
+    """What the measured schedule is called: it need not be the one that is served."""
+    return "served" if content["served"] else str(content["schedule"])
+
+
+def _noise(entry: Mapping[str, Any]) -> list[str]:
+    """On the left one noisy image, on the right many noisy copies of one image, which vote."""
+    lines = [f"Gaussian noise on {entry['n']} clean images, by its standard deviation for pixels from 0 to 1:", ""]
+    draws = entry["draws"]
+    header = [
+        "deviation",
+        "one noisy image, no defence",
+        f"one noisy image, {entry['samples']} purified samples",
+        f"vote of {draws} noisy images, no defence",
+        f"vote of {draws} noisy images, one purified sample each",
+    ]
+    rows = [
+        [f"{row['sigma']:g}", *(share(row[key]) for key in ("none", "purified", "vote_none", "vote"))]
+        for row in entry["sigmas"]
+    ]
+    return lines + table(header, rows)
 
 
 def _adaptive(entry: Mapping[str, Any]) -> list[str]:
@@ -121,10 +162,10 @@ def plot(content: Content, path: Path) -> None:
 
 def _groups(content: Content) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any], str]]]]:
     """For each attack its title and, one a line, defence, share and colour."""
-    accuracy, samples = content["accuracy"], content["samples"]
+    accuracy = content["accuracy"]
     for key in accuracy["none"]:
         title = "no attack" if key == "clean" else f"{NAMES[key]}, which knows the classifier alone"
-        yield title, [(NAMES[name].format(samples=samples), row[key], _COLOURS[name]) for name, row in accuracy.items()]
+        yield title, [(_name(content, name), row[key], _COLOURS[name]) for name, row in accuracy.items()]
     adaptive = content.get("adaptive", {"bounds": []})
     for row in adaptive["bounds"]:
         yield (
@@ -152,7 +193,7 @@ def _by_size(panel: Any, content: Content) -> None:
                 color=_COLOURS[name],
                 marker="o",
                 markersize=3,
-                label=f"{NAMES[name].format(samples=content['samples'])}, {NAMES[method]}",
+                label=f"{_name(content, name)}, {NAMES[method]}",
             )
             panel.fill_between(
                 sizes,

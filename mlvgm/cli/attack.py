@@ -149,17 +149,18 @@ def _picture(rows: Sequence[Row], recipe: "Recipe", purifier: Purifier | None, p
     )
     shown_rows = [
         contact_sheet.Row(
-            true=row["before"],
-            clean=decode(read_file(Path(row["file"])), size),
-            attacked=decode(attacked[i], size),
-            purified=decode(png, size) if png else None,
-            read_clean=row["before"],
-            read_attacked=row["after"],
-            read_purified=row.get("purified", ""),
+            row["before"],
+            [
+                contact_sheet.Picture(clean := decode(read_file(Path(row["file"])), size), row["before"]),
+                contact_sheet.Picture(changed := decode(attacked[i], size), row["after"]),
+                contact_sheet.change(clean, changed),
+                contact_sheet.Picture(decode(png, size) if png else None, row.get("purified", "")),
+            ],
         )
         for i, (row, png) in enumerate(zip(rows, purified, strict=True))
     ]
-    contact_sheet.save(shown_rows, f"{recipe.name}: {rows[0]['settings']['method']}", path)
+    heads = ("clean", "attacked", contact_sheet.CHANGE, "purified")
+    contact_sheet.save(shown_rows, heads, f"{recipe.name}: {rows[0]['settings']['method']}", path)
 
 
 def _png(pixels: "NDArray[np.uint8]") -> bytes:

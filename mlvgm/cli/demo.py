@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Run every step. Returns 0 when all of them went through, whatever the signs were read as."""
     from evaluation import demo
     from evaluation.signs import drawn_signs
+    from handlers.pipeline import Pipeline
     from mlvgm.load import load_default
 
     begun = time.monotonic()
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
         server.stop()
     content = demo.summary(default, signs, attacked, answers) | {"seconds": round(time.monotonic() - begun, 1)}
     (args.build / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    demo.save_sheet(default, signs, attacked, answers, args.build / "demo.png")
+    with Pipeline.load(bundle) as pipeline:
+        purified = demo.purify(pipeline, attacked)
+    demo.save_sheet(signs, attacked, answers, purified, args.build / "demo.png")
     print("", *demo.table(default, content["images"]), "", *demo.conclusion(default, content), sep="\n")
     say(f"Done: {args.build / 'demo.json'}, {args.build / 'demo.png'}")
     return 0

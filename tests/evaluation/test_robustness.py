@@ -20,9 +20,10 @@ def content(nvae_bundle: Path) -> dict:
     labels = predict(classifier, images)
     labels[:2] = (labels[:2] + 1) % 3  # misread from the start
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
-        bare, simple = defences.bare(pipeline), {"blur": defences.blur(pipeline)}
-        purifier = defences.purifier(pipeline, 5)
-        return robustness.measure(classifier, bare, simple, purifier, images, labels, ["deepfool", "cw"])
+        table = robustness.compared(pipeline, 5, 0, "linear")
+        found = robustness.measure(classifier, table, images, labels, ["deepfool", "cw"])
+        found["noise"] = robustness.measure_noise(pipeline, images, labels, [0.25], 0, "linear")
+    return found
 
 
 def _report(content: dict) -> dict:
@@ -33,6 +34,8 @@ def _report(content: dict) -> dict:
         "n": 12,
         "samples": 5,
         "schedule": "linear",
+        "served": True,
+        "sample_deviation": 0.0123,
         "alphas": [0.5, 1.0],
         "seed": 0,
         "runtime": "onnxruntime",
@@ -52,6 +55,57 @@ def test_shares_of_the_bare_classifier(content: dict) -> None:
         assert content["attacks"][method]["fooled"] == defences.share(np.ones(10, np.bool_))
         assert content["attacks"][method]["engine_agrees"] == 1.0
         assert content["recovered"][method]["n"] == 10
+
+
+def test_the_null_of_the_purifier(content: dict, nvae_bundle: Path) -> None:
+    images = bundles.images(12)
+    labels = predict(of_bundle(nvae_bundle), images)
+    labels[:2] = (labels[:2] + 1) % 3
+    with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
+        kept = pipeline.run(images, samples=1, alphas=[0.0, 0.0]).labels
+        copies = pipeline.run(images, samples=5, seeds=range(12), alphas="linear")
+        spread = defences.sample_deviation(pipeline, images, 5, alphas="linear")
+        assert defences.sample_deviation(pipeline, images, 5, alphas="none") < 1e-6
+    accuracy = {name: row["clean"]["count"] for name, row in content["accuracy"].items()}
+    assert accuracy["kept"] == (kept == labels).sum()
+    assert accuracy["one"] == (copies.sample_labels[:, 0] == labels).sum()
+    assert accuracy["linear"] == accuracy["purifier"] == (copies.labels == labels).sum()
+    assert len({accuracy[name] for name in ("kept", "one", "purifier")}) > 1
+    assert spread == pytest.approx(copies.purified.std(axis=1, ddof=1).mean(), rel=1e-5)
+
+
+def test_noise_in_front(nvae_bundle: Path) -> None:
+    images = bundles.images(12)
+    with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
+        labels = defences.bare(pipeline)(images).labels
+        found = robustness.measure_noise(pipeline, images, labels, [0.0, 0.5], 0, "none")
+        kept = defences.purifier(pipeline, 1, alphas="none")(images).labels
+        noisy = defences.gaussian(images, 0.5, 0)
+        read = defences.bare(pipeline)(noisy).labels
+        purified = pipeline.run(noisy, samples=8, seeds=range(12), alphas="none").labels
+    quiet, loud = found["sigmas"]
+    assert (found["n"], found["draws"], found["samples"]) == (12, 48, 8)
+    assert quiet["none"]["count"] == quiet["vote_none"]["count"] == 12
+    assert quiet["purified"]["count"] == quiet["vote"]["count"] == (kept == labels).sum()
+    assert loud["none"]["count"] == (read == labels).sum()
+    assert loud["none"]["count"] < loud["vote_none"]["count"]
+    assert loud["purified"]["count"] == (purified == labels).sum()
+
+
+def test_gaussian_noise_is_of_the_size_asked_for() -> None:
+    grey = np.full((4, 32, 32, 3), 128, np.uint8)
+    noisy = defences.gaussian(grey, 0.12, 1)
+    assert noisy.dtype == np.uint8
+    assert (noisy / 255.0).std() == pytest.approx(0.12, abs=0.003)
+    assert np.array_equal(noisy, defences.gaussian(grey, 0.12, 1))
+    assert not np.array_equal(noisy, defences.gaussian(grey, 0.12, 2))
+    assert defences.gaussian(np.full_like(grey, 255), 0.12, 1).min() > 60
+
+
+def test_the_cache_is_where_it_is_asked_to_be() -> None:
+    parser = robustness._parser()
+    assert parser.parse_args(["--data", "x"]).cache == Path("build/attacks")
+    assert parser.parse_args(["--data", "x", "--cache", "y"]).cache == Path("y")
 
 
 def test_bounds_let_large_changes_not_count(content: dict) -> None:
@@ -86,8 +140,8 @@ def test_weights_that_are_not_those_of_the_bundle_are_noticed(nvae_bundle: Path)
     images = bundles.images(12)
     other = linear(seed=5)
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
-        bare, purifier = defences.bare(pipeline), defences.purifier(pipeline, 1)
-        content = robustness.measure(other, bare, {}, purifier, images, predict(other, images), ["deepfool"])
+        table = {"none": defences.bare(pipeline), "purifier": defences.purifier(pipeline, 1)}
+        content = robustness.measure(other, table, images, predict(other, images), ["deepfool"])
     assert "other weights" in " ".join(robustness.caveats(content))
 
 
@@ -98,8 +152,22 @@ def test_the_report_is_written_three_times(content: dict, tmp_path: Path) -> Non
     report.save(found, robustness_report.markdown(found), path, lambda file: robustness_report.plot(found, file))
     assert json.loads(path.read_text())["n"] == 12
     text = path.with_suffix(".md").read_text()
-    for words in ("purifier, vote of 5", "Carlini-Wagner", "One reason.", "a processor", "83.3% (55.2-95.3)"):
+    for words in ("Carlini-Wagner", "One reason.", "a processor", "83.3% (55.2-95.3)", "deviate by 0.0123"):
         assert words in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:10] == [
+        "no defence",
+        "blur, sigma 1",
+        "noise, vote of 5",
+        "nothing resampled (all alphas 0)",
+        "served schedule, one sample",
+        "served schedule, vote of 5",
+        "linear schedule, vote of 5",
+        "served schedule, all 5 samples right",
+    ]
+    assert "another schedule, vote of 5" in robustness_report.markdown(
+        {**found, "served": False, "schedule": "another"}
+    )
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in tables if "DeepFool" in line or "deepfool" in line}) <= 3

@@ -121,6 +121,18 @@ def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path, ke
     raise CheckpointError(f"{path}: tensor {known!r} is missing ({held}): is it of another architecture?")
 
 
+def bare_weights(path: str | Path, known: str) -> Tensors:
+    """The weights of a file that is a bare state dict, or holds one, with a tensor named ``known``.
+
+    Raises:
+        CheckpointError: it cannot be read, or there are none.
+    """
+    checkpoint = read_checkpoint(path)
+    if unwrapped(checkpoint, known) is None and not any(isinstance(value, Mapping) for value in checkpoint.values()):
+        raise CheckpointError(f"{path}: tensor {known!r} is missing ({_held(checkpoint)}): is it of another family?")
+    return find_weights(checkpoint, known, path)
+
+
 def unwrapped(tensors: Tensors, known: str) -> Tensors | None:
     """``tensors`` without what wrappers put into their names, so that one is ``known``; None if none can be."""
     for wrapper in (None, "_orig_mod", "module"):

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from handlers.errors import MlvgmError
+from mlvgm.avae import read_avae
 from mlvgm.e4e import read_e4e
+from mlvgm.ndvae import read_ndvae
 from mlvgm.nvae import read_nvae
-from mlvgm.purifier import Purifier
+from mlvgm.purifier import Autoencoder, Purifier
 from mlvgm.recipe import Recipe
 from mlvgm.resnet import read_resnet50, read_resnext50
 from mlvgm.style_transformer import read_style_transformer
@@ -41,17 +44,27 @@ class Default:
     recipe: Recipe
 
 
-def load_purifier(family: str, path: str | Path, temperature: float = 0.6) -> Purifier:
+@overload
+def load_purifier(family: str, path: str | Path, temperature: float = 0.6) -> Purifier: ...
+@overload
+def load_purifier(family: Literal["avae"], path: str | Path, *, image_size: int) -> Autoencoder: ...
+@overload
+def load_purifier(family: Literal["ndvae"], path: str | Path, *, h: Tensor) -> Autoencoder: ...
+def load_purifier(
+    family: str, path: str | Path, temperature: float = 0.6, *, image_size: int | None = None, h: Tensor | None = None
+) -> Purifier | Autoencoder:
     """The purifier of a published checkpoint, ready for inference on the CPU.
 
     Args:
-        family: "e4e", "style_transformer" or "nvae".
+        family: "e4e", "style_transformer" or "nvae"; "avae" or "ndvae" for those that the paper compares with.
         path: the checkpoint as it was published.
         temperature: of the NVAE prior; the other families have none.
+        image_size: of A-VAE alone: side of its images in pixels.
+        h: of ND-VAE alone, whose files lack it: the constant (1, C, h, w) that its decoder starts from.
 
     Raises:
         CheckpointError: the file cannot be used; the message names the file and the first offending key.
-        ModelError: unknown family.
+        ModelError: unknown family, or one that needs an argument more.
     """
     if family == "nvae":
         return read_nvae(path, temperature)
@@ -59,7 +72,15 @@ def load_purifier(family: str, path: str | Path, temperature: float = 0.6) -> Pu
         return read_e4e(path)
     if family == "style_transformer":
         return read_style_transformer(path)
-    raise ModelError(f"unknown family {family!r}: one of e4e, style_transformer, nvae")
+    if family == "avae":
+        if image_size is None:
+            raise ModelError("the family avae needs image_size: the side of its images in pixels")
+        return read_avae(path, image_size)
+    if family == "ndvae":
+        if h is None:
+            raise ModelError("the family ndvae needs h: the constant (1, C, h, w) that its decoder starts from")
+        return read_ndvae(path, h)
+    raise ModelError(f"unknown family {family!r}: one of e4e, style_transformer, nvae, avae, ndvae")
 
 
 def load_classifier(architecture: str, path: str | Path, n_classes: int) -> nn.Module:

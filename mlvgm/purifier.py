@@ -80,13 +80,55 @@ class Purifier(nn.Module, ABC):
         return self.generate(self.encode(images), noise, weights)
 
     def _check(self, images: Tensor, noise: Sequence[Tensor], alphas: Tensor | Sequence[float]) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise InputError(f"images must be (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+        check_images(images, self.image_size)
         if len(noise) != self.n_latents or len(alphas) != self.n_latents:
             raise InputError(
                 f"this purifier has {self.n_latents} latents; got {len(noise)} noise tensors and {len(alphas)} alphas"
             )
-        for i, (tensor, shape) in enumerate(zip(noise, self.noise_shapes, strict=True)):
-            if tuple(tensor.shape) != (len(images), *shape):
-                raise InputError(f"noise[{i}] must be {(len(images), *shape)}, not {tuple(tensor.shape)}")
+        check_noise(noise, self.noise_shapes, len(images))
+
+
+class Autoencoder(nn.Module, ABC):
+    """A purifier that encodes, samples and decodes, without the mixing: what the paper compares with (section 4).
+
+    Attributes:
+        image_size: side of the square images, in pixels.
+        noise_shapes: shape of one item's noise for each draw, in the order they are used.
+    """
+
+    image_size: int
+    noise_shapes: tuple[tuple[int, ...], ...]
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor, noise: Sequence[Tensor]) -> Purified:
+        """Encode, sample with ``noise`` and decode."""
+
+    def purify(self, images: Tensor, noise: Sequence[Tensor]) -> Purified:
+        """Purify a batch.
+
+        Args:
+            images: float32 (B, 3, H, W) in [0, 1].
+            noise: standard-normal tensors, (B, *noise_shapes[i]).
+
+        Returns:
+            As other purifiers; ``codes`` are the posterior means, ``mixed`` what was drawn around them.
+
+        Raises:
+            InputError: an argument has the wrong shape or count.
+        """
+        check_images(images, self.image_size)
+        if len(noise) != len(self.noise_shapes):
+            raise InputError(f"this purifier takes {len(self.noise_shapes)} noise tensors, not {len(noise)}")
+        check_noise(noise, self.noise_shapes, len(images))
+        return self.reconstruct(images, noise)
+
+
+def check_images(images: Tensor, size: int) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+        raise InputError(f"images must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
+
+
+def check_noise(noise: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], batch: int) -> None:
+    for i, (tensor, shape) in enumerate(zip(noise, shapes, strict=True)):
+        if tuple(tensor.shape) != (batch, *shape):
+            raise InputError(f"noise[{i}] must be {(batch, *shape)}, not {tuple(tensor.shape)}")

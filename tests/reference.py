@@ -78,6 +78,12 @@ def draws_of(meta: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     return {name: _module("draws").gaussian(meta["seed"], name, shape) for name, shape in meta["draws"]}
 
 
+def comparator_inputs(expected: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Images of an outputs file of A-VAE or ND-VAE, and its draws in order."""
+    images = torch.from_numpy(expected["images_u8"].astype(np.float32) / np.float32(255))
+    return images, [torch.from_numpy(array) for array in draws_of(json.loads(str(expected["meta"]))).values()]
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """||actual - expected|| / ||expected|| in float64; infinite if the shapes differ or a value is not finite."""
     a, b = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)

@@ -20,4 +20,4 @@ def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage
         return nvae.stages(purifier, blur, input_noise_l2)
     if isinstance(purifier, StyleGan2Purifier):
         return stylegan2.stages(purifier, blur, input_noise_l2)
-    raise ValueError(f"no export for a {type(purifier).__name__}")
+    raise ValueError(f"no export for a {type(purifier).__name__} (A-VAE and ND-VAE are for comparison alone)")

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from benchmarks import synthetic
 from benchmarks.synthetic import Checkpoint, draw, weights
+from mlvgm.avae import AVAE
 from mlvgm.irse import Widths
+from mlvgm.ndvae import NDVAE, NDVAEConfig
 from mlvgm.nvae import NVAEConfig
-from mlvgm.purifier import Purified
+from mlvgm.purifier import Autoencoder, Purified
 from mlvgm.resnet import ResNetClassifier
 from mlvgm.stylegan2 import StyleGan2Purifier
 from mlvgm.vgg import VGG11
@@ -28,6 +30,8 @@ CONFIG = NVAEConfig(
     cells_per_block=1,
     mixtures=2,
 )
+AVAE_SIZE = 64
+NDVAE_CONFIG = NDVAEConfig(channels=4, scales=2, groups=1, cells=2)
 
 
 def images(name: str, batch: int, side: int) -> Tensor:
@@ -94,3 +98,33 @@ def vgg() -> Checkpoint:
 def nvae() -> Checkpoint:
     """NVAE at 16 px with three latents."""
     return synthetic.nvae(CONFIG)
+
+
+def avae() -> Checkpoint:
+    """A-VAE for 64 pixels with 16 channels in the place of 512."""
+    model = AVAE(AVAE_SIZE, channels=16)
+    drawn = weights(model)
+    # Weights with an equalised learning rate have unit variance; the filters are what every file holds.
+    drawn |= {key: draw(key, value.shape) for key, value in drawn.items() if "weight_orig" in key}
+    drawn |= {key: 0.1 * draw(key, value.shape) for key, value in drawn.items() if key.endswith("bias")}
+    drawn |= {key: value for key, value in model.state_dict().items() if key.endswith(("1.weight", "2.weight", "flip"))}
+    return drawn
+
+
+def ndvae() -> Checkpoint:
+    """ND-VAE for 32 pixels with 4 channels."""
+    model = NDVAE(NDVAE_CONFIG, ndvae_h(), noise_std=0.1)
+    model.load_state_dict(weights(model))  # tensors with two names get one value
+    tensors = dict(model.state_dict())
+    tensors["image_conditional.1.weight"] = 0.03 * tensors["image_conditional.1.weight"]  # colours within the range
+    return tensors
+
+
+def ndvae_h() -> Tensor:
+    return draw("h", (1, 32, 4, 4)).abs()
+
+
+def reconstruct(purifier: Autoencoder) -> Purified:
+    """Two images, with every input a function of its name."""
+    noise = [draw(f"purify.noise.{i}", (2, *shape)) for i, shape in enumerate(purifier.noise_shapes)]
+    return purifier.purify(images("purify", 2, purifier.image_size), noise)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from mlvgm.avae import read_avae
 from mlvgm.checkpoint import CheckpointError
 from mlvgm.e4e import read_e4e
+from mlvgm.ndvae import read_ndvae
 from mlvgm.nvae import read_nvae
 from mlvgm.resnet import read_resnet50, read_resnext50
 from mlvgm.style_transformer import read_style_transformer
@@ -29,6 +31,16 @@ READERS: dict[str, tuple[Reader, small.Checkpoint, str]] = {
     "resnet50": (lambda path: read_resnet50(path, 3), small.resnet(), "model.layer3.0.conv1.weight"),
     "resnext50": (lambda path: read_resnext50(path, 3), small.resnet(32), "model.fc.0.weight"),
     "vgg11": (lambda path: read_vgg11(path, 3), small.vgg(), "model.features.8.weight"),
+    "avae": (
+        lambda path: read_avae(path, small.AVAE_SIZE),
+        {"state_dict": small.avae()},
+        "generator.progression.1.conv2.conv.weight_orig",
+    ),
+    "ndvae": (
+        lambda path: read_ndvae(path, small.ndvae_h()),
+        {"state_dict": small.ndvae()},
+        "decoder.samplers.1.cell.weight",
+    ),
     "nvae": (read_nvae, small.nvae(), "decoder_tower.scale_1.group_0.cell_0.residual.1.weight"),
 }
 STYLEGAN = ("e4e", "style_transformer")

@@ -33,7 +33,7 @@ from handlers import cores, runtimes
 from handlers.inputs import PipelineInputs
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.pipeline import Pipeline
-from mlvgm.recipe import Recipe, RecipeError
+from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
 
@@ -234,7 +234,8 @@ def _measure(
         PipelineInputs.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
         for start in range(0, max(load.compared // load.batch // load.samples, 1) * load.batch, load.batch)
     ]
-    gflops = twin.count(calls[0]) / load.batch if twin else None
+    counted = twin.count(calls[0]) if twin else None
+    gflops = counted / load.batch if counted else None
     if twin is None:  # the count has warmed the twin up
         run(calls[0])
     begun = time.perf_counter()
@@ -262,8 +263,6 @@ class _Twin:
     def __init__(self, subject: Subject, rewritten: bool) -> None:
         recipe = Recipe.read(subject.recipe)
         purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
-        if not isinstance(classifier, nn.Module):
-            raise RecipeError("the classifier is an ONNX file: there is no PyTorch reference to compare it with")
         stages = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
         self.manifest = Manifest.read(subject.bundle)
         self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
@@ -301,14 +300,19 @@ class _Twin:
         timing[stage.name] += (time.perf_counter() - begun) * 1000
         known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
 
-    def count(self, inputs: PipelineInputs) -> float:
-        """10^9 floating-point operations of ``inputs``; a multiplication and an addition are two."""
+    def count(self, inputs: PipelineInputs) -> float | None:
+        """10^9 floating-point operations of ``inputs``; a multiplication and an addition are two.
+
+        None with an ONNX classifier, whose operations PyTorch does not see; the call warms up all the same.
+        """
         with FlopCounterMode(display=False) as counter:
             self.run(inputs)
-        return counter.get_total_flops() / 1e9
+        return None if any(stage.is_graph for stage in self.stages) else counter.get_total_flops() / 1e9
 
 
 def _rewritten(stage: Stage) -> Callable[..., Any]:
+    if stage.is_graph:  # as it came: its reference runs it
+        return stage.twin
     module = stage.module()
     assert isinstance(module, nn.Module)
     return module.eval()

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from evaluation.progress import track
 from export.fold import fold_batch_norms
 from handlers.errors import MlvgmError
-from mlvgm.load import load_callable, load_classifier
-from mlvgm.recipe import Recipe
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Lengths to which a perturbation is prolonged, in turn, until it survives rounding."""
@@ -172,23 +170,6 @@ def attack(
         np.concatenate([part.fooled for part in parts]),
         np.concatenate([part.l2 for part in parts]),
     )
-
-
-def load_target(recipe: Recipe, file: Path | None = None) -> nn.Module:
-    """The classifier of ``recipe`` in PyTorch, from its own weights or those in ``file``.
-
-    Raises:
-        AttackError: the recipe names no weights, or an ONNX file, through which no gradient can be taken.
-        CheckpointError, ValueError: the weights, or the callable that the recipe names, cannot be used.
-    """
-    kind = recipe.classifier
-    if ":" in kind.architecture:
-        return load_callable(kind.architecture)
-    if kind.architecture == "onnx":
-        raise AttackError(f"recipe {recipe.name}: its classifier is an ONNX file: attacks need one in PyTorch")
-    if file is None and kind.file is None:
-        raise AttackError(f"recipe {recipe.name} ships no classifier: give its checkpoint with --classifier FILE")
-    return load_classifier(kind.architecture, file or str(kind.file), len(recipe.classes))
 
 
 def fingerprint(classifier: nn.Module, method: Method) -> str:

@@ -5,30 +5,38 @@ from pathlib import Path
 from torch import nn
 
 from export.bundle import ExportError
+from export.onnx_classifier import OnnxClassifier
 from mlvgm.load import load_callable, load_classifier, load_purifier
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
 
-def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module | Path]:
+def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module]:
     """Purifier and classifier of ``recipe``; the arguments, where given, replace the files it names.
-
-    A classifier that is an ONNX file is returned as its path.
 
     Raises:
         ExportError: neither the recipe nor the arguments name a file that is there.
-        CheckpointError: a file cannot be used.
+        CheckpointError, ModelError, ClassifierError: a file or callable cannot be used.
+    """
+    file = _file(recipe, "purifier", purifier or recipe.purifier)
+    loaded = recipe_classifier(recipe, classifier)
+    return load_purifier(recipe.family, file, recipe.temperature), loaded
+
+
+def recipe_classifier(recipe: Recipe, file: Path | None = None) -> nn.Module:
+    """The classifier of ``recipe``, from ``file`` if given: images (B, 3, H, W) in [0, 1] -> logits (B, C).
+
+    Raises:
+        ExportError: neither the recipe nor the argument names a file that is there.
+        CheckpointError, ModelError, ClassifierError: a file or callable cannot be used.
     """
     architecture = recipe.classifier.architecture
-    purifier = _file(recipe, "purifier", purifier or recipe.purifier)
     if ":" in architecture:
-        built = load_callable(architecture)
-        return load_purifier(recipe.family, purifier, recipe.temperature), built
-    classifier = _file(recipe, "classifier", classifier or recipe.classifier.file)
-    loaded = load_purifier(recipe.family, purifier, recipe.temperature)
+        return load_callable(architecture)
+    file = _file(recipe, "classifier", file or recipe.classifier.file)
     if architecture == "onnx":
-        return loaded, classifier
-    return loaded, load_classifier(architecture, classifier, len(recipe.classes))
+        return OnnxClassifier(file, recipe.classifier, recipe.image_size, len(recipe.classes))
+    return load_classifier(architecture, file, len(recipe.classes))
 
 
 def _file(recipe: Recipe, name: str, file: Path | None) -> Path:

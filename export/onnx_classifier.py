@@ -4,7 +4,9 @@ What can be adapted with certainty is: another side of the images, channels last
 probabilities in the place of logits. The rest is refused in one line.
 """
 
+import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, version_converter
 from torch import Tensor, nn
 
+from export.onnx_autograd import TorchGraph
 from export.onnx_graph import free_batch, graphs, load_graph, nodes, rename, save_graph
 from export.precision import LIMITS, ROUNDED
 from export.probe import SMALLEST, ClassifierError, first_line, probe
@@ -33,7 +36,10 @@ _TYPES: dict[int, str] = {
 }
 _OLDEST_OPSET = 8  # the first in which all operators that are added here broadcast
 _ROUNDING = ("Round", "Floor", "Ceil", "QuantizeLinear", "DynamicQuantizeLinear")  # as does QLinear...
+_DIRECTIONS, _STEP = 64, 0.02  # of an estimated gradient; the step in units of the [0, 1] image
 _NAMES = ("images", "logits")  # of the new graph's input and output
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
@@ -75,6 +81,7 @@ class OnnxClassifier(nn.Module):
         sha256 = bytes.fromhex(FileDigest.of(file).sha256)
         self.register_buffer("digest", torch.frombuffer(bytearray(sha256), dtype=torch.uint8))
         self._probabilities = False
+        self._autograd: tuple[TorchGraph | None] | None = None
         self._probabilities = probe(self, image_size, n_classes, str(file)).probabilities
         if self._probabilities:
             self.adapted.append("gives probabilities, as of a softmax: their logarithms are the logits")
@@ -83,6 +90,9 @@ class OnnxClassifier(nn.Module):
             self._free_batch()
 
     def forward(self, images: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and images.requires_grad:
+            logits: Tensor = _Differentiable.apply(images, self)
+            return logits
         side = self._takes.side
         if side != self.image_size:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -136,6 +146,34 @@ class OnnxClassifier(nn.Module):
         model.ir_version = max(model.ir_version, 4)  # before, weights had to be inputs too
         return model
 
+    def vjp(self, images: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient (B, 3, H, W) at ``images`` of what has the ``gradient`` (B, C) at their logits.
+
+        Exact where all operators have derivatives here (`export.onnx_autograd`), else estimated from the logits.
+        """
+        if self._autograd is None:
+            self._autograd = (self._differentiable(),)
+        (module,) = self._autograd
+        if module is None:
+            return _estimated(self, images, gradient)
+        with torch.enable_grad():
+            source = images.detach().requires_grad_()
+            return torch.autograd.grad(module(source), source, gradient)[0]
+
+    def _differentiable(self) -> TorchGraph | None:
+        images = torch.rand(2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(2))
+        try:
+            module = TorchGraph(self.graph())
+            found, expected = module(images), self(images)
+            error = float((found - expected).norm() / expected.norm())
+            if error <= max(10 * LIMITS["fp32"], self.tolerance):
+                return module
+            reason = f"another result in PyTorch, {error:.0e} off"
+        except Exception as error:  # whatever an operator of somebody's graph makes PyTorch raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("%s: gradients are estimated, which is slow and makes attacks weaker (%s)", self.file, reason)
+        return None
+
     def _free_batch(self) -> None:
         """Take the fixed batch out of the graph, if it then gives for any number of images what it gave for its own."""
         images = torch.rand(3, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(1))
@@ -166,6 +204,31 @@ class OnnxClassifier(nn.Module):
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise ClassifierError(f"{self.file}: ONNX Runtime cannot run it ({first_line(error)})") from None
         return outputs[: len(array)]
+
+
+class _Differentiable(torch.autograd.Function):
+    """The logits of an `OnnxClassifier`, and its ``vjp`` as their derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, classifier: OnnxClassifier) -> Tensor:
+        ctx.save_for_backward(images)
+        ctx.classifier = classifier
+        return classifier(images.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (images,) = ctx.saved_tensors
+        return ctx.classifier.vjp(images, gradients[0]), None
+
+
+def _estimated(classify: Callable[[Tensor], Tensor], images: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient from differences along random directions (Ilyas et al., ICML 2018, section 2)."""
+    total, generator = torch.zeros_like(images), torch.Generator().manual_seed(0)
+    for _ in range(_DIRECTIONS):
+        step = _STEP * torch.randn(images.shape, generator=generator)
+        change = ((classify(images + step) - classify(images - step)) * gradient).sum(dim=1)
+        total += change.view(-1, 1, 1, 1) * step / (2 * _STEP**2 * _DIRECTIONS)
+    return total
 
 
 @dataclass(frozen=True)

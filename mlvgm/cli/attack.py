@@ -46,14 +46,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Attack a batch after the other, and print what the classifier reads in the images before and after."""
-    from evaluation.attacks import METHODS, fingerprint, load_target
+    from evaluation.attacks import METHODS, fingerprint
+    from export.models import recipe_classifier
     from mlvgm.recipe import Recipe
 
     recipe = Recipe.read(args.recipe)
     # Always the same noise: whoever attacks again sees what the attack has changed, not the luck of the draw.
     given = {**request(args), "seed": 0}
     purifier = Purifier(args.bundle, args.runtime, args.threads, **given) if args.bundle else None
-    classifier = load_target(recipe, args.classifier)
+    classifier = recipe_classifier(recipe, args.classifier)
     settings = {"method": args.method, "classifier": fingerprint(classifier, METHODS[args.method])}
     settings |= purifier.settings if purifier else {}
     job = Bulk(args.files, args.out, "attacked", settings, _BATCH, args.overwrite)

@@ -29,15 +29,16 @@ def run(args: argparse.Namespace) -> int:
     """Attack, measure, print the table, and write the report."""
     from benchmarks import vote
     from evaluation import report
-    from evaluation.attacks import attack, load_target
+    from evaluation.attacks import attack
     from evaluation.photographs import read_photographs
+    from export.models import recipe_classifier
 
     with load_pipeline(args) as pipeline:
         manifest = pipeline.manifest
         photographs = read_photographs(args.data, "validation", manifest.classes, manifest.image_size, args.images)
         sets = {"clean": photographs.images}
         if args.attacks:
-            classifier = load_target(read_recipe(args, manifest), args.classifier)
+            classifier = recipe_classifier(read_recipe(args, manifest), args.classifier)
             for name in args.attacks:
                 cache = Path("build/attacks")
                 sets[name] = attack(classifier, photographs.images, photographs.labels, name, cache).images

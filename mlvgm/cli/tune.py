@@ -56,14 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.score is not None:
         return _set_threshold(arguments)
     from evaluation import tuning
-    from evaluation.attacks import attack, load_target
+    from evaluation.attacks import attack
     from evaluation.photographs import read_photographs
     from evaluation.progress import bar, say
+    from export.models import recipe_classifier
 
     with load_pipeline(arguments) as pipeline:
         manifest = pipeline.manifest
         recipe = read_recipe(arguments, manifest)
-        classifier = load_target(recipe, arguments.classifier)
+        classifier = recipe_classifier(recipe, arguments.classifier)
         count = arguments.images + arguments.check
         signs = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size, count)
         if len(signs) <= arguments.images:

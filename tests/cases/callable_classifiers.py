@@ -96,10 +96,10 @@ def export(reference: str):
     """Folder of the bundle or None, what was said or the error's words, the lines of progress, the module."""
     folder, lines, aside = Path(tempfile.mkdtemp(dir=SCRATCH)), [], io.StringIO()
     small = {"alphas": {"linear": (1.0,) * PURIFIER.n_latents}, "batch": Batch(1, 2, 2), "samples": Samples(2, 2)}
-    own = ClassifierRecipe(reference)
-    recipe = Recipe("own", "nvae", SIDE, PURIFIER.n_latents, own, tuple("abcdefghij"), **small)
     module = None
     try:
+        own = ClassifierRecipe(reference)
+        recipe = Recipe("own", "nvae", SIDE, PURIFIER.n_latents, own, tuple("abcdefghij"), **small)
         to_us = contextlib.redirect_stderr(aside), contextlib.redirect_stdout(aside)
         with warnings.catch_warnings(record=True) as warned, to_us[0], to_us[1]:
             module = load_callable(reference)
@@ -167,7 +167,7 @@ with tempfile.TemporaryDirectory() as scratch:
 
     refused("no such module, as without PYTHONPATH", "no_such_module:build", "no_such_module")
     refused("a package that is not there", "no.such.module:build", "no.such")
-    refused("a dot in the place of the colon", "own_classifiers.plain", "own_classifiers:plain")
+    refused("a dot in the place of the colon", "own_classifiers.plain", "module:function")
     refused("a module whose import fails", "own_faulty:build", "zerodivision")
     refused("a module that ends the program", "own_script:build", "systemexit")
     refused("a module that needs one that is not installed", "own_needy:build", "no_such_library")

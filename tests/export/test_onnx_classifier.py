@@ -78,6 +78,38 @@ def test_what_it_takes_otherwise_is_adapted(change: dict[str, object], tmp_path:
     assert said[0].startswith("the classifier is adapted: it takes ")
 
 
+def of_cosines(path: Path) -> Path:
+    """The file of `write` with another operator at its end, for which there is no derivative."""
+    model = load(write(path))
+    del model.graph.output[:]
+    model.graph.node.extend([helper.make_node("Cos", ["logits"], ["cosines"])])
+    model.graph.output.append(helper.make_tensor_value_info("cosines", TensorProto.FLOAT, ["N", 2]))
+    save(model, path)
+    return path
+
+
+def test_gradients_are_those_of_the_operators(tmp_path: Path) -> None:
+    classifier = OnnxClassifier(write(tmp_path / "mine.onnx", size=16), RECIPE, 8, 2)
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    classifier(images)[:, 1].sum().backward()
+    by_colour = torch.tensor([-1.0, 1.0, 3.0]) / torch.tensor(RECIPE.std)  # the matrix' second column, over std
+    assert images.grad is not None
+    assert torch.allclose(images.grad.sum(dim=(2, 3)), by_colour.expand(2, -1), rtol=1e-4)
+
+
+def test_gradients_are_estimated_where_an_operator_has_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classifier = OnnxClassifier(of_cosines(tmp_path / "mine.onnx"), RECIPE, 8, 2)
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    classifier(images)[:, 1].sum().backward()
+    assert images.grad is not None
+    inner = of_colours((images.detach().mean(dim=(2, 3)) - torch.tensor(RECIPE.mean)) / torch.tensor(RECIPE.std))[:, 1]
+    by_colour = torch.tensor([-1.0, 1.0, 3.0]) / torch.tensor(RECIPE.std) / 64
+    expected = (-torch.sin(inner)[:, None] * by_colour)[:, :, None, None].expand(2, 3, 8, 8)
+    assert torch.cosine_similarity(images.grad.flatten(), expected.flatten(), dim=0) > 0.3
+    assert "gradients are estimated" in caplog.text
+    assert "Cos" in caplog.text
+
+
 def test_bytes_are_rounded_pixels(tmp_path: Path) -> None:
     cast = helper.make_node("Cast", ["x"], ["images"], to=TensorProto.FLOAT)
     model = load(write(tmp_path / "mine.onnx"))

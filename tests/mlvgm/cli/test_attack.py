@@ -7,6 +7,7 @@ from PIL import Image
 
 from evaluation import attacks
 from evaluation.signs import drawn_signs
+from export import models
 from mlvgm.cli.main import main
 from tests.evaluation.models import linear, of_bundle, pictures, shipped
 
@@ -25,7 +26,7 @@ classes: [stop, yield, speed limit]
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe whose classifier is linear."""
-    monkeypatch.setattr(attacks, "load_target", lambda _recipe, _file: linear())
+    monkeypatch.setattr(models, "recipe_classifier", lambda _recipe, _file: linear())
     (tmp_path / "tiny.yaml").write_text(TINY)
     return tmp_path / "tiny.yaml"
 
@@ -108,7 +109,7 @@ def test_purifies_with_a_bundle(
     recipe: Path, files: list[Path], nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(attacks, "load_target", lambda _recipe, _file: of_bundle(nvae_bundle))
+    monkeypatch.setattr(models, "recipe_classifier", lambda _recipe, _file: of_bundle(nvae_bundle))
     sheet = tmp_path / "sheet.png"
     words = [*files, "--out", tmp_path / "out", "--bundle", nvae_bundle, "--samples", 3, "--picture", sheet, "--json"]
     assert _attack(recipe, *words) == 0

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from evaluation import attacks, tuning
+from evaluation import tuning
+from export import models
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.cli.main import main
@@ -19,7 +20,7 @@ pytest.importorskip("foolbox")
 @pytest.fixture
 def words(tmp_path: Path, nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments for a tiny bundle and photographs in folders."""
-    monkeypatch.setattr(attacks, "load_target", lambda _recipe, _file: of_bundle(nvae_bundle))
+    monkeypatch.setattr(models, "recipe_classifier", lambda _recipe, _file: of_bundle(nvae_bundle))
     monkeypatch.chdir(tmp_path)
     for i, pixels in enumerate(pictures(9)):
         path = tmp_path / "data" / "validation" / str(i % 3) / f"{i}.png"

@@ -113,8 +113,11 @@ class FileDigest:
 
     @classmethod
     def of(cls, path: Path) -> "FileDigest":
+        digest = hashlib.sha256()
         with path.open("rb") as stream:
-            return cls(hashlib.file_digest(stream, "sha256").hexdigest(), path.stat().st_size)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return cls(digest.hexdigest(), path.stat().st_size)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: in
     with torch.no_grad():
         for i, batch in enumerate(np.array_split(places, max(1, len(places) // 128))[:passes]):
             torch.manual_seed(i)
-            evidence_lower_bound(network, to_tensor(images.images[batch], device))
+            alphas = random_schedules(len(batch), len(network.config.latents()), settings.whole, device)
+            evidence_lower_bound(network, to_tensor(images.images[batch], device), alphas=alphas)
     return network.eval().requires_grad_(False)
 
 

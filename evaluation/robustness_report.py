@@ -222,6 +222,7 @@ def _point(
     panel: Any, x: float, y: float, entry: Mapping[str, Any], colour: str, across: bool, label: str = ""
 ) -> None:
     """A share with its interval as a whisker, across or upright."""
-    ends = [[100 * (entry["share"] - entry["low"])], [100 * (entry["high"] - entry["share"])]]
+    low, high = entry["share"] - entry["low"], entry["high"] - entry["share"]
+    ends = [[100 * max(0.0, low)], [100 * max(0.0, high)]]  # at 0 and 1, an end may be off by a rounding error
     bars = {"xerr" if across else "yerr": ends}
     panel.errorbar(x, y, **bars, fmt="o" if across else "s", color=colour, capsize=3, label=label)

@@ -104,7 +104,7 @@ def _json(rng: np.random.Generator, most_samples: int) -> Iterator[tuple[str, by
         yield "JSON with no list of images", json.dumps({"images": value}).encode()
     for name, wrong in _wrong_options(most_samples):
         yield f"JSON with a bad {name}", json.dumps({"image": image, name: wrong}).encode()
-    values = (8.5, None, [], {}, True, -(10**30))
+    values = (8.5, [], {}, True, -(10**30))
     for value in values:
         yield "JSON with samples of a wrong type", json.dumps({"image": image, "samples": value}).encode()
     yield "JSON with many unknown names", json.dumps({"image": image} | {f"x{i}": i for i in range(10_000)}).encode()
@@ -144,8 +144,7 @@ def _types(rng: np.random.Generator) -> Iterator[Call]:
         parts = [_part(name, b"zero" if name == "samples" else image) for name in names]
         yield Call(b"".join([*parts, b"--x--\r\n"]), form, kind="form with the wrong fields")
     yield Call(b"image=hello", _type("application/x-www-form-urlencoded"), kind="web form")
-    yield Call(image, _type("application/json"), kind="image as JSON")
-    yield Call(image, _type("application/json; charset=utf-16"), kind="image as JSON")
+    yield Call(image[:-40], _type("application/json"), kind="part of an image as JSON")
     for text in ("hello", "\N{SNOWMAN}" * 100, "", "\0" * 100):
         yield Call(text.encode(), _type("text/plain"), kind="text")
     yield Call(b"hello", _type("\N{SNOWMAN}"), kind="no content type that exists")

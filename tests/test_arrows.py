@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "handlers": {"handlers"},
-    "mlvgm": {"mlvgm", "handlers.errors", "handlers.fields", "handlers.image", "handlers.manifest", "handlers.runtimes"},
+    "mlvgm": {"mlvgm", *(f"handlers.{name}" for name in ("errors", "fields", "image", "manifest", "runtimes"))},
     "export": {"export", "mlvgm", "handlers"},
     "deploy": {"deploy", "handlers"},
     "evaluation": {"evaluation", "export", "mlvgm", "handlers"},

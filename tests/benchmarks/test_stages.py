@@ -34,7 +34,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(small.nvae(), folder / "purifier.pt")
     torch.save(small.resnet(), folder / "classifier.pt")
     content = {
-        "name": "tiny", "family": "nvae", "image_size": 16, "n_latents": 3, "classes": 3, "batch": {"min": 1, "opt": 2, "max": 4},
+        "name": "tiny", "family": "nvae", "image_size": 16, "n_latents": 3, "classes": 3,
+        "batch": {"min": 1, "opt": 2, "max": 4},
         "classifier": {"architecture": "resnet50"},
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))

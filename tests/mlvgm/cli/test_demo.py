@@ -24,7 +24,7 @@ def test_the_server_is_stopped_when_something_fails(tmp_path: Path, monkeypatch:
         def stop(self) -> None:
             events.append("stopped")
 
-    monkeypatch.setattr(demo, "Server", Server)
+    monkeypatch.setattr(demo, "TorchServe", Server)
     monkeypatch.setattr(demo, "_verb", lambda *_words: 0)
     monkeypatch.setattr("mlvgm.load.load_default", lambda _name: SimpleNamespace())
     monkeypatch.setattr("evaluation.demo.attack_signs", lambda _default, signs: [sign.image for sign in signs])

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -135,17 +136,39 @@ def test_more_than_the_queue_holds_is_refused_at_once(
             begun = time.monotonic()
             refused = [status(client, picture(i)) for i in range(5)]
             taken = time.monotonic() - begun
-            assert main(["ready", "--port", str(server.port)]) == 0
-            assert "tiny: ready, and busy" in capsys.readouterr().out
+            assert main(["ready", "--port", str(server.port), "--timeout", "1"]) == 1, "its worker does nothing"
+            assert "tiny: not ready" in capsys.readouterr().out
         assert [future.result(60) for future in waiting] == [200] * (QUEUE + 1), "one in work, the others queued"
     assert refused == [503] * 5
     assert taken < 5
 
 
+def test_a_busy_server_is_ready(server: Server, client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """More clients than it has room for: it refuses some, and its worker computes all the time."""
+    over = threading.Event()
+
+    def keep_asking() -> set[int]:
+        found = set()
+        while not over.is_set():
+            found.add(status(client, picture()))
+        return found
+
+    with ThreadPoolExecutor(QUEUE + 5) as pool:
+        asked = [pool.submit(keep_asking) for _ in range(QUEUE + 5)]
+        try:
+            assert [main(["ready", "--port", str(server.port)]) for _ in range(3)] == [0, 0, 0]
+        finally:
+            over.set()
+        statuses = set().union(*(future.result(60) for future in asked))
+    assert 200 in statuses
+    assert statuses <= {200, 503}
+    assert capsys.readouterr().out.count("tiny: ready") == 3
+
+
 def test_ready_says_whether_an_answer_comes(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     port = str(server.port)
     assert main(["ready", "--port", port]) == 0
-    assert re.fullmatch(r"tiny: ready: \d+ ms\n", capsys.readouterr().out)
+    assert re.fullmatch(r"tiny: ready: answered after [\d.]+ s\n", capsys.readouterr().out)
     assert main(["ready", "--port", port, "--model", "absent"]) == 1
     assert "absent: not ready" in capsys.readouterr().out
     with hanging(server):

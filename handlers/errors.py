@@ -5,7 +5,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     RecipeError             no such recipe, or a field of it is wrong
     CheckpointError         a checkpoint cannot be used
     ModelError              a family, an architecture or a callable that gives no model
-    ModelError              there is no model of this name, or a callable gives none
+    TrainingError           a model cannot be trained with these settings or on these images
     ClassifierError         a classifier is not what a pipeline can use
     TraceError              a stage cannot be traced to a graph
     ParityError             an exported stage is further from PyTorch than its precision allows

@@ -51,7 +51,7 @@ class ClassifierRecipe:
             return
         if self.architecture not in ARCHITECTURES:
             known = none_of(self.architecture, ARCHITECTURES)
-            raise ValueError(f"architecture is {known}, or a callable module:function that returns a torch.nn.Module")
+            raise RecipeError(f"architecture is {known}, or a callable module:function that returns a torch.nn.Module")
 
 
 _BATCH, _SAMPLES = Batch(1, 8, 32), Samples(8, 32)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 
 from mlvgm.load import load_classifier
 
-SHIPPED = "model_store/road-signs/classifier.safetensors"
+SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "model_store/road-signs/classifier.safetensors"
 OURS = ("mlvgm", "export", "handlers")  # exceptions of these packages are printed as one line
 STATE = load_file(SHIPPED)
 EXPECTED = load_classifier("vgg11", SHIPPED, 43).state_dict()

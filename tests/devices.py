@@ -94,7 +94,7 @@ def record_on_cpu(patch: pytest.MonkeyPatch) -> None:
     """Let what would be recorded on a GPU be recorded by `Graph`."""
 
     @contextmanager
-    def graph(recorder: Graph, pool: object, stream: object) -> Iterator[None]:
+    def graph(recorder: Graph, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         with recorder:
             yield
 

@@ -245,7 +245,8 @@ def inspected_share(layers: Sequence[Any]) -> float | None:
     tensors = []
     for layer in layers:
         for output in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
-            kind = str(output.get("Format/Datatype", output.get("Datatype", "")))
+            # TensorRT 11 writes "DataType", with the format apart; those before it one of the others.
+            kind = " ".join(str(output.get(key, "")) for key in ("Format/Datatype", "Datatype", "DataType"))
             if any(word in kind for word in ("Half", "FP16", "Float", "FP32")):
                 size = 1
                 for n in output.get("Dimensions", ()):

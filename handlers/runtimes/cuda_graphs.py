@@ -4,6 +4,7 @@ Python starts kernels one by one, and for small layers more slowly than a GPU ru
 memory that it was recorded with: inputs are copied into it, and outputs out of it.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from handlers.runtimes.device import DeviceArray
 
 Tensors = dict[str, Tensor]
 
+_RECORDING = threading.Lock()
 _WARM_UPS = 2  # runs before recording, in which libraries choose their kernels and set aside memory
 
 
@@ -34,6 +36,7 @@ class Computation(Protocol):
 class _Recorded:
     inputs: Tensors
     replay: Callable[[], Tensors]
+    computation: Computation  # kept: a recorded graph works on its memory
 
 
 class CudaGraphs:
@@ -75,7 +78,7 @@ class CudaGraphs:
                 return outputs
         except EngineError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # programs check their inputs with assertions and value errors, too
             raise EngineError(f"PyTorch: {error}") from error
 
     def close(self) -> None:
@@ -91,16 +94,20 @@ class CudaGraphs:
         for _ in range(_WARM_UPS):
             computation.start()
         if not computation.may_record():
-            return _Recorded(inputs, computation.start)
+            return _Recorded(inputs, computation.start, computation)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # One recording at a time; and what other threads do to the device meanwhile, such as taking memory, is theirs.
+        with (
+            _RECORDING,
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             outputs = computation.start()
 
         def replay() -> Tensors:
             graph.replay()
             return outputs
 
-        return _Recorded(inputs, replay)
+        return _Recorded(inputs, replay, computation)
 
 
 def _tensor(array: Array) -> Tensor:

@@ -53,7 +53,7 @@ def _check(path: Path) -> None:
     for name in reader.get_file_names():
         if not _RECORDS.fullmatch(name):
             raise EngineError(f"{path}: {name} has no place in an archive of operators and raw weights")
-    if reader.archive_file.get_record_size(_SAMPLES):
+    if reader.read_bytes(_SAMPLES):
         raise EngineError(f"{path}: it has sample inputs, which are pickled: they are never loaded")
     for config in _CONFIGS:
         for name, entry in json.loads(reader.read_string(config))["config"].items():

@@ -37,13 +37,18 @@ def load(file: Path, options: Options) -> Engine:
         if options.threads:
             torch.set_num_threads(options.threads)
         return CpuProgram(Function(program.module(check_guards=False), card["inputs"], card["outputs"]))
-    # TF32 keeps ten bits: less than fp32, and less than the fp32 islands of a half-precision program are there for.
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    without_tf32()
     device = torch.device("cuda", options.device)
     module = move_to_device_pass(program, str(device)).module(check_guards=False)
     function = Function(module, card["inputs"], card["outputs"])
     return CudaGraphs(lambda inputs: OnDevice(function, inputs), device)
+
+
+def without_tf32() -> None:
+    """TF32 keeps ten bits: less than fp32, and less than the fp32 regions of a half-precision program are there for."""
+    # Not by the newer ``fp32_precision``: once that is set, whatever reads ``allow_tf32`` fails, torch.export included.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass(frozen=True)

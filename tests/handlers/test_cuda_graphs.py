@@ -1,5 +1,8 @@
 """How computations are recorded and replayed, with graphs on the CPU in the place of CUDA's."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 from handlers.runtimes import EngineError
 from handlers.runtimes.cuda_graphs import CudaGraphs
 from handlers.runtimes.device import DeviceArray
-from handlers.runtimes.torch import Function, OnDevice
+from handlers.runtimes.torch import Function, OnDevice, without_tf32
 from tests.devices import Graph, record_on_cpu
 
 CPU = torch.device("cpu")
@@ -75,3 +78,37 @@ def test_what_fails_is_an_engine_error_and_the_next_size_runs() -> None:
     with pytest.raises(EngineError, match="PyTorch"):
         engine.run({"images": np.zeros((1, 3, 9, 8), np.float32)})
     assert len(engine.run({"images": np.zeros((1, 3, 8, 8), np.float32)})["codes"]) == 1
+
+
+def test_a_recorded_computation_lives_until_the_engine_is_closed() -> None:
+    made = []
+
+    def prepare(inputs: dict) -> OnDevice:
+        computation = OnDevice(Function(network().eval().requires_grad_(False), ["images"], ["codes"]), inputs)
+        made.append(weakref.ref(computation))
+        return computation
+
+    engine = CudaGraphs(prepare, CPU)
+    engine.run({"images": np.zeros((1, 3, 8, 8), np.float32)})
+    gc.collect()
+    assert made[0]() is not None
+    engine.close()
+    gc.collect()
+    assert made[0]() is None
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, TypeError, RuntimeError])
+def test_whatever_a_program_raises_is_an_engine_error(error: type[Exception]) -> None:
+    def prepare(_: dict) -> OnDevice:
+        raise error("no such shape")
+
+    with pytest.raises(EngineError, match="no such shape"):
+        CudaGraphs(prepare, CPU).run({"images": np.zeros((1, 3, 8, 8), np.float32)})
+
+
+def test_without_tf32_the_flag_can_still_be_read() -> None:
+    without_tf32()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with torch.backends.cudnn.flags(enabled=False):
+        pass

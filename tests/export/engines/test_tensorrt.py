@@ -119,10 +119,11 @@ def test_the_inspector_counts_what_layers_give_by_size() -> None:
     layers = [
         {"Name": "a", "Outputs": [{"Name": "x", "Dimensions": [2, 3], "Format/Datatype": "Half NHWC8"}]},
         {"Name": "b", "Outputs": [{"Name": "y", "Dimensions": [2], "Datatype": "FP32"}]},
+        {"Name": "d", "Outputs": [{"Name": "w", "Dimensions": [4], "DataType": "Half", "Format": "kLINEAR"}]},
         {"Name": "c", "Outputs": [{"Name": "z", "Dimensions": [9], "Datatype": "Int32"}]},
         "a name only",
     ]
-    assert inspected_share(layers) == pytest.approx(6 / 8)
+    assert inspected_share(layers) == pytest.approx(10 / 12)
     assert inspected_share(["a name only"]) is None
 
 

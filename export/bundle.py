@@ -52,12 +52,11 @@ def export_bundle(
         ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
+    if with_programs and not isinstance(classifier, nn.Module):
+        file = classifier if isinstance(classifier, Path) else classifier.file
+        raise ExportError(f"{file}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT")
     if isinstance(classifier, Path):
         classifier = OnnxClassifier(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
-    if with_programs and isinstance(classifier, OnnxClassifier):
-        raise ExportError(
-            f"{classifier.file}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT"
-        )
     stages = (
         *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
         classify.stage(classifier, recipe.image_size, len(recipe.classes), progress),

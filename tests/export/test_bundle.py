@@ -83,7 +83,7 @@ def test_over_the_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_value_that_is_not_finite_is_over_every_limit() -> None:
     with pytest.raises(ParityError, match="stage decode: images is inf off"):
-        check([Comparison("decode", "images", 1, float("inf"), float("nan"))], 1e-4)
+        check([Comparison("decode", "images", 1, float("inf"), float("nan"), 1e-4)])
 
 
 def test_models_that_do_not_fit_the_recipe(tmp_path: Path) -> None:

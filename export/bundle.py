@@ -52,7 +52,7 @@ def export_bundle(
         ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
-    if with_programs and not isinstance(classifier, nn.Module):
+    if with_programs and isinstance(classifier, Path | OnnxClassifier):
         file = classifier if isinstance(classifier, Path) else classifier.file
         raise ExportError(f"{file}: a classifier in ONNX cannot become a program of PyTorch, nor of Torch-TensorRT")
     if isinstance(classifier, Path):

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mlvgm.checkpoint import CheckpointError, load_tensors
+from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint
 from mlvgm.nvae import NVAE
 from mlvgm.training.bound import Bound, evidence_lower_bound, random_schedules
 from mlvgm.training.images import ImageSet, augment, to_tensor
@@ -150,8 +149,8 @@ def begin(settings: Settings, device: torch.device, channels_last: bool = True) 
     network = NVAE(settings.shape.config(settings.image_size))
     if settings.start is not None:
         try:
-            load_tensors(network, load_file(settings.start), settings.start)
-        except (OSError, CheckpointError, ValueError) as error:
+            load_tensors(network, read_checkpoint(settings.start)["state_dict"], settings.start)
+        except (CheckpointError, KeyError) as error:
             raise TrainingError(f"start: {error}") from None
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     network.to(device, memory_format=memory_format)  # type: ignore[call-overload]

@@ -36,7 +36,7 @@ def test_an_unknown_size_is_named_with_the_nearest() -> None:
     ("shape", "words"),
     [
         (Shape((3, 1)), "the checkpoint format cannot say"),
-        (Shape((1, 3)), "the checkpoint format cannot say"),
+        (Shape((1, 2, 3)), "the checkpoint format cannot say"),
         (Shape((1, 2, 4), kernel=4), "must be odd"),
         (Shape((4, 4, 4, 4, 4, 4), halvings=3), "that 256 divides"),
     ],

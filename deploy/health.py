@@ -8,12 +8,13 @@ import json
 import re
 import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from deploy.errors import CliError
+from deploy.model_archive import ServedModel
 from deploy.readiness import Readiness
 from deploy.server import Server
 
@@ -67,21 +68,26 @@ class Health:
 
     def answer(self, path: str) -> Answer:
         """Status and content for a path of the protocol."""
-        if path in ("/v2", "/v2/"):
-            return 200, {"name": "mlvgm-serve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
-        if path == "/v2/health/live":
-            return 200, {"live": True}
-        if path == "/v2/health/ready":
-            ready = self._readiness.ready()
-            return 200 if ready else 503, {"ready": ready}
-        match = _MODEL.fullmatch(path)
-        name, version, asks_ready = match.groups() if match else ("", None, None)
-        model = self._server().served().get(name)
-        if model and version not in (None, model.version):
-            model = None
-        if asks_ready:
-            ready = model is not None and self._readiness.models().get(name, False)
-            return 200 if ready else 503, {"name": name, "ready": ready}
-        if model is None or model.metadata is None:
-            return 404, {"error": "no such model is served here"}
-        return 200, dict(model.metadata)
+        return protocol_answer(path, self._server().served(), self._readiness.models())
+
+
+def protocol_answer(path: str, served: Mapping[str, ServedModel], ready: Mapping[str, bool]) -> Answer:
+    """Status and content for a path of the protocol, where ``ready`` says whether a model is."""
+    if path in ("/v2", "/v2/"):
+        return 200, {"name": "mlvgm-serve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
+    if path == "/v2/health/live":
+        return 200, {"live": True}
+    if path == "/v2/health/ready":
+        all_ready = bool(ready) and all(ready.values())
+        return 200 if all_ready else 503, {"ready": all_ready}
+    match = _MODEL.fullmatch(path)
+    name, version, asks_ready = match.groups() if match else ("", None, None)
+    model = served.get(name)
+    if model and version not in (None, model.version):
+        model = None
+    if asks_ready:
+        is_ready = model is not None and ready.get(name, False)
+        return 200 if is_ready else 503, {"name": name, "ready": is_ready}
+    if model is None or model.metadata is None:
+        return 404, {"error": "no such model is served here"}
+    return 200, dict(model.metadata)

@@ -14,9 +14,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deploy.dev_server import predict
 from handlers import answer
 from handlers.pipeline import Pipeline
-from handlers.request import MAX_BODY
 from handlers.service import Service
 
 
@@ -39,15 +39,7 @@ class Purifier:
 
     async def __call__(self, request: Request) -> Response:
         """What is wrong with a request becomes its own answer: nothing is raised, so no neighbour can be hit."""
-        if request.method not in ("POST", "PUT"):
-            return _refusal(405, "send the image with POST or PUT")
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY:
-                return _refusal(413, "the body is larger than 6.5 MB")
-        made = await self._together(({"body": bytes(body)}, dict(request.headers)))
-        return Response(made.body, made.status, made.headers, made.content_type)
+        return await predict(request, self._together)
 
     @serve.batch(batch_wait_timeout_s=0.002)
     async def _together(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[answer.Response]:
@@ -57,7 +49,3 @@ class Purifier:
 def build(arguments: Mapping[str, Any]) -> serve.Application:
     """The application of serve.yaml; ``arguments`` are those of `Purifier`."""
     return Purifier.bind(**arguments)
-
-
-def _refusal(status: int, reason: str) -> Response:
-    return Response(f'{{"error": "{reason}"}}', status, media_type="application/json")

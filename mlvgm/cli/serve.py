@@ -21,6 +21,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="Example: mlvgm serve --models road-signs.mar --detach, and later: mlvgm serve --stop",
     )
     parser.add_argument(
+        "--dev", type=Path, metavar="BUNDLE", help="serve this bundle in this process: no Java, archive or keys"
+    )
+    parser.add_argument(
         "--model-store", type=Path, default=Path("model_store"), help="folder of archives (%(default)s)"
     )
     parser.add_argument(
@@ -51,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CliError("--workers must be 1 or more")
     if arguments.threads < 0:
         raise CliError("--threads must be 1 or more, or 0 to share the cores out")
+    if arguments.dev:
+        return _serve_dev(arguments)
     if arguments.stop:
         stopped = Server(arguments.port).stop()
         print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
@@ -61,6 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
             return _serve(arguments, archives)
         except Stopped:
             return 0
+
+
+def _serve_dev(arguments: argparse.Namespace) -> int:
+    try:
+        from deploy import dev_server
+    except ModuleNotFoundError as error:
+        raise CliError(f"--dev needs {error.name}: pip install starlette uvicorn") from None
+    return dev_server.serve(arguments.dev, arguments.port, threads=arguments.threads)
 
 
 def _serve(arguments: argparse.Namespace, archives: list[Path]) -> int:

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.server
 
 from ray import serve  # noqa: E402
 
-from deploy.ray.app import MAX_BODY, Purifier, build  # noqa: E402
+from deploy.dev_server import MAX_BODY  # noqa: E402
+from deploy.ray.app import Purifier, build  # noqa: E402
 
 PATH = "/predictions/tiny"
 

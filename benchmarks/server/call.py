@@ -1,6 +1,5 @@
 """Requests to measure a server with, each with the answer that is right for it, and where they are sent."""
 
-import base64
 import json
 import ssl
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ class Call:
         headers: of its own, each line with its end.
         label: index of the right class; None where a status from 400 to 499 is right.
         kind: what is wrong with it, for the report.
-        also: a status that is right as well: TorchServe's own, before any code of ours has seen the request.
+        also_accept: a status that is right as well: TorchServe's own, before any code of ours has seen the request.
         start: for what is no plain request to the target: everything before the body, with {authorization} for the
             key's header; ``headers`` are not sent then.
     """
@@ -28,13 +27,13 @@ class Call:
     headers: bytes = b""
     label: int | None = None
     kind: str = "valid"
-    also: int = 0
+    also_accept: int = 0
     start: bytes | None = None
 
     def is_right(self, status: int, body: bytes) -> bool:
         """Whether this is an answer that the call should get."""
         if self.label is None:
-            return status in REFUSED or status == self.also
+            return status in REFUSED or status == self.also_accept
         try:
             return status == 200 and json.loads(body)["index"] == self.label
         except (ValueError, KeyError, TypeError):
@@ -50,20 +49,14 @@ class Target(Protocol):
     def request(self, call: Call) -> bytes:
         """``call`` as bytes of HTTP/1.1."""
 
-    def renewed(self, request: bytes, body: bytes) -> bool:
-        """Whether ``body`` refused the key of ``request`` alone, and there is a newer one by now."""
+    def refresh_key(self, request: bytes, body: bytes) -> bool:
+        """Whether ``body`` refuses only the key of ``request``, and there is a new key now."""
 
 
 def image_call(image: bytes, label: int, options: Mapping[str, object]) -> Call:
     """An encoded image as the body, its options as headers."""
     names = "".join(f"X-Mlvgm-{name}: {value}\r\n" for name, value in options.items())
     return Call(image, f"Content-Type: application/octet-stream\r\n{names}".encode(), label)
-
-
-def json_call(image: bytes, label: int, options: Mapping[str, object]) -> Call:
-    """The same as JSON, for servers that take no bytes."""
-    entries = {"image": base64.b64encode(image).decode(), **options}
-    return Call(json.dumps(entries).encode(), b"Content-Type: application/json\r\n", label)
 
 
 def prediction(call: Call, model: str, authorization: bytes) -> bytes:

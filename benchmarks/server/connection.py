@@ -8,7 +8,7 @@ CLOSED, SILENT = 0, -1
 """In place of a status: the connection ended without an answer; none came in time."""
 
 
-class Reply(NamedTuple):
+class RawReply(NamedTuple):
     """A status, or `CLOSED` or `SILENT`, and the body."""
 
     status: int
@@ -28,7 +28,7 @@ class Connection:
         self._address, self._timeout, self._tls = address, timeout, tls
         self._wire: _Wire | None = None
 
-    async def ask(self, request: bytes) -> Reply:
+    async def ask(self, request: bytes) -> RawReply:
         """Send ``request`` and wait for the answer. Never raises: what goes wrong is a status."""
         loop = asyncio.get_running_loop()
         wire = self._wire
@@ -37,9 +37,9 @@ class Connection:
                 connecting = loop.create_connection(_Wire, *self._address, ssl=self._tls)
                 wire = (await asyncio.wait_for(connecting, self._timeout))[1]
             except (TimeoutError, asyncio.TimeoutError):
-                return Reply(SILENT, b"")
+                return RawReply(SILENT, b"")
             except OSError:
-                return Reply(CLOSED, b"")
+                return RawReply(CLOSED, b"")
         self._wire = wire
         return await wire.ask(request, self._timeout)
 
@@ -53,15 +53,15 @@ class _Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = False
         self._transport: asyncio.Transport | None = None
-        self._waiting: asyncio.Future[Reply] | None = None
+        self._waiting: asyncio.Future[RawReply] | None = None
         self._received = bytearray()
 
-    async def ask(self, request: bytes, timeout: float) -> Reply:
+    async def ask(self, request: bytes, timeout: float) -> RawReply:
         assert self._transport is not None
         loop = asyncio.get_running_loop()
         self._received.clear()
         self._waiting = loop.create_future()
-        alarm = loop.call_later(timeout, self._finish, Reply(SILENT, b""), False)
+        alarm = loop.call_later(timeout, self._finish, RawReply(SILENT, b""), False)
         self._transport.write(request)
         try:
             return await self._waiting
@@ -78,7 +78,7 @@ class _Wire(asyncio.Protocol):
         self._transport, self.open = transport, True
 
     def connection_lost(self, _: Exception | None) -> None:
-        self._finish(Reply(CLOSED, b""), False)
+        self._finish(RawReply(CLOSED, b""), False)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -88,12 +88,12 @@ class _Wire(asyncio.Protocol):
         head = bytes(self._received[:end]).lower()
         length = _length(head)
         if length is None:  # chunks, say: no server that is measured here sends them
-            self._finish(Reply(CLOSED, b""), False)
+            self._finish(RawReply(CLOSED, b""), False)
         elif len(self._received) >= end + 4 + length:
             body = bytes(self._received[end + 4 : end + 4 + length])
-            self._finish(Reply(int(head[9:12]), body), b"connection: close" not in head)
+            self._finish(RawReply(int(head[9:12]), body), b"connection: close" not in head)
 
-    def _finish(self, reply: Reply, keep: bool) -> None:
+    def _finish(self, reply: RawReply, keep: bool) -> None:
         if not keep:
             self.close()
         if self._waiting is not None and not self._waiting.done():

@@ -4,6 +4,7 @@ Each is refused for certain, whatever the bundle: what only might be an image is
 """
 
 import base64
+import gzip
 import io
 import json
 import struct
@@ -76,7 +77,15 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
         bmp = bytearray(_picture(rng, "BMP"))
         bmp[18:26] = struct.pack("<ii", width, height)
         yield "BMP bomb", bytes(bmp)
+        offset = 54 + 1024
+        runs = b"\1\0" * 1000
+        rle = struct.pack("<IHHI", offset + len(runs), 0, 0, offset)
+        rle += struct.pack("<IiiHHIIiiII", 40, width // 16, height // 16, 1, 8, 1, len(runs), 0, 0, 256, 0)
+        yield "run-length encoded BMP bomb", b"BM" + rle + bytes(1024) + runs
     yield "WebP bomb", _WEBP_BOMB
+    chunk = struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))
+    whole = _picture(rng, "PNG")
+    yield "PNG of endless chunks", whole[:33] + chunk * 20_000 + whole[33:]
     progressive = _encoded(_image(rng, 128), "JPEG", progressive=True)
     last = progressive.rindex(b"\xff\xda")
     yield "JPEG of endless scans", progressive[:last] + progressive[last:-2] * 1000 + progressive[-2:]
@@ -107,6 +116,9 @@ def _json(rng: np.random.Generator, most_samples: int) -> Iterator[tuple[str, by
     values = (8.5, [], {}, True, -(10**30))
     for value in values:
         yield "JSON with samples of a wrong type", json.dumps({"image": image, "samples": value}).encode()
+    yield "JSON with a name many times", b'{"image": "", ' + b'"samples": 1, ' * 100_000 + b'"top_k": 1}'
+    yield "JSON of many lists", b'{"image": [' + b"[], " * 300_000 + b"[]]}"
+    yield "data URL of nothing", json.dumps({"image": "data:image/png;base64,"}).encode()
     yield "JSON with many unknown names", json.dumps({"image": image} | {f"x{i}": i for i in range(10_000)}).encode()
 
 
@@ -139,12 +151,18 @@ def _types(rng: np.random.Generator) -> Iterator[Call]:
     for body in (b"", b"--x", b"a=b"):
         yield Call(body, form, kind="broken form")
     # TorchServe's own reader of forms answers this with 500; behind nginx it is not asked.
-    yield Call(b"--x\r\n\r\n--x--\r\n", form, kind="form without names", also=500)
+    yield Call(b"--x\r\n\r\n--x--\r\n", form, kind="form without names", also_accept=500)
     for names in (["picture"], ["image", "data"], ["image", "samples"], []):
         parts = [_part(name, b"zero" if name == "samples" else image) for name in names]
         yield Call(b"".join([*parts, b"--x--\r\n"]), form, kind="form with the wrong fields")
     yield Call(b"image=hello", _type("application/x-www-form-urlencoded"), kind="web form")
-    yield Call(image[:-40], _type("application/json"), kind="part of an image as JSON")
+    half = image[: len(image) // 2]
+    yield Call(half, _type("application/json"), kind="truncated image as JSON")
+    yield Call(half, _type("application/json; charset=utf-16"), kind="truncated image as JSON")
+    packed = _type("application/octet-stream") + b"Content-Encoding: gzip\r\n"
+    yield Call(gzip.compress(half, mtime=0), packed, kind="truncated image in gzip")
+    yield Call(gzip.compress(image, mtime=0)[:-20], packed, kind="truncated gzip")
+    yield Call(gzip.compress(bytes(100_000_000), mtime=0), packed, kind="gzip bomb")
     for text in ("hello", "\N{SNOWMAN}" * 100, "", "\0" * 100):
         yield Call(text.encode(), _type("text/plain"), kind="text")
     yield Call(b"hello", _type("\N{SNOWMAN}"), kind="no content type that exists")

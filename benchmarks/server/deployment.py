@@ -43,7 +43,7 @@ class Deployment(Started):
     def request(self, call: Call) -> bytes:
         return prediction(call, self.model, self._key)
 
-    def renewed(self, request: bytes, body: bytes) -> bool:
+    def refresh_key(self, request: bytes, body: bytes) -> bool:
         if b"InvalidKeyException" not in body:
             return False
         if self._key in request:

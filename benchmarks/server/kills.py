@@ -13,14 +13,14 @@ from benchmarks.server.call import Call
 from benchmarks.server.connection import SILENT
 from benchmarks.server.deployment import Deployment
 from benchmarks.server.saturation import Say
-from benchmarks.server.subject import Subject
+from benchmarks.server.workload import Workload
 
 CLIENTS = 8
 TIMEOUT = 180.0
 _CALM = 2.0  # seconds of service between two kills
 
 
-def kill(subject: Subject, deployment: Deployment, count: int, say: Say) -> dict[str, Any]:
+def kill(workload: Workload, deployment: Deployment, count: int, say: Say) -> dict[str, Any]:
     """SIGKILL all workers ``count`` times while clients go on asking.
 
     Returns:
@@ -28,17 +28,17 @@ def kill(subject: Subject, deployment: Deployment, count: int, say: Say) -> dict
         came within `TIMEOUT`; ``requests``, ``right``, ``wrong`` answers with status 200, ``errors`` by status (see
         `benchmarks.server.connection` for those below 100), and ``lost``: requests without any end.
     """
-    return asyncio.run(_run(deployment, subject.calls(), count, say))
+    return asyncio.run(_run(deployment, workload.calls(), count, say))
 
 
 async def _run(deployment: Deployment, calls: Iterator[Call], count: int, say: Say) -> dict[str, Any]:
-    outcomes, stop = load.Outcomes(), asyncio.Event()
+    result, stop = load.LoadResult(), asyncio.Event()
     asking = asyncio.create_task(
-        load.closed(deployment, _until_set(stop, calls), CLIENTS, TIMEOUT, outcomes),
+        load.closed(deployment, _until_set(stop, calls), CLIENTS, TIMEOUT, result),
     )
     recoveries: list[float | None] = []
     while len(recoveries) < count:
-        await _right_answer_since(time.monotonic(), outcomes)
+        await _right_answer_since(time.monotonic(), result)
         await asyncio.sleep(_CALM)
         killed = time.monotonic()
         for worker in deployment.workers():
@@ -46,7 +46,7 @@ async def _run(deployment: Deployment, calls: Iterator[Call], count: int, say: S
                 worker.kill()
             except psutil.NoSuchProcess:
                 continue
-        moment = await _right_answer_since(killed, outcomes)
+        moment = await _right_answer_since(killed, result)
         recoveries.append(None if moment is None else moment - killed)
         say(f"kill {len(recoveries)} of {count}: " + ("no recovery" if moment is None else f"{moment - killed:.1f} s"))
         if moment is None:
@@ -54,13 +54,13 @@ async def _run(deployment: Deployment, calls: Iterator[Call], count: int, say: S
     stop.set()
     await asking
     failures = [
-        status for status, right in zip(outcomes.status, outcomes.right, strict=True) if not right and status != 200
+        status for status, right in zip(result.status, result.right, strict=True) if not right and status != 200
     ]
     return {
         "recovery_s": recoveries,
-        "requests": len(outcomes),
-        "right": sum(outcomes.right),
-        "wrong": len(outcomes) - sum(outcomes.right) - len(failures),
+        "requests": len(result),
+        "right": sum(result.right),
+        "wrong": len(result) - sum(result.right) - len(failures),
         "errors": dict(sorted(collections.Counter(map(str, failures)).items())),
         "lost": failures.count(SILENT),
     }
@@ -71,13 +71,13 @@ def _until_set(stop: asyncio.Event, calls: Iterator[Call]) -> Iterator[Call]:
         yield next(calls)
 
 
-async def _right_answer_since(moment: float, outcomes: load.Outcomes) -> float | None:
+async def _right_answer_since(moment: float, result: load.LoadResult) -> float | None:
     """When the first right answer came to a request that was sent after ``moment``."""
-    seen = len(outcomes)
+    seen = len(result)
     while time.monotonic() < moment + TIMEOUT:
-        for i in range(seen, len(outcomes)):
-            if outcomes.right[i] and outcomes.sent[i] > moment:
-                return outcomes.done[i]
-        seen = len(outcomes)
+        for i in range(seen, len(result)):
+            if result.right[i] and result.sent[i] > moment:
+                return result.done[i]
+        seen = len(result)
         await asyncio.sleep(0.01)
     return None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.server.call import Call, Target
-from benchmarks.server.connection import Connection, Reply
+from benchmarks.server.connection import Connection, RawReply
 
 MOST_CONNECTIONS = 1000
 REFUSALS = (429, 503)
@@ -23,7 +23,7 @@ _PAUSE = 0.05  # of a client after a failure: clients that do not wait would mea
 
 
 @dataclass
-class Outcomes:
+class LoadResult:
     """What became of the requests of one load, in the order in which they ended. Times are of `time.monotonic`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.due)
 
-    def add(self, call: Call, due: float, sent: float, reply: Reply) -> None:
+    def add(self, call: Call, due: float, sent: float, reply: RawReply) -> None:
         right = call.is_right(*reply)
         self.due.append(due)
         self.sent.append(sent)
@@ -81,13 +81,13 @@ class Outcomes:
 
 
 async def closed(
-    target: Target, calls: Iterable[Call], clients: int, timeout: float = 120.0, outcomes: Outcomes | None = None
-) -> Outcomes:
+    target: Target, calls: Iterable[Call], clients: int, timeout: float = 120.0, result: LoadResult | None = None
+) -> LoadResult:
     """Send ``calls`` from so many clients, each on a connection of its own, until there are no more of them.
 
-    Whoever wants to look on gives the ``outcomes`` that are to be filled.
+    Whoever wants to look on gives the ``result`` that are to be filled.
     """
-    outcomes = Outcomes() if outcomes is None else outcomes
+    result = LoadResult() if result is None else result
     remaining = iter(calls)
 
     async def client() -> None:
@@ -95,22 +95,22 @@ async def closed(
         for call in remaining:
             due = time.monotonic()
             reply = await ask(target, connection, call)
-            outcomes.add(call, due, due, reply)
+            result.add(call, due, due, reply)
             if reply.status <= 0 or reply.status >= 500:
                 await asyncio.sleep(_PAUSE)
         connection.close()
 
     begun = time.process_time()
     await asyncio.gather(*(client() for _ in range(clients)))
-    outcomes.cpu_seconds = time.process_time() - begun
-    return outcomes
+    result.cpu_seconds = time.process_time() - begun
+    return result
 
 
 async def open_load(
     target: Target, calls: Iterator[Call], arrivals: Sequence[float], timeout: float = 120.0
-) -> Outcomes:
+) -> LoadResult:
     """Send one of ``calls`` at each of the ``arrivals``, in seconds from now, whatever became of the ones before."""
-    outcomes = Outcomes()
+    result = LoadResult()
     idle: list[Connection] = []
     places = asyncio.Semaphore(MOST_CONNECTIONS)
 
@@ -120,7 +120,7 @@ async def open_load(
             sent = time.monotonic()
             reply = await ask(target, connection, call)
             idle.append(connection)
-        outcomes.add(call, due, sent, reply)
+        result.add(call, due, sent, reply)
 
     begun_cpu, begun = time.process_time(), time.monotonic()
     running: set[asyncio.Task[None]] = set()
@@ -133,17 +133,17 @@ async def open_load(
         task.add_done_callback(running.discard)
     if running:
         await asyncio.gather(*running)
-    outcomes.cpu_seconds = time.process_time() - begun_cpu
+    result.cpu_seconds = time.process_time() - begun_cpu
     for connection in idle:
         connection.close()
-    return outcomes
+    return result
 
 
-async def ask(target: Target, connection: Connection, call: Call) -> Reply:
+async def ask(target: Target, connection: Connection, call: Call) -> RawReply:
     """The answer to ``call``; with a newer key once more, where the old one had expired."""
     request = target.request(call)
     reply = await connection.ask(request)
-    if reply.status == 400 and call.start is None and target.renewed(request, reply.body):
+    if reply.status == 400 and call.start is None and target.refresh_key(request, reply.body):
         reply = await connection.ask(target.request(call))
     return reply
 
@@ -169,9 +169,9 @@ def percentiles(seconds: NDArray[np.float64], prefix: str = "") -> dict[str, Any
     }
 
 
-def show_wrong(where: str, outcomes: Outcomes, say: Callable[[str], None]) -> None:
+def show_wrong(where: str, result: LoadResult, say: Callable[[str], None]) -> None:
     """The first request that was neither answered rightly nor refused."""
-    for kind, status, body in [wrong for wrong in outcomes.wrong if wrong[1] not in REFUSALS][:1]:
+    for kind, status, body in [wrong for wrong in result.wrong if wrong[1] not in REFUSALS][:1]:
         say(f"{where}: not the right answer to a {kind} request: {status} {body[:100]!r}")
 
 

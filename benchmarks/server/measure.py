@@ -4,18 +4,18 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.server.background_load import BackgroundLoad
 from benchmarks.server.deployment import Deployment
+from benchmarks.server.dev_server import DevServer
 from benchmarks.server.hostile import attack
 from benchmarks.server.kills import kill
-from benchmarks.server.litserve import LitServe
-from benchmarks.server.neighbours import Neighbours
 from benchmarks.server.overload import overload
-from benchmarks.server.saturation import HALF, IN_PROCESS, Entrant, Say, curve, saturate
+from benchmarks.server.saturation import HALF, IN_PROCESS, Say, ServerUnderTest, curve, saturate
 from benchmarks.server.soak import soak
-from benchmarks.server.subject import Settings, Subject
+from benchmarks.server.workload import Workload, WorkloadSettings
 from export import archive
 
-TORCHSERVE, LITSERVE = "TorchServe", "LitServe"
+TORCHSERVE, DEV_SERVER = "TorchServe", "development server"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         seconds: of each load; saturation is measured in so many ``rounds`` of it.
-        litserve: compare with LitServe.
+        dev_server: compare with the development server.
         hostile: requests, half of them hostile.
         kills: of the workers.
         overload, soak: seconds.
@@ -32,7 +32,7 @@ class Plan:
 
     seconds: float = 10.0
     rounds: int = 3
-    litserve: bool = True
+    dev_server: bool = True
     hostile: int = 0
     kills: int = 0
     overload: float = 0.0
@@ -40,44 +40,44 @@ class Plan:
 
 
 def measure(
-    settings: Settings, served: archive.Settings, workers: int, threads: int, plan: Plan, say: Say
+    settings: WorkloadSettings, served: archive.Settings, workers: int, threads: int, plan: Plan, say: Say
 ) -> dict[str, Any]:
     """Serve a bundle on free ports of loopback, measure it as ``plan`` says, and leave nothing behind.
 
     Args:
-        settings: of the pipeline in process; LitServe gets the same.
+        settings: of the pipeline in process; the development server gets the same.
         served: of the archive.
         workers: of each server.
         threads: of each worker; 0 for every core.
 
     Returns:
-        ``settings``, ``saturation``, ``litserve`` images a second, ``hostile``, ``kills``, ``overload`` and ``soak``;
+        ``settings``, ``saturation``, ``hostile``, ``kills``, ``overload`` and ``soak``;
         None for what was not done.
     """
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")
-        subject = stack.enter_context(Subject(settings))
-        subject.images_per_s(0)
+        workload = stack.enter_context(Workload(settings))
+        workload.images_per_s(0)
         say("starting TorchServe")
         deployment = stack.enter_context(Deployment(settings.bundle, served, workers, threads))
-        entrants = [Entrant(TORCHSERVE, deployment)]
-        if plan.litserve:
-            say("starting LitServe")
-            rival = stack.enter_context(LitServe(settings, workers, threads, served.batch_delay_ms))
-            entrants.append(Entrant(LITSERVE, rival, True, rival.awake))
-        neighbours = Neighbours([deployment.server.process()])
-        found = saturate(subject, entrants, workers, plan.seconds, plan.rounds, say)
+        servers = [ServerUnderTest(TORCHSERVE, deployment)]
+        if plan.dev_server:
+            say("starting the development server")
+            other = DevServer(settings, threads * workers, served.batch_delay_ms)
+            servers.append(ServerUnderTest(DEV_SERVER, stack.enter_context(other)))
+        background = BackgroundLoad([deployment.server.process()])
+        found = saturate(workload, servers, workers, plan.seconds, plan.rounds, say)
         sustainable = found["median"][TORCHSERVE]
-        rows = curve(subject, deployment, sustainable, plan.seconds, say)
-        foreign = neighbours.cores()
+        rows = curve(workload, deployment, sustainable, plan.seconds, say)
+        foreign = background.cores()
         half = next(row for row in rows if row["fraction"] == HALF)
         alone = found["median"][IN_PROCESS]
         return {
             "settings": {
                 "samples": settings.samples,
                 "batch": settings.batch,
-                "runtime": subject.runtime,
-                "precision": subject.manifest.precision,
+                "runtime": workload.runtime,
+                "precision": workload.manifest.precision,
                 "threads": threads,
                 "workers": workers,
                 "batch_delay_ms": served.batch_delay_ms,
@@ -92,9 +92,8 @@ def measure(
                 **found,
                 "open_load": rows,
             },
-            "litserve": found["median"].get(LITSERVE),
-            "hostile": attack(subject, deployment, plan.hostile, say) if plan.hostile else None,
-            "overload": overload(subject, deployment, sustainable, plan.overload) if plan.overload else None,
-            "soak": soak(subject, deployment, sustainable, plan.soak, say) if plan.soak else None,
-            "kills": kill(subject, deployment, plan.kills, say) if plan.kills else None,
+            "hostile": attack(workload, deployment, plan.hostile, say) if plan.hostile else None,
+            "overload": overload(workload, deployment, sustainable, plan.overload) if plan.overload else None,
+            "soak": soak(workload, deployment, sustainable, plan.soak, say) if plan.soak else None,
+            "kills": kill(workload, deployment, plan.kills, say) if plan.kills else None,
         }

@@ -54,5 +54,5 @@ class Nginx(Started):
         key = f"X-Api-Key: {self._keys[next(self._sent) % _CLIENTS]}\r\n".encode()
         return prediction(call, self._deployment.model, key)
 
-    def renewed(self, request: bytes, body: bytes) -> bool:
+    def refresh_key(self, request: bytes, body: bytes) -> bool:
         return False

@@ -8,14 +8,14 @@ import numpy as np
 from benchmarks.server import load
 from benchmarks.server.connection import SILENT
 from benchmarks.server.deployment import Deployment
-from benchmarks.server.subject import Subject
+from benchmarks.server.workload import Workload
 
 EXCESS = 2.0
 SLOW = 1.0
 """Seconds that no refusal may take."""
 
 
-def overload(subject: Subject, deployment: Deployment, sustainable: float, seconds: float) -> dict[str, Any]:
+def overload(workload: Workload, deployment: Deployment, sustainable: float, seconds: float) -> dict[str, Any]:
     """Offer `EXCESS` times the ``sustainable`` images a second, at random moments.
 
     Returns:
@@ -25,15 +25,15 @@ def overload(subject: Subject, deployment: Deployment, sustainable: float, secon
     """
     offered = EXCESS * sustainable
     arrivals = load.poisson(offered, seconds, seed=99)
-    outcomes = asyncio.run(load.open_load(deployment, subject.calls(), arrivals, 120 + 100 / sustainable))
-    done, due, status = (np.array(column) for column in (outcomes.done, outcomes.due, outcomes.status))
-    right = np.array(outcomes.right, bool)
+    result = asyncio.run(load.open_load(deployment, workload.calls(), arrivals, 120 + 100 / sustainable))
+    done, due, status = (np.array(column) for column in (result.done, result.due, result.status))
+    right = np.array(result.right, bool)
     refused = np.isin(status, load.REFUSALS)
     waits = (done - due)[refused]
     goodput = float((right & (done <= due.min() + seconds)).sum()) / seconds
     return {
         "seconds": seconds,
-        "requests": len(outcomes),
+        "requests": len(result),
         "offered_per_s": offered,
         "sustainable_per_s": sustainable,
         "goodput_per_s": goodput,
@@ -41,8 +41,8 @@ def overload(subject: Subject, deployment: Deployment, sustainable: float, secon
         "refused": int(refused.sum()),
         "slow": int((waits > SLOW).sum()),
         **load.percentiles(waits, "refusal_"),
-        **load.percentiles(outcomes.latencies),
+        **load.percentiles(result.latencies),
         "errors": int((~right & ~refused & (status != SILENT)).sum()),
         "lost": int((status == SILENT).sum()),
-        "cpu_us": outcomes.cpu_seconds / len(outcomes) * 1e6,
+        "cpu_us": result.cpu_seconds / len(result) * 1e6,
     }

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server.measure import LITSERVE, TORCHSERVE
+from benchmarks.server.measure import DEV_SERVER, TORCHSERVE
 from benchmarks.server.saturation import IN_PROCESS
 from evaluation.report import conditions, digits, figure, table
 
@@ -144,7 +144,7 @@ def plot(content: Mapping[str, Any], file: Path) -> None:
     lines = (("p99_ms", "99 %", "#b04a3a"), ("p90_ms", "90 %", "#d9a441"), ("p50_ms", "median", "#4878a8"))
     for name, label, colour in lines:
         panels[0].plot(offered, [row[name] for row in rows], "o-", color=colour, label=label)
-    styles = {TORCHSERVE: ("black", "--"), IN_PROCESS: ("gray", "-"), LITSERVE: ("gray", ":")}
+    styles = {TORCHSERVE: ("black", "--"), IN_PROCESS: ("gray", "-"), DEV_SERVER: ("gray", ":")}
     for name, rate in found["median"].items():
         colour, style = styles[name]
         panels[0].axvline(rate, color=colour, linestyle=style, linewidth=1.2, label=f"most: {name}, {digits(rate)}/s")

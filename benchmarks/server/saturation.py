@@ -4,14 +4,13 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.server import load
 from benchmarks.server.call import Target
-from benchmarks.server.subject import Subject
+from benchmarks.server.workload import Workload
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 HALF = 0.5
@@ -23,17 +22,15 @@ IN_PROCESS = "in process"
 Say = Callable[[str], None]
 
 
-class Entrant(NamedTuple):
-    """A server to compare: its name, where it is, whether it wants JSON, and what must hold while it is asked."""
+class ServerUnderTest(NamedTuple):
+    """One of the servers that are compared."""
 
     name: str
     target: Target
-    as_json: bool = False
-    awake: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def saturate(
-    subject: Subject, entrants: Sequence[Entrant], workers: int, seconds: float, rounds: int, say: Say
+    workload: Workload, servers: Sequence[ServerUnderTest], workers: int, seconds: float, rounds: int, say: Say
 ) -> dict[str, Any]:
     """Images a second of the pipeline in process and of each server, in turns: what else the machine does hits all.
 
@@ -42,23 +39,21 @@ def saturate(
         `IN_PROCESS`; ``median``, the same in one figure; requests ``refused``, and others ``not_right``;
         ``generator_cpu_us``, a request.
     """
-    batch = subject.settings.batch
-    slowest = batch / subject.images_per_s(0)  # of one batch, in seconds, before anything is warm
+    batch = workload.settings.batch
+    slowest = batch / workload.images_per_s(0)  # of one batch, in seconds, before anything is warm
     seconds = max(seconds, 6 * slowest)
     clients = batch * (workers + _QUEUED_BATCHES)
-    found: dict[str, list[float]] = {IN_PROCESS: [], **{entrant.name: [] for entrant in entrants}}
+    found: dict[str, list[float]] = {IN_PROCESS: [], **{server.name: [] for server in servers}}
     spent, sent, refused, failed = 0.0, 0, 0, 0
     for number in range(rounds + 1):  # and one to warm up
-        rates = {IN_PROCESS: subject.images_per_s(seconds)}
-        for entrant in entrants:
-            calls = subject.calls(as_json=entrant.as_json)
-            calls = load.until(time.monotonic() + seconds, calls)
-            with entrant.awake():
-                outcomes = asyncio.run(load.closed(entrant.target, calls, clients, 120 + 10 * slowest))
-            rates[entrant.name] = outcomes.per_second(batch)
-            spent, sent = spent + outcomes.cpu_seconds, sent + len(outcomes)
-            refused, failed = refused + outcomes.refused, failed + outcomes.failed
-            load.show_wrong(entrant.name, outcomes, say)
+        rates = {IN_PROCESS: workload.images_per_s(seconds)}
+        for server in servers:
+            calls = load.until(time.monotonic() + seconds, workload.calls())
+            result = asyncio.run(load.closed(server.target, calls, clients, 120 + 10 * slowest))
+            rates[server.name] = result.per_second(batch)
+            spent, sent = spent + result.cpu_seconds, sent + len(result)
+            refused, failed = refused + result.refused, failed + result.failed
+            load.show_wrong(server.name, result, say)
         named = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
         say(f"saturation, {f'round {number} of {rounds}' if number else 'warming up'}: {named} images/s")
         for name, rate in rates.items() if number else ():
@@ -73,7 +68,7 @@ def saturate(
     }
 
 
-def curve(subject: Subject, target: Target, saturation: float, seconds: float, say: Say) -> list[dict[str, Any]]:
+def curve(workload: Workload, target: Target, saturation: float, seconds: float, say: Say) -> list[dict[str, Any]]:
     """Latency against offered load, at `FRACTIONS` of ``saturation`` images a second, of requests that come at random.
 
     Returns:
@@ -85,20 +80,20 @@ def curve(subject: Subject, target: Target, saturation: float, seconds: float, s
         offered = fraction * saturation
         length = max(seconds, _FEWEST / offered, min(_ENOUGH / offered, _LONGEST)) if fraction == HALF else seconds
         arrivals = load.poisson(offered, length, seed=number)
-        outcomes = asyncio.run(load.open_load(target, subject.calls(), arrivals, 120 + 100 / saturation))
-        lateness = np.array(outcomes.sent) - np.array(outcomes.due)
+        result = asyncio.run(load.open_load(target, workload.calls(), arrivals, 120 + 100 / saturation))
+        lateness = np.array(result.sent) - np.array(result.due)
         row = {
             "fraction": fraction,
             "offered_per_s": offered,
-            "achieved_per_s": sum(outcomes.right) / length,
-            "requests": len(outcomes),
-            "refused": outcomes.refused,
-            "not_right": outcomes.failed,
-            **load.percentiles(outcomes.latencies),
+            "achieved_per_s": sum(result.right) / length,
+            "requests": len(result),
+            "refused": result.refused,
+            "not_right": result.failed,
+            **load.percentiles(result.latencies),
             "late_p99_ms": float(np.percentile(lateness, 99)) * 1000 if len(lateness) else None,
-            "cpu_us": outcomes.cpu_seconds / max(len(outcomes), 1) * 1e6,
+            "cpu_us": result.cpu_seconds / max(len(result), 1) * 1e6,
         }
         rows.append(row)
-        load.show_wrong("open load", outcomes, say)
+        load.show_wrong("open load", result, say)
         say(f"open load, {fraction:.0%} of saturation: {load.in_words(row)}")
     return rows

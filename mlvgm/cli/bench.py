@@ -1,4 +1,4 @@
-"""``mlvgm bench``: measurements, one subject a module of this package."""
+"""``mlvgm bench``: measurements, one benchmark a module of this package."""
 
 import argparse
 import importlib
@@ -7,11 +7,11 @@ import sys
 from deploy.errors import CliError
 from deploy.server import IN_CHECKOUT, PROJECT
 
-SUBJECTS = ("stages", "server", "trtexec", "vote")
+BENCHMARKS = ("stages", "server", "trtexec", "vote")
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subjects and their arguments."""
+    """Declare the benchmarks and their arguments."""
     parser = verbs.add_parser(
         "bench",
         help="measure stages and servers",
@@ -19,13 +19,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         epilog="Example: mlvgm bench stages --recipe road-signs --json build/stages.json",
     )
     if not IN_CHECKOUT:
-        parser.add_argument("subject", nargs=argparse.REMAINDER, help="in a checkout: " + ", ".join(SUBJECTS))
+        parser.add_argument("benchmark", nargs=argparse.REMAINDER, help="in a checkout: " + ", ".join(BENCHMARKS))
         return
-    subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
-    for subject in SUBJECTS:
-        module = importlib.import_module(f"mlvgm.cli.bench_{subject}")
-        module.add_parser(subjects)
-        subjects.choices[subject].set_defaults(subject=module.run)
+    benchmarks = parser.add_subparsers(metavar="BENCHMARK", required=True)
+    for benchmark in BENCHMARKS:
+        module = importlib.import_module(f"mlvgm.cli.bench_{benchmark}")
+        module.add_parser(benchmarks)
+        benchmarks.choices[benchmark].set_defaults(benchmark=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
     if not IN_CHECKOUT:
         raise CliError("the benchmarks are not in the wheel: run this in a checkout, after pip install -e .")
     sys.path.append(str(PROJECT))  # where the folder benchmarks lies; it is not installed
-    code: int = args.subject(args)
+    code: int = args.benchmark(args)
     return code

@@ -1,6 +1,7 @@
 """``mlvgm bench server``: what a bundle on TorchServe stands."""
 
 import argparse
+import importlib.util
 import signal
 from pathlib import Path
 
@@ -10,28 +11,29 @@ from mlvgm.cli.options import add_pipeline, add_report, number, number_of_sample
 
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subject's arguments."""
+    """Declare the benchmark's arguments."""
     parser = subjects.add_parser(
         "server",
         help="a bundle on TorchServe: load, hostile requests, kills, overload",
         description="Archive a bundle, start TorchServe with it on free ports of loopback, and measure: images a "
-        "second against the same pipeline in process and behind LitServe, latency against load, what you ask for.",
+        "second against the same pipeline in process and behind the development server, latency against load, and "
+        "what else you ask for.",
         epilog="Example: mlvgm bench server --bundle build/road-signs --hostile 100000 --kills 10 --overload 120 "
         "--json build/server.json",
     )
     add_pipeline(parser, required=True)
     for option, unit, kind, text in (
-        ("--hostile", "N", whole(0), "requests, half of them hostile"),
-        ("--kills", "N", whole(0), "times that the worker is killed under load"),
-        ("--overload", "SECONDS", number, "of twice what it can answer"),
-        ("--soak", "SECONDS", number, "of half of what it can answer"),
+        ("--hostile", "N", whole(0), "requests to send, half of them hostile"),
+        ("--kills", "N", whole(0), "times to kill the workers under load"),
+        ("--overload", "SECONDS", number, "seconds to offer twice the sustainable rate"),
+        ("--soak", "SECONDS", number, "seconds to offer half the sustainable rate"),
     ):
         parser.add_argument(option, type=kind, default=0, metavar=unit, help=text)
     add_report(parser)
     parser.add_argument("--seconds", type=number, default=10, help="of each load (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="of each server at saturation (%(default)s)")
     parser.add_argument(
-        "--samples", type=number_of_samples, metavar="K", help="of an image, or auto (default: the bundle's)"
+        "--samples", type=number_of_samples, metavar="N", help="of an image, or auto (default: the bundle's)"
     )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="to send (default: synthetic pictures)")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch (default: the archive's)")
@@ -39,14 +41,16 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--batch-delay", type=positive, metavar="MS", help="to wait for a full batch (default: the archive's)"
     )
     parser.add_argument("--workers", type=positive, help="of each server (default: as mlvgm serve)")
-    parser.add_argument("--no-litserve", action="store_true", help="do not compare with LitServe where it is installed")
+    parser.add_argument(
+        "--no-dev", action="store_true", help="do not compare with the development server of mlvgm serve --dev"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the report, and write it."""
-    from benchmarks.server import litserve, measure
+    from benchmarks.server import measure
     from benchmarks.server import report as page
-    from benchmarks.server.subject import Settings
+    from benchmarks.server.workload import WorkloadSettings
     from evaluation import report
     from evaluation.progress import say
     from export import archive
@@ -63,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size or archive.fitting_batch(manifest, args.runtime),
         batch_delay_ms=args.batch_delay or defaults.batch_delay_ms,
     )
-    compare = litserve.is_installed() and not args.no_litserve
+    compare = importlib.util.find_spec("uvicorn") is not None and not args.no_dev
     plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
-    settings = Settings(args.bundle, samples, served.batch_size, args.runtime, images=args.images)
+    settings = WorkloadSettings(args.bundle, samples, served.batch_size, args.runtime, images=args.images)
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subject's arguments."""
+    """Declare the benchmark's arguments."""
     parser = subjects.add_parser(
         "trtexec",
         help="every stage with NVIDIA's trtexec",

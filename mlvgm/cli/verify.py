@@ -22,7 +22,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
     parser.add_argument("--count", type=positive, default=4, metavar="N", help="images at most (%(default)s)")
     parser.add_argument(
-        "--samples", type=positive, default=2, metavar="K", help="purified samples of each (%(default)s)"
+        "--samples", type=positive, default=2, metavar="N", help="purified samples of each (%(default)s)"
     )
     parser.add_argument(
         "--runtime",

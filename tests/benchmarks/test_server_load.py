@@ -49,7 +49,7 @@ class Server:
     def request(self, call: Call) -> bytes:
         return head("POST / HTTP/1.1", "h", b"Key: %s\r\n" % self.key, call.headers, len(call.body)) + call.body
 
-    def renewed(self, request: bytes, body: bytes) -> bool:
+    def refresh_key(self, request: bytes, body: bytes) -> bool:
         self.key = b"new"
         return b"InvalidKeyException" in body
 
@@ -63,7 +63,7 @@ async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
 
 
 def closed(behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]], calls: list[Call], **more: float):
-    async def run() -> tuple[load.Outcomes, Server]:
+    async def run() -> tuple[load.LoadResult, Server]:
         async with Server(behave) as server:
             return await load.closed(server, calls, 2, **more), server
 
@@ -71,8 +71,8 @@ def closed(behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]], cal
 
 
 def test_connections_are_kept() -> None:
-    outcomes, server = closed(answer, [VALID] * 50)
-    assert (len(outcomes), sum(outcomes.right), server.connections) == (50, 50, 2)
+    result, server = closed(answer, [VALID] * 50)
+    assert (len(result), sum(result.right), server.connections) == (50, 50, 2)
 
 
 def test_answers_may_come_in_pieces() -> None:
@@ -89,9 +89,9 @@ def test_a_server_that_closes_is_asked_on_a_new_connection() -> None:
     async def refuse(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(reply(b"{}", 400, b"connection: close\r\n"))
 
-    outcomes, server = closed(refuse, [Call(b"", kind="empty")] * 6)
-    assert outcomes.status == [400] * 6
-    assert all(outcomes.right), "a refusal is what a hostile request should get"
+    result, server = closed(refuse, [Call(b"", kind="empty")] * 6)
+    assert result.status == [400] * 6
+    assert all(result.right), "a refusal is what a hostile request should get"
     assert server.connections == 6
 
 
@@ -105,17 +105,17 @@ def test_a_server_that_closes_is_asked_on_a_new_connection() -> None:
         (RIGHT, 200, Call(b""), False),
         (b"", 413, Call(b""), True),
         (b"", 500, Call(b""), False),
-        (b"", 500, Call(b"", also=500), True),
+        (b"", 500, Call(b"", also_accept=500), True),
     ],
 )
 def test_what_is_right(body: bytes, status: int, call: Call, right: bool) -> None:
     async def say(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(reply(body, status))
 
-    outcomes, _ = closed(say, [call])
-    assert outcomes.right == [right]
-    assert bool(outcomes.wrong) is not right
-    assert (outcomes.refused, outcomes.failed) == (status == 503, not right and status != 503)
+    result, _ = closed(say, [call])
+    assert result.right == [right]
+    assert bool(result.wrong) is not right
+    assert (result.refused, result.failed) == (status == 503, not right and status != 503)
 
 
 def test_what_never_comes_is_told_from_what_is_cut() -> None:
@@ -156,15 +156,15 @@ def test_latency_is_counted_from_when_a_request_was_due() -> None:
             time.sleep(0.3)  # the whole loop, and so the generator too
         writer.write(reply())
 
-    async def run() -> load.Outcomes:
+    async def run() -> load.LoadResult:
         async with Server(stall) as server:
             return await load.open_load(server, repeat(VALID), [0.01 * i for i in range(20)])
 
-    outcomes = asyncio.run(run())
-    assert all(outcomes.right)
-    assert len(outcomes) == 20
-    assert np.median(outcomes.latencies) > 0.15
-    assert np.median(np.array(outcomes.done) - np.array(outcomes.sent)) < 0.15
+    result = asyncio.run(run())
+    assert all(result.right)
+    assert len(result) == 20
+    assert np.median(result.latencies) > 0.15
+    assert np.median(np.array(result.done) - np.array(result.sent)) < 0.15
 
 
 def test_requests_come_whatever_became_of_the_ones_before() -> None:
@@ -172,13 +172,13 @@ def test_requests_come_whatever_became_of_the_ones_before() -> None:
         await asyncio.sleep(0.2)
         writer.write(reply())
 
-    async def run() -> tuple[load.Outcomes, int]:
+    async def run() -> tuple[load.LoadResult, int]:
         async with Server(slow) as server:
             return await load.open_load(server, repeat(VALID), [0.0] * 30), server.connections
 
-    outcomes, connections = asyncio.run(run())
+    result, connections = asyncio.run(run())
     assert connections == 30
-    assert outcomes.latencies.max() < 1
+    assert result.latencies.max() < 1
 
 
 def test_random_arrivals() -> None:
@@ -193,9 +193,9 @@ def test_random_arrivals() -> None:
 
 
 def test_bursts_are_counted_from_end_to_end() -> None:
-    outcomes = load.Outcomes(done=[1, 1, 1, 2, 2, 2, 3, 3, 3], right=[True] * 9)
-    assert outcomes.per_second(burst=3) == pytest.approx(3)
-    assert load.Outcomes(done=[1], right=[True]).per_second() == 0
+    result = load.LoadResult(done=[1, 1, 1, 2, 2, 2, 3, 3, 3], right=[True] * 9)
+    assert result.per_second(burst=3) == pytest.approx(3)
+    assert load.LoadResult(done=[1], right=[True]).per_second() == 0
 
 
 def test_percentiles() -> None:

@@ -33,7 +33,7 @@ def linear(classes: int = 3, side: int = 8, seed: int = 0) -> Linear:
 
 
 def of_bundle(folder: Path) -> Linear:
-    """The eager twin of the classifier of a tiny bundle."""
+    """The classifier in PyTorch of a tiny bundle."""
     model = onnx.load(folder / "classify.onnx")
     weights = {tensor.name: numpy_helper.to_array(tensor, str(folder)) for tensor in model.graph.initializer}
     return Linear(weights["w"].astype(np.float32).copy())

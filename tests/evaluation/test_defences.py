@@ -48,7 +48,7 @@ def test_the_purifier_reads_as_the_pipeline_does(pipeline: Pipeline) -> None:
     assert 0 < reading.flagged.mean() < 1
 
 
-def test_a_schedule_that_keeps_every_latent_gives_equal_copies(pipeline: Pipeline) -> None:
+def test_a_schedule_that_keeps_every_latent_gives_equal_samples(pipeline: Pipeline) -> None:
     reading = defences.purifier(pipeline, samples=3, alphas="none")(bundles.images(5))
     assert (reading.agreement == 1).all()
 

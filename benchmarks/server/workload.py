@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.server.call import Call, image_call, json_call
+from benchmarks.server.call import Call, image_call
 from benchmarks.server.started import Started
 from evaluation.photographs import pictures
 from handlers.image import decode
@@ -23,7 +23,7 @@ _PICTURES = 48
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkloadSettings:
     """How a bundle is served and run in process.
 
     Attributes:
@@ -43,10 +43,10 @@ class Settings:
     images: Path | None = None
 
 
-class Subject(Started):
+class Workload(Started):
     """The pipeline in a process of its own, idle while servers are measured, and what to ask them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkloadSettings) -> None:
         self.settings = settings
         self.manifest = Manifest.read(settings.bundle)
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (settings,))
@@ -66,17 +66,14 @@ class Subject(Started):
         """Of the pipeline alone, on decoded images, at the batch and samples of the settings; two calls at least."""
         return self._pool.submit(_rate, seconds).result()
 
-    def calls(self, samples: int | str | None = None, as_json: bool = False) -> Iterator[Call]:
+    def calls(self, samples: int | str | None = None) -> Iterator[Call]:
         """Valid requests without end, for so many samples (default: those of the settings)."""
         samples = samples or self.settings.samples
         if samples not in self._labels:
             self._labels[samples] = self._pool.submit(_answers, self._images, samples).result()
         calls = []
         for seed, (image, label) in enumerate(zip(self._images, self._labels[samples], strict=True)):
-            if as_json:
-                calls.append(json_call(image, label, {"samples": samples, "seed": seed}))
-            else:
-                calls.append(image_call(image, label, {"Samples": samples, "Seed": seed}))
+            calls.append(image_call(image, label, {"Samples": samples, "Seed": seed}))
         return cycle(calls)
 
 
@@ -86,11 +83,11 @@ def _encoded(image: np.ndarray, kind: str) -> bytes:
     return stream.getvalue()
 
 
-_loaded: list[tuple[Settings, Pipeline]] = []
+_loaded: list[tuple[WorkloadSettings, Pipeline]] = []
 """In the process of the pipeline: the pipeline."""
 
 
-def _load(settings: Settings) -> None:
+def _load(settings: WorkloadSettings) -> None:
     pipeline = Pipeline.load(settings.bundle, settings.runtime, settings.threads)
     pipeline.warm_up()
     _loaded.append((settings, pipeline))

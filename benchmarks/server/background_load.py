@@ -8,7 +8,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 
-class Neighbours:
+class BackgroundLoad:
     """Counts from when it is made; ``ours`` are the processes that belong to the measurement, with all below them."""
 
     def __init__(self, ours: Iterable[Any]) -> None:

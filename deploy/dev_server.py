@@ -57,8 +57,8 @@ def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: f
     Args:
         batch: requests that are answered together at most.
     """
-    identity = {"name": manifest.name, "version": manifest.version}
-    served = {manifest.name: ServedModel(**identity, metadata=open_inference.metadata(identity))}
+    metadata = open_inference.metadata({"name": manifest.name, "version": manifest.version})
+    served = {manifest.name: ServedModel(manifest.name, manifest.version, metadata=metadata)}
     batches = _Batches(service.answer, batch, delay_s)
 
     @contextlib.asynccontextmanager

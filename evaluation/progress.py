@@ -25,5 +25,9 @@ def track(items: Sequence[T], what: str, unit: str = "image") -> Iterator[T]:
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line, on standard output by default, without breaking a bar."""
-    tqdm.write(line, file or sys.stdout)
-    (file or sys.stdout).flush()
+    file = file or sys.stdout
+    if sys.stderr.isatty():
+        tqdm.write(line, file)
+    else:
+        print(line, file=file)
+    file.flush()

@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,25 +158,32 @@ def _refusal(path: Path, reason: str) -> Row:
 def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Iterator[tuple[Path, Path]]:
     """Every image file and the PNG below ``out`` that it becomes; files of a folder keep their places in it.
 
-    What lies below ``out`` itself is no input, but for a file that is named.
+    sign.jpg becomes sign.png, but sign.jpg.png where there is a sign.webp beside it. What lies below ``out`` itself is
+    no input, but for a file that is named.
 
     Raises:
         CliError: two files would become one, or a file itself would be overwritten.
     """
-    taken: dict[Path, Path] = {}
+    names: list[tuple[Path, Path]] = []
     for path in given:
-        is_folder = os.path.isdir(path)
-        for file in image_files(path, out, complain) if is_folder else [path]:
-            target = (out / (file.relative_to(path) if is_folder else file.name)).with_suffix(".png")
-            if target in taken:
-                raise CliError(
-                    f"{shown(taken[target])} and {shown(file)} would both become {shown(target)}: "
-                    "take them one after the other, with an --out for each"
-                )
-            if os.path.realpath(target) == os.path.realpath(file):
-                raise CliError(f"{shown(file)} would be overwritten: choose another --out")
-            taken[target] = file
-            yield file, target
+        if os.path.isdir(path):
+            names += [(file, file.relative_to(path)) for file in image_files(path, out, complain)]
+        else:
+            names.append((path, Path(path.name)))
+    sharing = Counter(name.with_suffix(".png") for _, name in names)
+    taken: dict[Path, Path] = {}
+    for file, name in names:
+        alone = name.with_suffix(".png")
+        target = out / (alone if sharing[alone] == 1 else name.with_name(f"{name.name}.png"))
+        if target in taken:
+            raise CliError(
+                f"{shown(taken[target])} and {shown(file)} would both become {shown(target)}: "
+                "take them one after the other, with an --out for each"
+            )
+        if os.path.realpath(target) == os.path.realpath(file):
+            raise CliError(f"{shown(file)} would be overwritten: choose another --out")
+        taken[target] = file
+        yield file, target
 
 
 @contextlib.contextmanager
@@ -183,7 +191,7 @@ def _claim(out: Path) -> Iterator[None]:
     """Have ``out`` for this process alone."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("w")
+        lock = (out / _LOCK).open("a")
     except OSError as error:
         raise CliError(f"{shown(out)}: {error.strerror}") from None
     with lock:

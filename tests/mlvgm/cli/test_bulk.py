@@ -148,6 +148,20 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest
     ]
 
 
+def test_files_that_differ_in_their_ending_alone(folder: Path) -> None:
+    (folder / "a.jpg").write_bytes(encoded(9))
+    (folder / "c.webp").write_bytes(b"no image")
+    found = rows(folder)
+    check(folder, [row for row in found if not row["file"].endswith("a.jpg")])
+    made = {Path(row["made"]).name for row in found if "made" in row}
+    assert made == {"a.jpg.png", "a.png.png", "b.png", "c.png.png", "d.png", "e.png"}
+
+
+def test_two_files_that_would_become_one_are_refused(folder: Path) -> None:
+    with pytest.raises(CliError, match="would both become"):
+        rows(folder, files=[folder, folder / "a.png"])
+
+
 def test_links_to_folders_are_not_followed(folder: Path) -> None:
     (folder / "deep" / "again").symlink_to(folder)
     check(folder, rows(folder))

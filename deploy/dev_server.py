@@ -22,14 +22,13 @@ from starlette.routing import Route
 from deploy.errors import CliError
 from deploy.health import protocol_answer
 from deploy.model_archive import ServedModel
-from handlers import arrival, form, open_inference
+from handlers import answer, arrival, form, open_inference
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from handlers.service import Answer, Service
+from handlers.request import MAX_BODY
+from handlers.service import Service
 from handlers.torchserve import HandlerSettings
 
-MAX_BODY = 6_553_500
-"""Bytes of a request, as in deploy/config.properties."""
 _BODY_SECONDS = 10.0
 _QUEUE = 100  # requests; the next one gets 503 at once
 
@@ -37,7 +36,7 @@ Fields = tuple[Mapping[str, Any], Mapping[str, Any]]
 """A request as `handlers.service.Service.answer` takes it."""
 
 
-async def predict(request: Request, ask: Callable[[Fields], Awaitable[Answer]]) -> Response:
+async def predict(request: Request, ask: Callable[[Fields], Awaitable[answer.Response]]) -> Response:
     """What ``ask`` says to a request for a prediction, or why it is not asked."""
     if request.method not in ("POST", "PUT"):
         return _refusal(405, "send the image with POST or PUT")
@@ -47,8 +46,8 @@ async def predict(request: Request, ask: Callable[[Fields], Awaitable[Answer]]) 
         return _refusal(408, "the body did not come in time")
     if body is None:
         return _refusal(413, "the body is larger than 6.5 MB")
-    answer = await ask(({"body": body}, _headers(request)))
-    return Response(answer.body, answer.status, answer.headers, answer.content_type)
+    made = await ask(({"body": body}, _headers(request)))
+    return Response(made.body, made.status, made.headers, made.content_type)
 
 
 def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: float = 0.0) -> Starlette:
@@ -90,17 +89,19 @@ def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: f
 class _Batches:
     """Requests that wait, and the thread that answers them a batch after the other."""
 
-    def __init__(self, answer: Callable[[Sequence[Fields]], Sequence[Answer]], size: int, delay_s: float) -> None:
-        self._answer, self._size, self._delay_s = answer, size, delay_s
-        self._queue: asyncio.Queue[tuple[Fields, asyncio.Future[Answer]]] = asyncio.Queue(_QUEUE)
+    def __init__(self, run: Callable[[Sequence[Fields]], Sequence[answer.Response]], size: int, delay_s: float) -> None:
+        self._run, self._size, self._delay_s = run, size, delay_s
+        self._queue: asyncio.Queue[tuple[Fields, asyncio.Future[answer.Response]]] = asyncio.Queue(_QUEUE)
         self._thread = ThreadPoolExecutor(1, "pipeline")
 
-    async def ask(self, request: Fields) -> Answer:
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    async def ask(self, request: Fields) -> answer.Response:
+        future: asyncio.Future[answer.Response] = asyncio.get_running_loop().create_future()
         try:
             self._queue.put_nowait((request, future))
         except asyncio.QueueFull:
-            return Answer(503, "application/json", b'{"error": "busy or restarting: try again"}', {"Retry-After": "2"})
+            return answer.Response(
+                503, "application/json", b'{"error": "busy or restarting: try again"}', {"Retry-After": "2"}
+            )
         return await future
 
     async def run(self) -> None:
@@ -113,10 +114,10 @@ class _Batches:
                 batch.append(self._queue.get_nowait())
             batch = [(request, future) for request, future in batch if not future.done()]  # nobody waits for the others
             requests = [request for request, _ in batch]
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, requests)
-            for (_, future), answer in zip(batch, answers, strict=True):
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, requests)
+            for (_, future), made in zip(batch, answers, strict=True):
                 if not future.done():
-                    future.set_result(answer)
+                    future.set_result(made)
 
 
 async def _body(request: Request) -> bytes | None:

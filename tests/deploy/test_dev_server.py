@@ -27,10 +27,11 @@ from deploy import dev_server
 from deploy.dev_server import MAX_BODY, application
 from deploy.errors import CliError
 from deploy.server import PROJECT
+from handlers.answer import Response as Answer
 from handlers.client import Client
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
-from handlers.service import Answer, Service
+from handlers.service import Service
 from handlers.torchserve import PurifierHandler
 from tests import bundles
 from tests.machine import free_port

@@ -27,7 +27,7 @@ from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.request import MAX_BODY
 from handlers.service import Service
-from handlers.torchserve import HandlerSettings
+from handlers.settings import HandlerSettings
 
 _BODY_SECONDS = 10.0
 _QUEUE = 100  # requests; the next one gets 503 at once

@@ -162,5 +162,17 @@ def load_default(name: str = "road-signs") -> Default:
     if recipe.purifier is None or recipe.classifier.file is None:
         raise ModelError(f"the recipe {name!r} ships no weights: load them with load_purifier and load_classifier")
     purifier = load_purifier(recipe.family, recipe.purifier, recipe.temperature)
-    classifier = load_classifier(recipe.classifier.architecture, recipe.classifier.file, len(recipe.classes))
-    return Default(purifier, classifier, recipe.effective_alphas(), recipe)
+    return Default(purifier, load_shipped_classifier(name), recipe.effective_alphas(), recipe)
+
+
+def load_shipped_classifier(name: str) -> nn.Module:
+    """The classifier alone of a model that is shipped with its weights.
+
+    Raises:
+        RecipeError: there is no such recipe.
+        ModelError: the recipe ships no weights.
+    """
+    recipe = Recipe.read(name)
+    if recipe.classifier.file is None:
+        raise ModelError(f"the recipe {name!r} ships no classifier: name a callable module:function")
+    return load_classifier(recipe.classifier.architecture, recipe.classifier.file, len(recipe.classes))

@@ -34,6 +34,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--batch", type=int, help="images a step, instead of the settings'")
     parser.add_argument("--noise", type=float, help="largest deviation of the noise the encoder learns to leave out")
     parser.add_argument("--whole", type=float, metavar="SHARE", help="images trained with nothing resampled")
+    parser.add_argument(
+        "--classifier", metavar="NAME", help="whose answers to keep: module:function, or the name of a shipped recipe"
+    )
     parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="safetensors of the same shape to go on from")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> "Settings":
     from mlvgm.training.settings import TrainingError, named_settings, read_settings
 
-    names = ("steps", "batch", "noise", "whole")
+    names = ("steps", "batch", "noise", "whole", "classifier")
     changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.settings is None:
         if args.image_size is None:

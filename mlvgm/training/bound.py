@@ -10,7 +10,8 @@ priors of the fine latents to fill in the rest, and the decoder to work with int
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mlvgm.mixture import mixture_log_likelihood, mixture_mean
 from mlvgm.nvae import NVAE
@@ -67,9 +68,20 @@ def evidence_lower_bound(
         z = mean + torch.exp(prior_log_sigma) * variance.sqrt() * torch.randn_like(mean)
         x = network.from_latent(s, g, x, z)
     logits = network.finish(x).float()
-    with torch.no_grad():
-        reconstruction = (mixture_mean(logits) + 1.0) / 2.0
+    reconstruction = (mixture_mean(logits) + 1.0) / 2.0
     return Bound(mixture_log_likelihood(logits, 2.0 * images - 1.0), divergence, reconstruction)
+
+
+def answer_divergence(classifier: nn.Module, images: Tensor, purified: Tensor) -> Tensor:
+    """How far the classifier's answers for ``purified`` are from those for ``images``: KL of the softmax, (B,), nats.
+
+    The stability objective of Denoised Smoothing (Salman et al., NeurIPS 2020, section 3): the classifier is not
+    changed, and no labels are needed.
+    """
+    with torch.no_grad():
+        wanted = torch.log_softmax(classifier(images), dim=1)
+    given = torch.log_softmax(classifier(purified), dim=1)
+    return F.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=1)
 
 
 def random_schedules(batch: int, n: int, whole: float, device: torch.device | str = "cpu") -> Tensor:

@@ -1,6 +1,7 @@
 """Training of an NVAE that purifies (see `mlvgm.training.bound` for what, NVAE's appendix for the schedules)."""
 
 import copy
+import hashlib
 import json
 import os
 import time
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint
+from mlvgm.load import load_callable, load_shipped_classifier
 from mlvgm.nvae import NVAE
-from mlvgm.training.bound import Bound, evidence_lower_bound, random_schedules
+from mlvgm.training.bound import Bound, answer_divergence, evidence_lower_bound, random_schedules
 from mlvgm.training.images import ImageSet, augment, to_tensor
 from mlvgm.training.loop import cosine_rate, shuffled
 from mlvgm.training.settings import Settings, TrainingError
@@ -36,12 +38,14 @@ SMALL_NOISE, SMALL_NOISE_SHARE = 0.05, 0.6
 class State:
     """What a checkpoint holds: the weights, their moving average, the optimiser and how many steps were made.
 
-    ``memory_format`` is that of the images and the weights in memory, which no figure depends on, but the speed does.
+    ``classifier`` and ``memory_format``, that of the images and the weights, are not in it: the first is not trained,
+    and no figure depends on the second, but the speed does.
     """
 
     network: NVAE
     average: NVAE
     optimizer: torch.optim.Optimizer
+    classifier: nn.Module | None
     memory_format: torch.memory_format
     step: int = 0
     skipped: int = 0
@@ -101,7 +105,7 @@ def train_nvae(
     device = torch.device(device)
     state = begin(settings, device, channels_last)
     work.mkdir(parents=True, exist_ok=True)
-    digest = f"{settings.digest} {images.digest}"
+    digest = f"{settings.digest} {images.digest} {_digest(state.classifier)}"
     if (work / CHECKPOINT).is_file():
         state.load(work / CHECKPOINT, digest)
         _cut_log(work / LOG, state.step)
@@ -109,11 +113,11 @@ def train_nvae(
     begun, first = time.monotonic(), state.step
     steps = tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", disable=None)
     for places in _batches(images, settings, state.step):
-        bound = step(state, settings, to_tensor(images.images[places], device))
+        bound, answers = step(state, settings, to_tensor(images.images[places], device))
         steps.update()
         last = state.step == settings.steps
         if state.step % REPORT_EVERY == 0 or last:
-            figures = _figures(state, bound, held_out)
+            figures = _figures(state, bound, answers, held_out)
             with (work / LOG).open("a") as log:
                 log.write(json.dumps(figures) + "\n")
             pace = (time.monotonic() - begun) / (state.step - first)
@@ -156,7 +160,19 @@ def begin(settings: Settings, device: torch.device, channels_last: bool = True) 
     network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.Adamax(network.parameters(), lr=settings.rate, foreach=True)
-    return State(network, average, optimizer, memory_format)
+    classifier = None
+    if settings.classifier is not None:
+        load = load_callable if ":" in settings.classifier else load_shipped_classifier
+        classifier = copy.deepcopy(load(settings.classifier)).to(device).requires_grad_(False)
+    return State(network, average, optimizer, classifier, memory_format)
+
+
+def _digest(classifier: nn.Module | None) -> str:
+    """Of its weights."""
+    digest = hashlib.sha256()
+    for name, value in classifier.state_dict().items() if classifier else ():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:
@@ -170,8 +186,12 @@ def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:
             step += 1
 
 
-def step(state: State, settings: Settings, images: Tensor) -> Bound:
-    """One step of the optimiser. All randomness is of the step's own seed, so that a run can be resumed exactly."""
+def step(state: State, settings: Settings, images: Tensor) -> tuple[Bound, Tensor | None]:
+    """One step of the optimiser. All randomness is of the step's own seed, so that a run can be resumed exactly.
+
+    Returns:
+        The bound, and how far the classifier's answers are (B,), where there is one.
+    """
     network, number, batch = state.network.train(), state.step, len(images)
     torch.manual_seed((settings.seed << 32) + number)
     for group in state.optimizer.param_groups:
@@ -187,10 +207,13 @@ def step(state: State, settings: Settings, images: Tensor) -> Bound:
     alphas = random_schedules(batch, len(network.config.latents()), settings.whole, images.device)
     with _half(images.device):
         bound = evidence_lower_bound(network, clean, seen, alphas)
+        answers = None if state.classifier is None else answer_divergence(state.classifier, clean, bound.reconstruction)
     rise = settings.beta_warmup * settings.steps
     weight = settings.beta * (min(1.0, max(number / rise, 0.05)) if rise else 1.0)
     divergence = torch.stack(bound.divergence).sum(dim=0)
     loss = (weight * divergence - bound.log_likelihood).mean() / images[0].numel()
+    if answers is not None:
+        loss = loss + settings.stability * answers.mean()
     state.optimizer.zero_grad()
     loss.backward()
     if torch.isfinite(torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)):
@@ -201,7 +224,7 @@ def step(state: State, settings: Settings, images: Tensor) -> Bound:
     else:
         state.skipped += 1
     state.step += 1
-    return bound
+    return bound, answers
 
 
 def _half(device: torch.device) -> AbstractContextManager[Any]:
@@ -209,8 +232,10 @@ def _half(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _figures(state: State, bound: Bound, held_out: Tensor) -> dict[str, Any]:
-    """Nats per value of an image for the last batch, and how far held-out images are from their reconstructions."""
+def _figures(state: State, bound: Bound, answers: Tensor | None, held_out: Tensor) -> dict[str, Any]:
+    """What is logged: nats per value of an image, of the answers per image, for the last batch; on held-out images the
+    error of reconstructions.
+    """
     values = held_out[0].numel()
     network = state.network.eval()
     torch.manual_seed(0)
@@ -219,6 +244,7 @@ def _figures(state: State, bound: Bound, held_out: Tensor) -> dict[str, Any]:
         "step": state.step,
         "log_likelihood": bound.log_likelihood.mean().item() / values,
         "divergence": [latent.mean().item() / values for latent in bound.divergence],
+        "answer_divergence": None if answers is None else answers.mean().item(),
         "validation_mse": torch.stack(parts).mean().item(),
         "skipped": state.skipped,
     }
@@ -227,9 +253,10 @@ def _figures(state: State, bound: Bound, held_out: Tensor) -> dict[str, Any]:
 def _line(figures: dict[str, Any], steps: int, pace: float) -> str:
     left = pace * (steps - figures["step"])
     each = " ".join(f"{value:.4f}" for value in figures["divergence"])
+    answers = "" if figures["answer_divergence"] is None else f"answers {figures['answer_divergence']:.4f}  "
     return (
         f"step {figures['step']}/{steps}  log likelihood {figures['log_likelihood']:.4f}  divergence by latent {each}  "
-        f"validation MSE {figures['validation_mse']:.5f}  {left / 60:.0f} min left"
+        f"{answers}validation MSE {figures['validation_mse']:.5f}  {left / 60:.0f} min left"
     )
 
 

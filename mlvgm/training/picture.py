@@ -43,8 +43,9 @@ def draw_curve(log: Path, file: Path) -> None:
 
     reports = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [report["step"] for report in reports]
-    figure = matplotlib.figure.Figure(figsize=(12, 3.5), layout="constrained")
-    likelihood, divergence, error = figure.subplots(1, 3)
+    with_classifier = reports[-1]["answer_divergence"] is not None
+    figure = matplotlib.figure.Figure(figsize=(16 if with_classifier else 12, 3.5), layout="constrained")
+    likelihood, divergence, error, *rest = figure.subplots(1, 4 if with_classifier else 3)
     likelihood.plot(steps, [report["log_likelihood"] for report in reports])
     likelihood.set_title("log likelihood (nats per value)")
     divergence.stackplot(steps, np.array([report["divergence"] for report in reports]).T)
@@ -52,7 +53,10 @@ def draw_curve(log: Path, file: Path) -> None:
     error.plot(steps, [report["validation_mse"] for report in reports])
     error.set_title("held-out images: squared error")
     error.set_yscale("log")
-    for axes in (likelihood, divergence, error):
+    for answers in rest:
+        answers.plot(steps, [report["answer_divergence"] for report in reports])
+        answers.set_title("divergence of the classifier's answers (nats)")
+    for axes in (likelihood, divergence, error, *rest):
         axes.set_xlabel("step")
     figure.savefig(file, dpi=90)
 

@@ -79,6 +79,10 @@ def _recipe(name: str, network: NVAE, classes: Sequence[str]) -> str:
 def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, command: str, last: dict[str, object]) -> str:
     config, unreadable = network.config, len(images.unreadable)
     latents = ", ".join(f"{count} of {config.side(s)}x{config.side(s)}" for s, count in enumerate(config.groups))
+    answers = ""
+    if settings.classifier:
+        name_and_value = f"of `{settings.classifier}`, last batch | {last['answer_divergence']:.4f} nats an image"
+        answers = f"\n| divergence of the answers {name_and_value} |"
     left_out = f"; {unreadable} files could not be read and were left out" if unreadable else ""
     return f"""# Model card: {name}
 
@@ -91,7 +95,7 @@ An NVAE that purifies RGB images of {config.resolution}x{config.resolution} pixe
 | images | {len(images.train):,} for training and {len(images.validation):,} held out, from {images.source}{left_out} |
 | digest of the images | {images.digest[:16]} |
 | steps | {settings.steps:,} of {settings.batch} images; {last["skipped"]} skipped for gradients that were not finite |
-| log likelihood, last batch | {last["log_likelihood"]:.4f} nats per value |
+| log likelihood, last batch | {last["log_likelihood"]:.4f} nats per value |{answers}
 | squared error of held-out reconstructions | {last["validation_mse"]:.5f} |
 
 ![curve]({CURVE})

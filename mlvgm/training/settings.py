@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from handlers.errors import MlvgmError
-from handlers.fields import FieldError, Range, none_of, read_strict
+from handlers.fields import FieldError, Length, Range, none_of, read_strict
 from mlvgm.nvae import NVAEConfig
 from mlvgm.yaml_file import read_yaml
 
@@ -102,6 +102,10 @@ class Settings:
         noise: largest standard deviation of the Gaussian noise that the encoder sees, in units of the [0, 1] image.
         augment: strength of the random rotation, scale, shift and lighting of training images, 0 for none.
         validation: share of the images (whole groups, where the images have groups) that is held out.
+        classifier: whose answers purification should keep, the name of a shipped recipe or a callable
+            ``module:function`` that returns a `torch.nn.Module`; None trains for no classifier.
+        stability: weight of the divergence of its answers (`mlvgm.training.bound.answer_divergence`), in nats an image,
+            beside the bound, in nats a value of the image.
         start: weights of an NVAE of the same shape to go on from, a safetensors file; in YAML, relative to the file.
     """
 
@@ -119,6 +123,8 @@ class Settings:
     augment: Share = 0.6
     validation: Annotated[float, Range(0.0, 0.5, exclusive=True)] = 0.05
     seed: Annotated[int, Range(0, 2**31)] = 0
+    classifier: Annotated[str, Length(1, 200)] | None = None
+    stability: Annotated[float, Range(0.0, 100.0, exclusive=True)] = 0.3
     start: Path | None = None
 
     @property

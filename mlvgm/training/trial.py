@@ -80,7 +80,7 @@ def main() -> None:
     images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=device)
     for _ in range(STEPS):
         started = time.monotonic()
-        bound = step(state, settings, images)
+        bound, _ = step(state, settings, images)
         finite = bool(torch.isfinite(bound.log_likelihood).all())
         seconds = time.monotonic() - started
     if not finite:

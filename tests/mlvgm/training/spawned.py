@@ -5,10 +5,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 def spawned(function: Callable[..., T], *arguments: object) -> T:
     """``function(*arguments)`` in a process without inference runtimes."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    # One thread: several wait for each other where the cores are busy.
+    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.submit(function, *arguments).result(timeout=900)

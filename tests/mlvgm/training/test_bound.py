@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlvgm.nvae import NVAE
-from mlvgm.training.bound import evidence_lower_bound, random_schedules
+from mlvgm.training.bound import answer_divergence, evidence_lower_bound, random_schedules
 from tests.export.models import CONFIG
 
 
@@ -54,6 +54,21 @@ def test_the_divergence_is_that_of_the_interpolated_gaussian(network: NVAE, imag
     standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
     expected = torch.distributions.kl_divergence(mixed, standard).flatten(1).sum(dim=1)
     assert torch.allclose(bound.divergence[0], expected, rtol=1e-4)
+
+
+def test_answers_are_compared_by_the_divergence_of_their_softmax() -> None:
+    torch.manual_seed(0)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    clean, purified = torch.rand(6, 3, 2, 2), torch.rand(6, 3, 2, 2, requires_grad=True)
+    divergence = answer_divergence(classifier, clean, purified)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=classifier(clean)),
+        torch.distributions.Categorical(logits=classifier(purified)),
+    )
+    assert torch.allclose(divergence, expected, atol=1e-6)
+    assert answer_divergence(classifier, clean, clean).abs().max() < 1e-6
+    divergence.sum().backward()
+    assert purified.grad is not None
 
 
 def test_schedules_rise_from_zero_and_hold_the_cases_of_purification() -> None:

@@ -1,6 +1,7 @@
 """Training on drawn images: the bound improves, a killed run ends in the same weights, bad shapes are refused."""
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mlvgm.nvae import NVAE
-from mlvgm.training.bound import evidence_lower_bound
+from mlvgm.training.bound import answer_divergence, evidence_lower_bound
 from mlvgm.training.images import ImageSet, to_tensor
 from mlvgm.training.nvae import CHECKPOINT, LOG, train_nvae
 from mlvgm.training.publish import write_weights
@@ -45,6 +46,35 @@ def test_the_bound_improves(tmp_path: Path) -> None:
     before, after = spawned(likelihoods, tmp_path)
     assert after > before
     assert len((tmp_path / LOG).read_text().splitlines()) == 1
+
+
+def colour() -> torch.nn.Module:
+    """A classifier that tells which channel is the brightest."""
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), Sharp())
+
+
+class Sharp(torch.nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return 20.0 * values
+
+
+def divergence_of_answers(settings: Settings, work: Path) -> float:
+    """Of held-out images, after training."""
+    trained = train_nvae(settings, images(), work)
+    held_out = to_tensor(images().images[images().validation])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        purified = evidence_lower_bound(trained, held_out).reconstruction
+        return float(answer_divergence(colour(), held_out, purified).mean())
+
+
+def test_a_classifier_makes_purification_keep_its_answers(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=60)
+    without = spawned(divergence_of_answers, settings, tmp_path / "without")
+    kept = dataclasses.replace(settings, classifier=f"{__name__}:colour", stability=5.0)
+    assert spawned(divergence_of_answers, kept, tmp_path / "with") < 0.9 * without
+    reports = [json.loads(line) for line in (tmp_path / "with" / LOG).read_text().splitlines()]
+    assert reports[-1]["answer_divergence"] > 0
 
 
 def weights(work: Path, kill_at: int) -> dict[str, torch.Tensor]:

@@ -167,7 +167,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
     height, width = size
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, 3)  # asarray takes twice as long
 
 
 def _orientation(exif: bytes) -> int:

@@ -32,6 +32,7 @@ _Content = tuple[tuple[Image, ...], dict[str, Any], Layout]
 
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
+_MARK = b"\xef\xbb\xbf"  # of UTF-8
 _JSON_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
 _NEVER = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 _DEFAULT_TOP_K = 5
@@ -138,19 +139,45 @@ def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
     body = fields[named[0]]
     options = {name: value for name, value in fields.items() if name != named[0]}
     if isinstance(body, bytes | bytearray):
+        if format_of(body):
+            return (bytes(body),), options, "one"
+        if (image := _from_base64(body)) is not None:
+            return (image,), options, "one"
         if JSON_LENGTH_HEADER in headers:
-            return _binary(bytes(body), headers, options)
-        if format_of(body) or not ("json" in content_type or _JSON_START.match(body)):
-            return (_image(bytes(body)),), options, "one"
-    entries = json_object(body)
-    if "inputs" in entries:
-        return _tensors(entries, b"", options)
-    if "images" not in entries:
+            return _behind_json(bytes(body), headers, options)
+        if not ("json" in content_type or _JSON_START.match(body)):
+            return (bytes(body),), options, "one"
+    return _json(json_object(body), b"", options)
+
+
+def _json(entries: dict[str, Any], binary: bytes, options: dict[str, Any]) -> _Content:
+    """What JSON says, and the data of tensors ``binary`` behind it."""
+    given = [name for name in ("image", "images", "inputs") if name in entries]
+    if len(given) > 1:
+        raise RequestError(f"the JSON has {given[0]!r} and {given[1]!r}: send one of them")
+    if given == ["inputs"]:
+        images, parameters, envelope = read(entries, binary, MOST_IMAGES)
+        return images, options | parameters, envelope
+    if binary:
+        raise RequestError("bytes follow the JSON, but it has no tensor in 'inputs' to hold them")
+    if given != ["images"]:
         return (base64_bytes(entries.pop("image", None)),), options | entries, "one"
     texts = entries.pop("images")
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
         raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
-    return tuple(base64_bytes(text) for text in texts), options | entries, "list"
+    return tuple(map(base64_bytes, texts)), options | entries, "list"
+
+
+def _behind_json(body: bytes, headers: Mapping[str, str], options: dict[str, Any]) -> _Content:
+    """JSON, as long as a header says, and tensors behind it."""
+    length = _integer(headers, JSON_LENGTH_HEADER, 1, len(body), 0)
+    try:
+        entries = json_object(body[:length])
+    except RequestError as error:
+        raise RequestError(
+            f"{JSON_LENGTH_HEADER} says {length}, and of the body's first {length} bytes: {error}"
+        ) from None
+    return _json(entries, body[length:], options)
 
 
 def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any]:
@@ -165,36 +192,21 @@ def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[
         plain = reader.decompress(body, MAX_BODY)
     except zlib.error:
         raise RequestError("the body is not gzip, though Content-Encoding says so") from None
-    if not reader.eof or reader.unused_data:
+    if reader.unused_data:
+        raise RequestError("the gzip of the body is followed by something: send it in one stream")
+    if not reader.eof:
         raise RequestError(f"the gzip of the body is broken off, or holds more than {MAX_BODY} bytes")
     return {**fields, "body": plain}
 
 
-def _image(body: bytes) -> bytes:
-    """An image as it came, or what stands in base64 in its place."""
-    start = b"".join(body[:64].split())[:24].decode("latin-1")
+def _from_base64(body: bytes | bytearray) -> bytes | None:
+    """The image that stands in base64 or as a data URL in the place of one, in quotes or not; None for all else."""
+    start = b"".join(body[:64].removeprefix(_MARK).split()).removeprefix(b'"')[:24].decode("latin-1")
     try:
-        is_base64 = not format_of(body) and (start.startswith("data:") or format_of(base64_bytes(start)))
+        is_base64 = start.lower().startswith("data:") or format_of(base64_bytes(start))
     except RequestError:
-        return body
-    return base64_bytes(body.decode("latin-1")) if is_base64 else body
-
-
-def _binary(body: bytes, headers: Mapping[str, str], options: dict[str, Any]) -> _Content:
-    """Tensors behind their JSON."""
-    length = _integer(headers, JSON_LENGTH_HEADER, 1, len(body), 0)
-    try:
-        entries = json_object(body[:length])
-    except RequestError as error:
-        raise RequestError(
-            f"{JSON_LENGTH_HEADER} says {length}, and of the body's first {length} bytes: {error}"
-        ) from None
-    return _tensors(entries, body[length:], options)
-
-
-def _tensors(entries: Mapping[str, Any], binary: bytes, options: dict[str, Any]) -> _Content:
-    images, parameters, envelope = read(entries, binary, MOST_IMAGES)
-    return images, options | parameters, envelope
+        return None
+    return base64_bytes(body.removeprefix(_MARK).decode("latin-1").strip().strip('"')) if is_base64 else None
 
 
 def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:

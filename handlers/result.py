@@ -10,6 +10,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+_TINY = np.finfo(np.float32).tiny
+
 
 @dataclass(frozen=True)
 class Result:
@@ -35,8 +37,7 @@ class Result:
     @cached_property
     def samples(self) -> IntArray:
         """(B,): samples drawn of each image: K, or as many as its vote needed."""
-        drawn: IntArray = (~np.isnan(self.sample_logits[:, :, 0])).sum(axis=1)
-        return drawn
+        return self._is_drawn.sum(axis=1)
 
     @cached_property
     def logits(self) -> FloatArray:
@@ -46,8 +47,8 @@ class Result:
     @cached_property
     def sample_labels(self) -> IntArray:
         """(B, K): the class each sample votes for; -1 from ``samples[b]`` on."""
-        labels: IntArray = np.where(self._is_drawn, self.sample_logits.argmax(axis=2), -1)
-        return labels
+        labels: IntArray = self.sample_logits.argmax(axis=2)
+        return labels if self._all_are_drawn else np.where(self._is_drawn, labels, -1)
 
     @cached_property
     def votes(self) -> IntArray:
@@ -61,25 +62,25 @@ class Result:
         """(B, C): classes from best to worst, by votes; equal votes are ordered by the mean logits."""
         return np.lexsort((-self.logits, -self.votes), axis=1)
 
-    @property
+    @cached_property
     def labels(self) -> IntArray:
         """(B,): the class with most votes."""
         return self.ranking[:, 0]
 
-    @property
+    @cached_property
     def unpurified_labels(self) -> IntArray:
         """(B,): the class of the images as they came."""
         labels: IntArray = self.unpurified_logits.argmax(axis=1)
         return labels
 
-    @property
+    @cached_property
     def agreement(self) -> FloatArray:
         """(B,): share of the samples that vote for the label, above 0 and up to 1."""
         won: IntArray = self.votes.max(axis=1)
         share: FloatArray = (won / self.samples).astype(np.float32)
         return share
 
-    @property
+    @cached_property
     def flagged(self) -> npt.NDArray[np.bool_]:
         """(B,): purification changed the label, as it does for most adversarial images."""
         changed: npt.NDArray[np.bool_] = self.labels != self.unpurified_labels
@@ -92,9 +93,9 @@ class Result:
         The Kullback-Leibler divergence, in nats, of the unpurified softmax from the mean softmax of the samples: an
         attack that purification removes has moved the prediction far.
         """
-        before = log_softmax(self.unpurified_logits)
-        after = np.log(np.maximum(self._mean(softmax(self.sample_logits)), np.finfo(np.float32).tiny))
-        divergence: FloatArray = np.maximum((np.exp(before) * (before - after)).sum(axis=1), 0)
+        before, after = self.unpurified_confidences, self._mean(softmax(self.sample_logits))
+        ratio = np.maximum(before, _TINY) / np.maximum(after, _TINY)
+        divergence: FloatArray = np.maximum((before * np.log(ratio)).sum(axis=1), 0)
         return divergence
 
     @cached_property
@@ -115,14 +116,17 @@ class Result:
 
     @cached_property
     def _is_drawn(self) -> npt.NDArray[np.bool_]:
-        drawn: npt.NDArray[np.bool_] = np.arange(self.sample_logits.shape[1]) < self.samples[:, None]
-        return drawn
+        return ~np.isnan(self.sample_logits[:, :, 0])
+
+    @cached_property
+    def _all_are_drawn(self) -> bool:
+        return bool(self._is_drawn.all())
 
     def _mean(self, values: FloatArray) -> FloatArray:
         """(B, C): the mean of (B, K, C) over the samples that were drawn."""
-        # numpy takes several times as long with a mask, and most requests ask for a number of samples.
-        full = self._is_drawn.all()
-        mean: FloatArray = values.mean(axis=1) if full else values.mean(axis=1, where=self._is_drawn[:, :, None])
+        if not self._all_are_drawn:
+            values = np.where(self._is_drawn[:, :, None], values, 0)
+        mean: FloatArray = values.sum(axis=1) / self.samples[:, None].astype(np.float32)
         return mean
 
 
@@ -131,10 +135,3 @@ def softmax(logits: FloatArray) -> FloatArray:
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
     return shares
-
-
-def log_softmax(logits: FloatArray) -> FloatArray:
-    """Over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logs: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return logs

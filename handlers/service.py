@@ -1,7 +1,9 @@
 """Requests in, responses out: what every server has in common. An image that fails takes no neighbour with it."""
 
+import functools
 import logging
 import math
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +79,7 @@ class Service:
         self._measure = sink
         self._suspicious = suspicious
         self._certificates = certificates
-        self._readers = ThreadPoolExecutor(min(cores.usable(), _MOST_READERS), "reader")
+        self._readers = _readers()
         for measure, labels in self._counters().items():
             for label in labels:
                 sink(measure, 0, label)
@@ -219,15 +221,21 @@ class Service:
         self._measure(metrics.SAMPLES, int(result.samples.sum()), "")
         for score in result.scores:
             self._measure(metrics.SCORE, float(score), "")
-        for measure, count in (
-            (metrics.FLAGGED, result.flagged.sum()),
-            (metrics.DISAGREED, (result.agreement < 1).sum()),
-        ):
-            if count:
-                self._measure(measure, int(count), "")
+        for measure, images in ((metrics.FLAGGED, result.flagged), (metrics.DISAGREED, result.agreement < 1)):
+            if count := int(np.count_nonzero(images)):
+                self._measure(measure, count, "")
 
     def _counters(self) -> dict[metrics.Measure, tuple[str, ...]]:
         """What is said to be 0 at first, so that the first event shows as growth, and the values of its label."""
         stages = tuple(stage.name for stage in self._pipeline.manifest.stages)
         unlabelled = dict.fromkeys((metrics.FLAGGED, metrics.DISAGREED, metrics.SAMPLES, metrics.SUSPICIOUS), ("",))
         return {metrics.ANSWERS: ("200",), metrics.REJECTED: metrics.REASONS, metrics.FALLBACKS: stages, **unlabelled}
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads that decode images, all of them running: one that is started while memory is short hangs its starter."""
+    count = min(cores.usable(), _MOST_READERS)
+    pool, all_run = ThreadPoolExecutor(count, "reader"), threading.Barrier(count)
+    list(pool.map(lambda _: all_run.wait(), range(count)))
+    return pool

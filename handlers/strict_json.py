@@ -54,7 +54,7 @@ def base64_bytes(text: Any) -> bytes:
         RequestError: not a text, or not base64.
     """
     if not isinstance(text, str):
-        raise RequestError("JSON must hold the image in base64 under 'image'")
+        raise RequestError(f"an image in JSON must be a text in base64 under 'image', not {quoted(text)}")
     if text.startswith(("http:", "https:")):
         raise RequestError(
             "image: this is an address, and images are not fetched from anywhere: send its bytes in base64"

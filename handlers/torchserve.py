@@ -6,11 +6,14 @@ TorchServe takes the one class that this file defines, and refuses a file with t
 import gc
 import logging
 import os
+import socket
+import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from handlers import metrics
+from handlers.answer import Response
 from handlers.certify import Budget
 from handlers.fields import read_strict
 from handlers.pipeline import Pipeline
@@ -43,11 +46,18 @@ class PurifierHandler:
             device = context.system_properties.get("gpu_id") or 0
             pipeline = Pipeline.load(folder, settings.runtime, threads, device)
             budget = Budget(settings.certify_draws, settings.certify_sigma, settings.certify_alpha)
+            self._metric_lines: list[str] = []
             self._service = Service(
-                pipeline, settings.allow_seed, settings.max_wait_s, sink(context), settings.suspicious, budget
+                pipeline,
+                settings.allow_seed,
+                settings.max_wait_s,
+                sink(context, self._metric_lines),
+                settings.suspicious,
+                budget,
             )
             self._service.self_test()
             self._unmeasured = Service(pipeline)
+            self._write_metrics()
             gc.freeze()  # what is loaded stays: passes of the garbage collector need not visit it
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
@@ -57,12 +67,12 @@ class PurifierHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One body per request, in order; status, content type and headers are set on ``context``."""
         requests = [(fields, context.get_all_request_header(i)) for i, fields in enumerate(data)]
-        probes = {i: request for i, request in enumerate(requests) if PROBE_HEADER in request[1]}
-        answers = dict(zip(probes, self._unmeasured.answer(list(probes.values())), strict=True)) if probes else {}
-        others = {i: request for i, request in enumerate(requests) if i not in probes}
-        answers |= zip(others, self._service.answer(list(others.values())), strict=True)
-        bodies = []
-        for i, answer in sorted(answers.items()):
+        answers: dict[int, Response] = {}
+        for service, marked in ((self._service, False), (self._unmeasured, True)):
+            if places := [i for i, (_, headers) in enumerate(requests) if (PROBE_HEADER in headers) == marked]:
+                answers |= zip(places, service.answer([requests[i] for i in places]), strict=True)
+        self._write_metrics()
+        for i, answer in answers.items():
             if not requests[i][1]:  # only gRPC has no headers; its streaming call waits for a last part
                 context.set_response_header(i, "ts_stream_next", "false")
             # The phrase must be ASCII: anything else breaks the frame of the whole batch.
@@ -70,31 +80,39 @@ class PurifierHandler:
             context.set_response_content_type(i, answer.content_type)
             for name, value in answer.headers.items():
                 context.set_response_header(i, name, value)
-            bodies.append(answer.body)
-        return bodies
+        return [answers[i].body for i in range(len(data))]
+
+    def _write_metrics(self) -> None:
+        if self._metric_lines:
+            logger.info("\n".join(self._metric_lines))
+            self._metric_lines.clear()
 
 
-def sink(context: Any) -> metrics.Sink:
-    """Hands what is measured to TorchServe, which takes what its metrics configuration declares: deploy/metrics.yaml.
+def sink(context: Any, lines: list[str]) -> metrics.Sink:
+    """Adds what is measured to ``lines`` for TorchServe, as far as its metrics configuration declares it.
 
-    TorchServe reads it from a line of this worker's output. Its own functions would put the numbers of all requests of
-    the batch into each such line.
+    TorchServe reads metrics from the lines of this worker's output (deploy/metrics.yaml). Its own function logs each
+    value by itself, which takes 20 microseconds, and a request has a dozen.
     """
     declared = {name: metric for group in context.metrics.cache.values() for name, metric in group.items()}
-    writers = {}
+    host = socket.gethostname()
+    formats = {}
     for measure in metrics.MEASURES:
-        known = {measure.label: "", "ModelName": context.model_name, "Level": "Model"}
+        known = {measure.label: "{label}", "ModelName": context.model_name, "Level": "Model"}
         if measure.name not in declared:
             continue
-        if unknown := [name for name in declared[measure.name].dimension_names if name not in known]:
+        metric = declared[measure.name]
+        if unknown := [name for name in metric.dimension_names if name not in known]:
             logger.warning("%s is declared with the dimension %s, which it has not", measure.name, unknown[0])
             continue
-        writers[measure] = (declared[measure.name], known)
+        labels = ",".join(f"{name}:{known[name]}" for name in metric.dimension_names)
+        formats[measure] = (
+            f"[METRICS]{measure.name}.{metric.unit}:{{value}}|#{labels}|"
+            f"#type:{metric.metric_type.name}|#hostname:{host},{{now}}"
+        )
 
     def write(measure: metrics.Measure, value: float, label: str) -> None:
-        if measure in writers:
-            metric, known = writers[measure]
-            known = known | {measure.label: label}
-            metric.add_or_update(round(value, 6), [known[name] for name in metric.dimension_names])
+        if measure in formats:
+            lines.append(formats[measure].format(value=round(value, 6), label=label, now=int(time.time())))
 
     return write

@@ -1,5 +1,6 @@
 import base64
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from handlers.answer import Response
 from handlers.certify import Budget
@@ -37,7 +37,6 @@ from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
 from handlers.service import Service
 from tests import bundles
-from tests.handlers.hostile import encoded
 
 
 class Meter(defaultdict[tuple[Measure, str], list[float]]):
@@ -291,18 +290,21 @@ def test_large_images_are_read_side_by_side(service: Service, monkeypatch: pytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
-def test_an_image_that_takes_more_memory_than_there_is_fails_alone(
-    service: Service, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setattr("handlers.service._READING_BYTES", 30_000_000)
-    # In one piece: no memory that earlier tests have given back is large enough for it.
-    block = Image.core.get_block_size()
-    request.addfinalizer(lambda: Image.core.set_block_size(block))
-    Image.core.set_block_size(64 << 20)
-    large = encoded(Image.new("RGB", (4000, 4000)), "PNG")
-    answers = service.answer([ask(png(0)), ask(large), ask(png(1))])
-    assert [answer.status for answer in answers] == [200, 400, 200]
-    assert "too large" in said(answers[1])["error"]
+def test_an_image_that_takes_more_memory_than_there_is_fails_alone(nvae_bundle: Path) -> None:
+    """In a process of its own: what earlier tests have given back may be large enough for it."""
+    program = f"""
+from PIL import Image
+from handlers import service
+from handlers.pipeline import Pipeline
+from tests.handlers.hostile import encoded
+service._READING_BYTES = 30_000_000
+small, large = (encoded(Image.new("RGB", (side, side)), "PNG") for side in (8, 4000))
+pipeline = Pipeline.load({str(nvae_bundle)!r}, "onnxruntime", 1)
+answers = service.Service(pipeline).answer([({{"body": body}}, {{}}) for body in (small, large, small)])
+assert [answer.status for answer in answers] == [200, 400, 200], answers
+assert b"too large" in answers[1].body
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_failing_engine_is_a_500_without_its_words(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from deploy.server import DEPLOY
 from handlers import torchserve
 from handlers.fields import FieldError
 from handlers.image import encode_png
-from handlers.metrics import MEASURES, STAGE
-from handlers.torchserve import BUNDLE, FAILED, PurifierHandler, sink
+from handlers.metrics import MEASURES, Measure
+from handlers.torchserve import BUNDLE, FAILED, PROBE_HEADER, PurifierHandler, sink
 from tests import bundles
 
 MetricsCacheYamlImpl = pytest.importorskip("ts.metrics.metric_cache_yaml_impl").MetricsCacheYamlImpl
@@ -160,29 +160,51 @@ def test_torchserve_is_told_of_every_measure() -> None:
     assert found == {(m.name, m.kind, m.unit, (*filter(None, [m.label]), "ModelName")) for m in MEASURES}
 
 
-def test_measures_reach_torchserve_as_lines_of_the_log(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write = sink(Context(model_dir, []))
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_a_line_of_a_measure_is_the_one_that_torchserve_would_write(
+    measure: Measure, model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1234.5)
+    context, lines = Context(model_dir, []), list[str]()
+    sink(context, lines)(measure, 0.012345678, "encode")
+    (metric,) = [group[measure.name] for group in context.metrics.cache.values() if measure.name in group]
+    values = {measure.label: "encode", "ModelName": "tiny"}
+    with caplog.at_level("INFO"):
+        metric.add_or_update(0.012346, [values[name] for name in metric.dimension_names])
+    assert lines == [caplog.messages[-1]]
+
+
+def test_what_a_batch_measures_is_one_record_of_the_log(
+    handler: PurifierHandler, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = encode_png(np.full((3, 8, 8), 0.25, np.float32))
+    both, probe = Context(model_dir, [{}, {PROBE_HEADER: "1"}]), Context(model_dir, [{PROBE_HEADER: "1"}])
     caplog.clear()
     with caplog.at_level("INFO"):
-        write(STAGE, 0.012345678, "encode")
-    (line,) = [record.getMessage() for record in caplog.records]
-    start = "[METRICS]mlvgm_stage_seconds.seconds:0.012346|#stage:encode,ModelName:tiny|#type:HISTOGRAM|#hostname:"
-    assert line.startswith(start)
+        handler.handle([{"body": image}] * 2, both)
+    (record,) = caplog.messages
+    lines = record.splitlines()
+    assert all(line.startswith("[METRICS]mlvgm_") for line in lines)
+    (answers,) = [line for line in lines if "mlvgm_answers" in line]
+    assert ":1|#status:200,ModelName:tiny|" in answers, "a probe is not counted"
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        handler.handle([{"body": image}], probe)
+    assert not caplog.messages
 
 
 def test_what_is_not_declared_is_not_written(model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As under a TorchServe without our settings, or with another's."""
     config = tmp_path / "metrics.yaml"
     config.write_text("model_metrics: {histogram: [{name: mlvgm_stage_seconds, unit: s, dimensions: [rack]}]}")
-    context = Context(model_dir, [])
+    context, lines = Context(model_dir, []), list[str]()
     context.metrics = metrics_cache(config)
     with caplog.at_level("INFO"):
-        write = sink(context)
-        assert "dimension rack" in caplog.text
-        caplog.clear()
-        for measure in MEASURES:
-            write(measure, 1, "x")
-    assert not caplog.text
+        write = sink(context, lines)
+    assert "dimension rack" in caplog.text
+    for measure in MEASURES:
+        write(measure, 1, "x")
+    assert not lines
 
 
 def test_torchserve_finds_the_handler() -> None:

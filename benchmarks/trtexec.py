@@ -1,4 +1,4 @@
-"""Command lines of ``trtexec`` for a bundle, and what it reports.
+"""Command lines of ``trtexec`` for a bundle, and the times that it reports.
 
 The exact lines are of use where TensorRT is installed as a whole; the packages of pip hold no ``trtexec``.
 """
@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,13 @@ import numpy as np
 
 from evaluation import report
 from handlers.errors import MlvgmError
-from handlers.manifest import Manifest, StageSpec
+from handlers.manifest import Batch, Manifest, StageSpec
 
 PROGRAM = "trtexec"
 
 
 class TrtexecError(MlvgmError):
     """``trtexec`` failed, or reported something else than times."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One measurement of a stage: the engine's rows (min, opt, max), and the rows of the timed calls."""
-
-    stage: str
-    rows: tuple[int, int, int]
-    timed: int
-
-
-def profiles(manifest: Manifest) -> list[Profile]:
-    """Every stage at the batch sizes of the manifest, each once."""
-    rows = (manifest.batch.min, manifest.batch.opt, manifest.batch.max)
-    return [Profile(stage.name, rows, timed) for stage in manifest.stages for timed in sorted(set(rows))]
-
-
-def command(bundle: Path, stage: StageSpec, profile: Profile, work: Path, build: bool) -> list[str]:
-    """The arguments that build the stage's engine, or load the one just built, and time it.
-
-    Engine and times go to the folder ``work``, the times under a name of their own.
-    """
-    engine = work / f"{stage.name}.engine"
-    arguments = [PROGRAM]
-    if not build:
-        arguments += [f"--loadEngine={engine}"]
-    else:
-        arguments += [f"--onnx={bundle / stage.file}", "--stronglyTyped", f"--saveEngine={engine}"]
-        for option, rows in zip(("--minShapes", "--optShapes", "--maxShapes"), profile.rows, strict=True):
-            arguments += [f"{option}={_shapes(stage, rows)}"]
-        arguments += [f"--timingCacheFile={work / 'timing.cache'}"]
-    arguments += [f"--shapes={_shapes(stage, profile.timed)}", "--useCudaGraph", "--noDataTransfers", "--useSpinWait"]
-    return [*arguments, f"--exportTimes={times_file(work, profile)}"]
-
-
-def times_file(work: Path, profile: Profile) -> Path:
-    """Where the times of a measurement go."""
-    return work / f"{profile.stage}-{profile.timed}.json"
-
-
-def _shapes(stage: StageSpec, rows: int) -> str:
-    """Only inputs with a batch axis have a shape to be told."""
-    return ",".join(
-        f"{tensor.name}:{'x'.join(str(rows if n == 'B' else n) for n in tensor.shape)}"
-        for tensor in stage.inputs
-        if "B" in tensor.shape
-    )
 
 
 def measure(bundle: Path, work: Path, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
@@ -84,19 +36,38 @@ def measure(bundle: Path, work: Path, say: Callable[[str], None] = lambda _: Non
         TrtexecError: trtexec fails; its own last words are part of the message.
     """
     manifest = Manifest.read(bundle)
-    stages = {stage.name: stage for stage in manifest.stages}
-    found = shutil.which(PROGRAM)
+    sizes = manifest.batch
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for profile in profiles(manifest):
-        first = all(row["stage"] != profile.stage for row in rows)  # an engine of an earlier run may be another's
-        line = command(bundle, stages[profile.stage], profile, work, build=first)
-        row: dict[str, Any] = {"stage": profile.stage, "batch": profile.timed, "command": shlex.join(line)}
-        if found:
-            say(f"{profile.stage}, batch {profile.timed}")
-            row |= _run(line, times_file(work, profile), profile.timed)
-        rows.append(row)
+    for stage in manifest.stages:
+        # Built before the first measurement: an engine that lies there may be another bundle's.
+        build = [f"--onnx={bundle / stage.file}", "--stronglyTyped", *_profile(stage, sizes)]
+        build += [f"--saveEngine={work / stage.name}.engine", f"--timingCacheFile={work / 'timing.cache'}"]
+        for batch in sorted({sizes.min, sizes.opt, sizes.max}):
+            times = work / f"{stage.name}-{batch}.json"
+            line = [PROGRAM, *build, f"--shapes={_shapes(stage, batch)}", f"--exportTimes={times}"]
+            line += ["--useCudaGraph", "--noDataTransfers", "--useSpinWait"]
+            build = [f"--loadEngine={work / stage.name}.engine"]
+            row: dict[str, Any] = {"stage": stage.name, "batch": batch, "command": shlex.join(line)}
+            if shutil.which(PROGRAM):
+                say(f"{stage.name}, batch {batch}")
+                row |= _run(line, times, batch)
+            rows.append(row)
     return rows
+
+
+def _profile(stage: StageSpec, batch: Batch) -> list[str]:
+    sizes = {"--minShapes": batch.min, "--optShapes": batch.opt, "--maxShapes": batch.max}
+    return [f"{option}={_shapes(stage, rows)}" for option, rows in sizes.items()]
+
+
+def _shapes(stage: StageSpec, rows: int) -> str:
+    """Only inputs with a batch axis have a shape to be told."""
+    return ",".join(
+        f"{tensor.name}:{'x'.join(str(rows if n == 'B' else n) for n in tensor.shape)}"
+        for tensor in stage.inputs
+        if "B" in tensor.shape
+    )
 
 
 def _run(line: Sequence[str], times: Path, batch: int) -> dict[str, Any]:
@@ -133,17 +104,15 @@ def summary(times: Path, batch: int) -> dict[str, Any]:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The measured rows as a table; without any, the command lines alone."""
+    """The measured rows as a table, and the command lines; without any measured row, these alone."""
     rows = content["rows"]
-    lines = []
-
-    def times(row: Mapping[str, Any]) -> list[str]:
-        return [f"{row[key]:.3f}" for key in ("median_ms", "mean_ms", "p99_ms")]
-
-    if any("median_ms" in row for row in rows):
-        lines += report.table(
-            ["stage", "batch", "median, ms", "mean, ms", "p99, ms", "images/s"],
-            [(row["stage"], row["batch"], *times(row), f"{row['images_per_s']:.1f}") for row in rows],
-        )
-        lines.append("")
-    return "\n".join([*lines, "```", *(row["command"] for row in rows), "```"]) + "\n"
+    lines = ["```", *(row["command"] for row in rows), "```"]
+    if measured := [row for row in rows if "median_ms" in row]:
+        keys = ("median_ms", "mean_ms", "p99_ms")
+        cells = [
+            [row["stage"], row["batch"], *(f"{row[key]:.3f}" for key in keys), f"{row['images_per_s']:.1f}"]
+            for row in measured
+        ]
+        header = ["stage", "batch", "median, ms", "mean, ms", "p99, ms", "images/s"]
+        lines = [*report.table(header, cells), "", *lines]
+    return "\n".join(lines) + "\n"

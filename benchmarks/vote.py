@@ -20,7 +20,7 @@ def measure(
 
     Args:
         images: (N, H, W, 3).
-        labels: (N,), the right classes.
+        labels: (N,), the correct classes.
         batch: images a call.
         seed: of the first image; each further one has the next.
     """
@@ -31,10 +31,10 @@ def measure(
     for start in track(range(0, len(images), batch), "voting", f"x{batch} image"):
         some = images[start : start + batch]
         for samples in found:
-            begun = time.perf_counter()
+            began = time.perf_counter()
             result = pipeline.run(some, samples, range(seed + start, seed + start + len(some)))
             found[samples].append(result.labels)
-            seconds[samples] += time.perf_counter() - begun
+            seconds[samples] += time.perf_counter() - began
             if samples == "auto":
                 drawn.append(result.samples)
     auto, full = (np.concatenate(parts) for parts in found.values())
@@ -51,34 +51,31 @@ def measure(
     }
 
 
+_HEADER = (
+    "images",
+    "equal labels",
+    "accuracy: auto",
+    "accuracy: maximum",
+    "mean samples",
+    "images/s",
+    "speedup of auto",
+)
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """The page of a report."""
-    lines = [
-        f"`{content['bundle']}`, {content['images']} validation images, {content['batch']} a call, `auto` against "
-        f"{content['maximum']} samples; {content['runtime']}, {content['precision']}; {report.conditions(content)}",
-        "",
-        *report.table(
-            (
-                "images",
-                "equal labels",
-                "right: auto",
-                "right: maximum",
-                "mean samples",
-                "images/s",
-                "times the maximum's",
-            ),
-            (
-                (
-                    name,
-                    report.share(found["equal"]),
-                    report.share(found["right_auto"]),
-                    report.share(found["right_maximum"]),
-                    f"{found['mean_samples']:.2f}",
-                    f"{found['images_per_s_auto']:.1f}",
-                    f"{found['speed_ratio']:.2f}",
-                )
-                for name, found in content["sets"].items()
-            ),
-        ),
+    rows = [
+        [
+            name,
+            *(report.share(found[key]) for key in ("equal", "right_auto", "right_maximum")),
+            f"{found['mean_samples']:.2f}",
+            f"{found['images_per_s_auto']:.1f}",
+            f"{found['speed_ratio']:.2f}",
+        ]
+        for name, found in content["sets"].items()
     ]
-    return "\n".join(lines) + "\n"
+    conditions = (
+        f"`{content['bundle']}`, {content['images']} validation images, {content['batch']} a call, `auto` against "
+        f"{content['maximum']} samples; {content['runtime']}, {content['precision']}; {report.conditions(content)}"
+    )
+    return "\n".join([conditions, "", *report.table(_HEADER, rows)]) + "\n"

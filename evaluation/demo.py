@@ -1,18 +1,17 @@
 """What ``mlvgm demo`` shows: drawn road signs, attacked through the classifier, as the server reads them."""
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from evaluation import contact_sheet, machine
 from evaluation.attacks import CarliniWagner, Method, attack, predict
 from evaluation.contact_sheet import Picture
+from evaluation.photographs import encode
 from evaluation.signs import Sign
 from handlers.client import Client
 from handlers.pipeline import Pipeline
@@ -35,7 +34,7 @@ def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
 
 def ask(client: Client, sign: Sign, attacked: Pixels) -> dict[str, Any]:
     """The server's answers about a sign: "clean" and "attacked"."""
-    return {"clean": client.predict(_png(sign.image), RECIPE), "attacked": client.predict(_png(attacked), RECIPE)}
+    return {"clean": client.predict(encode(sign.image), RECIPE), "attacked": client.predict(encode(attacked), RECIPE)}
 
 
 def purify(pipeline: Pipeline, attacked: Sequence[Pixels]) -> list[list[Picture]]:
@@ -164,9 +163,3 @@ def save_sheet(
     votes = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     title = f"{RECIPE}: {type(ATTACK).__name__} attack on the classifier; what each is read as; vote of {votes} samples"
     contact_sheet.save(rows, HEADS, title, path)
-
-
-def _png(pixels: Pixels) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()

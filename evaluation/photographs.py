@@ -1,5 +1,6 @@
 """Labelled photographs to measure with: the GTSRB benchmark, or a folder of one's own."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
             picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
         drawn.append(picture.astype(np.uint8))
     return np.stack(drawn)
+
+
+def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:
+    """The file of a uint8 (H, W, 3) image."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format)
+    return stream.getvalue()
 
 
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "deploy": {"deploy", "handlers"},
     "evaluation": {"evaluation", "export", "mlvgm", "handlers"},
     "benchmarks": {"benchmarks", "evaluation", "deploy", "export", "mlvgm", "handlers"},
-    "mlvgm/cli": {"mlvgm.cli", "benchmarks", "evaluation", "deploy", "export", "mlvgm", "handlers"},
+    "mlvgm/cli": {"mlvgm.cli", "tests.stress", "benchmarks", "evaluation", "deploy", "export", "mlvgm", "handlers"},
 }
 OURS = {folder.partition("/")[0] for folder in MAY_IMPORT} | {"tests"}
 

@@ -1,87 +1,62 @@
-"""The whole measurement: servers up, load, hostile requests, kills, overload, and everything down again."""
+"""A bundle on a server: images a second against the pipeline alone, latency against load, and then what hurts it."""
 
+import asyncio
+import collections
 import contextlib
-from dataclasses import dataclass
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from benchmarks.server import load, servers
 from benchmarks.server.background_load import BackgroundLoad
-from benchmarks.server.deployment import Deployment
-from benchmarks.server.dev_server import DevServer
-from benchmarks.server.hostile import attack
-from benchmarks.server.kills import kill
-from benchmarks.server.overload import overload
-from benchmarks.server.saturation import HALF, IN_PROCESS, Say, ServerUnderTest, curve, saturate
-from benchmarks.server.soak import soak
-from benchmarks.server.workload import Workload, WorkloadSettings
-from export import archive
+from benchmarks.server.calls import Call, Target
+from benchmarks.server.load import Say
+from benchmarks.server.workload import Plan, Workload
 
-TORCHSERVE, DEV_SERVER = "TorchServe", "development server"
+FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
+HALF = 0.5
+_QUEUED_BATCHES = 2  # wait at saturation while each worker answers one, so that the next is full
+_FEWEST = 100  # requests: fewer say nothing about the slowest in a hundred
+_ENOUGH, _LONGEST = 3000, 60.0  # requests that say it well, and seconds to wait for so many
 
+IN_PROCESS, TORCHSERVE, DEV_SERVER = "in process", "TorchServe", "development server"
 
-@dataclass(frozen=True)
-class Plan:
-    """What is done, and for how long.
-
-    Attributes:
-        seconds: of each load; saturation is measured in so many ``rounds`` of it.
-        dev_server: compare with the development server.
-        hostile: requests, half of them hostile.
-        kills: of the workers.
-        overload, soak: seconds.
-    """
-
-    seconds: float = 10.0
-    rounds: int = 3
-    dev_server: bool = True
-    hostile: int = 0
-    kills: int = 0
-    overload: float = 0.0
-    soak: float = 0.0
+Stress = Callable[[Workload, servers.Deployment, float, Say], dict[str, Any]]
+"""Does something to a deployment that can answer so many images a second, and says what came of it."""
 
 
-def measure(
-    settings: WorkloadSettings, served: archive.Settings, workers: int, threads: int, plan: Plan, say: Say
-) -> dict[str, Any]:
-    """Serve a bundle on free ports of loopback, measure it as ``plan`` says, and leave nothing behind.
-
-    Args:
-        settings: of the pipeline in process; the development server gets the same.
-        served: of the archive.
-        workers: of each server.
-        threads: of each worker; 0 for every core.
+def measure(plan: Plan, stress: Mapping[str, Stress], say: Say) -> dict[str, Any]:
+    """Serve a bundle on free ports of loopback, measure it, and leave nothing behind.
 
     Returns:
-        ``settings``, ``saturation``, ``hostile``, ``kills``, ``overload`` and ``soak``;
-        None for what was not done.
+        ``settings``, ``saturation``, and by its name what each ``stress`` has found.
     """
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")
-        workload = stack.enter_context(Workload(settings))
+        workload = stack.enter_context(Workload(plan))
         workload.images_per_s(0)
         say("starting TorchServe")
-        deployment = stack.enter_context(Deployment(settings.bundle, served, workers, threads))
-        servers = [ServerUnderTest(TORCHSERVE, deployment)]
+        deployment = stack.enter_context(servers.torchserve(workload))
+        targets = {TORCHSERVE: deployment.target}
         if plan.dev_server:
             say("starting the development server")
-            other = DevServer(settings, threads * workers, served.batch_delay_ms)
-            servers.append(ServerUnderTest(DEV_SERVER, stack.enter_context(other)))
-        background = BackgroundLoad([deployment.server.process()])
-        found = saturate(workload, servers, workers, plan.seconds, plan.rounds, say)
-        sustainable = found["median"][TORCHSERVE]
-        rows = curve(workload, deployment, sustainable, plan.seconds, say)
-        foreign = background.cores()
+            targets[DEV_SERVER] = stack.enter_context(servers.dev_server(workload))
+        background = BackgroundLoad()
+        found = _saturate(workload, targets, say)
+        sustainable, alone = found["median"][TORCHSERVE], found["median"][IN_PROCESS]
+        rows = _curve(workload, deployment.target, sustainable, say)
         half = next(row for row in rows if row["fraction"] == HALF)
-        alone = found["median"][IN_PROCESS]
-        return {
+        content = {
             "settings": {
-                "samples": settings.samples,
-                "batch": settings.batch,
+                "samples": plan.samples,
+                "batch": plan.archive.batch_size,
                 "runtime": workload.runtime,
                 "precision": workload.manifest.precision,
-                "threads": threads,
-                "workers": workers,
-                "batch_delay_ms": served.batch_delay_ms,
-                "foreign_cores": foreign,
+                "threads": plan.threads,
+                "workers": plan.workers,
+                "batch_delay_ms": plan.archive.batch_delay_ms,
+                "background_cores": background.cores(),
             },
             "saturation": {
                 "server_images_per_s": sustainable,
@@ -92,8 +67,80 @@ def measure(
                 **found,
                 "open_load": rows,
             },
-            "hostile": attack(workload, deployment, plan.hostile, say) if plan.hostile else None,
-            "overload": overload(workload, deployment, sustainable, plan.overload) if plan.overload else None,
-            "soak": soak(workload, deployment, sustainable, plan.soak, say) if plan.soak else None,
-            "kills": kill(workload, deployment, plan.kills, say) if plan.kills else None,
         }
+        return content | {name: run(workload, deployment, sustainable, say) for name, run in stress.items()}
+
+
+def _saturate(workload: Workload, targets: Mapping[str, Target], say: Say) -> dict[str, Any]:
+    """Images a second of the pipeline in process and of each server, in turns: what else the machine does hits all.
+
+    Returns:
+        ``clients`` of each server; ``rounds``, by name the images a second of each round; ``median``, the same in one
+        figure; the numbers of `load.LoadResult.counts`; ``generator_cpu_us``, a request.
+    """
+    plan, batch = workload.plan, workload.plan.archive.batch_size
+    slowest = batch / workload.images_per_s(0)  # of one batch, in seconds, before anything is warm
+    seconds = max(plan.seconds, 6 * slowest)
+    clients = batch * (plan.workers + _QUEUED_BATCHES)
+    rounds: dict[str, list[float]] = {name: [] for name in (IN_PROCESS, *targets)}
+    counts, cpu_seconds = collections.Counter[str](), 0.0
+    for number in range(plan.rounds + 1):  # and one to warm up
+        rates = {IN_PROCESS: workload.images_per_s(seconds)}
+        for name, target in targets.items():
+            calls = _until(time.monotonic() + seconds, workload.calls())
+            result = asyncio.run(load.closed_load(target, calls, clients, 120 + 10 * slowest))
+            rates[name] = result.per_second(batch)
+            cpu_seconds += result.cpu_seconds
+            counts.update(result.counts())
+            result.show_failure(name, say)
+        named = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+        say(f"saturation, {f'round {number} of {plan.rounds}' if number else 'warming up'}: {named} images/s")
+        for name, rate in rates.items() if number else ():
+            rounds[name].append(rate)
+    return {
+        "clients": clients,
+        "rounds": rounds,
+        "median": {name: statistics.median(values) for name, values in rounds.items()},
+        **counts,
+        "generator_cpu_us": cpu_seconds / max(counts["requests"], 1) * 1e6,
+    }
+
+
+def _curve(workload: Workload, target: Target, saturation: float, say: Say) -> list[dict[str, Any]]:
+    """Latency against offered load, at `FRACTIONS` of ``saturation`` images a second, of requests that come at random.
+
+    Returns:
+        Rows with ``fraction``, ``offered_per_s``, ``achieved_per_s``, the numbers of `load.LoadResult.counts`,
+        ``p50_ms``, ``p90_ms``, ``p99_ms``, and of the generator ``late_p99_ms`` and ``cpu_us``, a request.
+    """
+    rows = []
+    for number, fraction in enumerate(FRACTIONS):
+        offered, length = fraction * saturation, workload.plan.seconds
+        if fraction == HALF:
+            length = max(length, _FEWEST / offered, min(_ENOUGH / offered, _LONGEST))
+        arrivals = load.poisson(offered, length, seed=number)
+        result = asyncio.run(load.open_load(target, workload.calls(), arrivals, 120 + 100 / saturation))
+        answers, latencies = result.table(), result.latencies()
+        row = {
+            "fraction": fraction,
+            "offered_per_s": offered,
+            "achieved_per_s": len(latencies) / length,
+            **result.counts(),
+            **load.percentiles(latencies),
+            "late_p99_ms": load.percentiles(answers["sent"] - answers["due"])["p99_ms"],
+            "cpu_us": result.cpu_seconds / max(len(answers), 1) * 1e6,
+        }
+        rows.append(row)
+        result.show_failure("open load", say)
+        times = "no correct answer"
+        if len(latencies):
+            times = (
+                f"{row['achieved_per_s']:.4g}/s answered, {row['p50_ms']:.0f} ms median, {row['p99_ms']:.0f} ms at 99 %"
+            )
+        say(f"open load, {fraction:.0%} of saturation: {offered:.4g}/s offered, {times}")
+    return rows
+
+
+def _until(moment: float, calls: Iterator[Call]) -> Iterator[Call]:
+    while time.monotonic() < moment:
+        yield next(calls)

@@ -1,6 +1,5 @@
-"""What is served: a bundle, encoded pictures for it with their right answers, and its speed without any server."""
+"""What a server is measured with: encoded pictures with their correct labels, and the speed of the pipeline alone."""
 
-import io
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,11 +9,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from benchmarks.server.call import Call, image_call
-from benchmarks.server.started import Started
-from evaluation.photographs import pictures
+from benchmarks.server.calls import Call
+from evaluation.photographs import encode, pictures
+from export import archive
 from handlers.image import decode
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -23,38 +21,46 @@ _PICTURES = 48
 
 
 @dataclass(frozen=True)
-class WorkloadSettings:
-    """How a bundle is served and run in process.
+class Plan:
+    """What is served, and how it is measured.
 
     Attributes:
         bundle: its folder.
         samples: purified samples of an image, or "auto".
-        batch: images a call.
-        runtime: as for `Pipeline.load`.
-        threads: CPU threads; 0 for every core.
+        archive: settings of the server; its runtime and batch are also those of the pipeline in process.
+        workers: of TorchServe.
+        threads: of each worker; 0 for every core.
         images: folder of what is sent; None for synthetic pictures, whose votes are less often unanimous.
+        seconds: of each load; saturation is measured in so many ``rounds`` of it.
+        dev_server: compare with the development server.
     """
 
     bundle: Path
     samples: int | str
-    batch: int
-    runtime: str = "auto"
+    archive: archive.Settings
+    workers: int = 1
     threads: int = 0
     images: Path | None = None
+    seconds: float = 10.0
+    rounds: int = 3
+    dev_server: bool = True
 
 
-class Workload(Started):
-    """The pipeline in a process of its own, idle while servers are measured, and what to ask them."""
+class Workload:
+    """The pipeline in a process of its own, idle while servers are measured, and the requests for them."""
 
-    def __init__(self, settings: WorkloadSettings) -> None:
-        self.settings = settings
-        self.manifest = Manifest.read(settings.bundle)
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (settings,))
-        images = pictures(settings.images, _PICTURES, self.manifest.image_size)
-        self._images = [_encoded(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.manifest = Manifest.read(plan.bundle)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (plan,))
+        images = pictures(plan.images, _PICTURES, self.manifest.image_size)
+        self._images = [encode(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
         self._labels: dict[int | str, list[int]] = {}
 
-    def stop(self) -> None:
+    def __enter__(self) -> "Workload":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
     @property
@@ -63,34 +69,29 @@ class Workload(Started):
         return self._pool.submit(_runtime).result()
 
     def images_per_s(self, seconds: float) -> float:
-        """Of the pipeline alone, on decoded images, at the batch and samples of the settings; two calls at least."""
+        """Of the pipeline alone, on decoded images, at the batch and samples of the plan; two calls at least."""
         return self._pool.submit(_rate, seconds).result()
 
     def calls(self, samples: int | str | None = None) -> Iterator[Call]:
-        """Valid requests without end, for so many samples (default: those of the settings)."""
-        samples = samples or self.settings.samples
+        """Valid requests without end, for so many samples (default: those of the plan)."""
+        samples = samples or self.plan.samples
         if samples not in self._labels:
-            self._labels[samples] = self._pool.submit(_answers, self._images, samples).result()
-        calls = []
-        for seed, (image, label) in enumerate(zip(self._images, self._labels[samples], strict=True)):
-            calls.append(image_call(image, label, {"Samples": samples, "Seed": seed}))
-        return cycle(calls)
+            self._labels[samples] = self._pool.submit(_classify, self._images, samples).result()
+        options = f"Content-Type: application/octet-stream\r\nX-Mlvgm-Samples: {samples}\r\nX-Mlvgm-Seed: "
+        return cycle(
+            Call(image, f"{options}{seed}\r\n".encode(), label)
+            for seed, (image, label) in enumerate(zip(self._images, self._labels[samples], strict=True))
+        )
 
 
-def _encoded(image: np.ndarray, kind: str) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, kind)
-    return stream.getvalue()
+_loaded: list[tuple[Plan, Pipeline]] = []
+"""In the process of the pipeline."""
 
 
-_loaded: list[tuple[WorkloadSettings, Pipeline]] = []
-"""In the process of the pipeline: the pipeline."""
-
-
-def _load(settings: WorkloadSettings) -> None:
-    pipeline = Pipeline.load(settings.bundle, settings.runtime, settings.threads)
+def _load(plan: Plan) -> None:
+    pipeline = Pipeline.load(plan.bundle, plan.archive.runtime)
     pipeline.warm_up()
-    _loaded.append((settings, pipeline))
+    _loaded.append((plan, pipeline))
 
 
 def _runtime() -> str:
@@ -98,21 +99,21 @@ def _runtime() -> str:
 
 
 def _rate(seconds: float) -> float:
-    settings, pipeline = _loaded[0]
-    batch = pictures(settings.images, settings.batch, pipeline.manifest.image_size)
-    calls, begun = 0, time.perf_counter()
-    while calls < 2 or time.perf_counter() - begun < seconds:
-        pipeline.run(batch, settings.samples)
+    plan, pipeline = _loaded[0]
+    batch = pictures(plan.images, plan.archive.batch_size, pipeline.manifest.image_size)
+    calls, began = 0, time.perf_counter()
+    while calls < 2 or time.perf_counter() - began < seconds:
+        pipeline.run(batch, plan.samples)
         calls += 1
-    return calls * len(batch) / (time.perf_counter() - begun)
+    return calls * len(batch) / (time.perf_counter() - began)
 
 
-def _answers(images: list[bytes], samples: int | str) -> list[int]:
+def _classify(images: list[bytes], samples: int | str) -> list[int]:
     """The label of each image, whose seed is its number."""
-    settings, pipeline = _loaded[0]
+    plan, pipeline = _loaded[0]
+    pixels = np.stack([decode(image, pipeline.manifest.image_size) for image in images])
     labels: list[int] = []
-    for start in range(0, len(images), settings.batch):
-        part = [decode(image, pipeline.manifest.image_size) for image in images[start : start + settings.batch]]
-        seeds = range(start, start + len(part))
-        labels += pipeline.run(np.stack(part), samples, seeds).labels.tolist()
+    for start in range(0, len(images), plan.archive.batch_size):
+        part = pixels[start : start + plan.archive.batch_size]
+        labels += pipeline.run(part, samples, range(start, start + len(part))).labels.tolist()
     return labels

@@ -6,6 +6,7 @@ import sys
 
 from deploy.errors import CliError
 from deploy.server import IN_CHECKOUT, PROJECT
+from mlvgm.cli.options import add_report
 
 BENCHMARKS = ("stages", "server", "trtexec", "vote")
 
@@ -25,17 +26,25 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     for benchmark in BENCHMARKS:
         module = importlib.import_module(f"mlvgm.cli.bench_{benchmark}")
         module.add_parser(benchmarks)
+        add_report(benchmarks.choices[benchmark])
         benchmarks.choices[benchmark].set_defaults(benchmark=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for.
+    """Measure what was asked for, print the report, and write it.
 
     Raises:
         CliError: the benchmarks are not here, for a wheel does not hold them.
     """
     if not IN_CHECKOUT:
         raise CliError("the benchmarks are not in the wheel: run this in a checkout, after pip install -e .")
-    sys.path.append(str(PROJECT))  # where the folder benchmarks lies; it is not installed
-    code: int = args.benchmark(args)
-    return code
+    sys.path.insert(0, str(PROJECT))  # where the folders benchmarks and tests lie; they are not installed
+    from evaluation import report
+
+    content, markdown, plot = args.benchmark(args)
+    content = report.measured_here() | content
+    page = markdown(content)
+    print(f"\n{page}")
+    if args.json:
+        report.save(content, page, args.json, plot and (lambda file: plot(content, file)))
+    return 0

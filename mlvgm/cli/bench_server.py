@@ -1,18 +1,20 @@
-"""``mlvgm bench server``: what a bundle on TorchServe stands."""
+"""``mlvgm bench server``: how fast a bundle is on TorchServe, and what it withstands there."""
 
 import argparse
 import importlib.util
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deploy.errors import CliError
 from deploy.workers import chosen
-from mlvgm.cli.options import add_pipeline, add_report, number, number_of_samples, positive, whole
+from mlvgm.cli.options import add_pipeline, number, number_of_samples, positive, whole
 
 
-def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the benchmark's arguments."""
-    parser = subjects.add_parser(
+    parser = benchmarks.add_parser(
         "server",
         help="a bundle on TorchServe: load, hostile requests, kills, overload",
         description="Archive a bundle, start TorchServe with it on free ports of loopback, and measure: images a "
@@ -29,7 +31,6 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("--soak", "SECONDS", number, "seconds to offer half the sustainable rate"),
     ):
         parser.add_argument(option, type=kind, default=0, metavar=unit, help=text)
-    add_report(parser)
     parser.add_argument("--seconds", type=number, default=10, help="of each load (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="of each server at saturation (%(default)s)")
     parser.add_argument(
@@ -46,40 +47,39 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print the report, and write it."""
-    from benchmarks.server import measure
-    from benchmarks.server import report as page
-    from benchmarks.server.workload import WorkloadSettings
-    from evaluation import report
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
+    """Measure; returns the content of the report, its page and its plot."""
+    from benchmarks.server import report
+    from benchmarks.server.measure import measure
+    from benchmarks.server.workload import Plan
     from evaluation.progress import say
     from export import archive
     from handlers.manifest import AUTO, Manifest
+    from tests.stress import hostile, kills, overload, soak
 
     manifest = Manifest.read(args.bundle)
     samples = args.samples or manifest.samples.default
     if samples != AUTO and int(samples) > manifest.samples.max:
         raise CliError(f"--samples must be 1 to {manifest.samples.max} or {AUTO!r} with this bundle")
-    defaults = archive.Settings()
     served = archive.Settings(
         runtime=args.runtime,
-        allow_seed=True,  # so that every answer can be compared with the right one
+        allow_seed=True,  # so that every answer can be compared with the correct one
         batch_size=args.batch_size or archive.fitting_batch(manifest, args.runtime),
-        batch_delay_ms=args.batch_delay or defaults.batch_delay_ms,
+        batch_delay_ms=args.batch_delay or archive.Settings().batch_delay_ms,
     )
-    compare = importlib.util.find_spec("uvicorn") is not None and not args.no_dev
-    plan = measure.Plan(args.seconds, args.rounds, compare, args.hostile, args.kills, args.overload, args.soak)
-    settings = WorkloadSettings(args.bundle, samples, served.batch_size, args.runtime, images=args.images)
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
-    content = {
-        "bundle": f"{manifest.name} {manifest.version}",
-        **report.measured_here(),
-        **measure.measure(settings, served, workers, threads, plan, say),
+    dev_server = importlib.util.find_spec("uvicorn") is not None and not args.no_dev
+    plan = Plan(args.bundle, samples, served, workers, threads, args.images, args.seconds, args.rounds, dev_server)
+    asked = {
+        "hostile": (args.hostile, hostile.attack, hostile.section),
+        "overload": (args.overload, overload.overload, overload.section),
+        "soak": (args.soak, soak.soak, soak.section),
+        "kills": (args.kills, kills.kill, kills.section),
     }
-    text = page.markdown(content)
-    print(f"\n{text}")
-    if args.json:
-        report.save(content, text, args.json, lambda file: page.plot(content, file))
-    return 0
+    asked = {name: entry for name, entry in asked.items() if entry[0]}
+    stress = {name: partial(run, amount) for name, (amount, run, _) in asked.items()}
+    sections = {name: section for name, (*_, section) in asked.items()}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
+    content = {"bundle": f"{manifest.name} {manifest.version}", **measure(plan, stress, say)}
+    return content, partial(report.markdown, sections=sections), partial(report.plot, sections=sections)

@@ -3,10 +3,10 @@
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
-from mlvgm.cli.options import add_models, add_report, number, positive, whole
+from mlvgm.cli.options import add_models, number, positive, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from benchmarks.stages import Subject
 
 
-def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subject's arguments."""
-    parser = subjects.add_parser(
+def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the benchmark's arguments."""
+    parser = benchmarks.add_parser(
         "stages",
         help="the pipeline by technique, stage by stage",
         description="Run the pipeline with the published operators in eager PyTorch, rewritten, and exported in every "
@@ -35,13 +35,11 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--seconds", type=number, default=10, help="to measure each row for, at least (%(default)s)")
     parser.add_argument("--threads", type=whole(0, 1024), default=0, help="CPU threads (default: every core)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
-    add_report(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure every recipe, print the table, and write the report."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
+    """Measure every recipe; returns the content of the report, its page and its plot."""
     from benchmarks import stages
-    from evaluation import report
     from evaluation.progress import say
 
     recipes = args.recipe or ["road-signs"]
@@ -54,16 +52,8 @@ def run(args: argparse.Namespace) -> int:
         for name in recipes:
             subject = _subject(args, name, work)
             rows += stages.measure(subject, _images(args, subject), loads, args.seconds, args.threads, say=say)
-    content = {
-        **report.measured_here(),
-        "weights": "Synthetic weights." if args.synthetic else "The recipe's or the given weights.",
-        "rows": rows,
-    }
-    table = stages.markdown(content)
-    print(table)
-    if args.json:
-        report.save(content, table, args.json, lambda file: stages.plot(rows, file))
-    return 0
+    weights = "Synthetic weights." if args.synthetic else "The recipe's or the given weights."
+    return {"weights": weights, "rows": rows}, stages.markdown, lambda content, file: stages.plot(content["rows"], file)
 
 
 def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":

@@ -1,13 +1,14 @@
-"""``mlvgm bench trtexec``: the command lines that time every stage with NVIDIA's own tool, and what it says."""
+"""``mlvgm bench trtexec``: the command lines that time every stage with NVIDIA's own tool, and its times."""
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 
-def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the benchmark's arguments."""
-    parser = subjects.add_parser(
+    parser = benchmarks.add_parser(
         "trtexec",
         help="every stage with NVIDIA's trtexec",
         description="Print the trtexec command lines of every stage at every batch size of the bundle's profile, and "
@@ -15,24 +16,16 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="Example: mlvgm bench trtexec build/road-signs --json build/trtexec.json",
     )
     parser.add_argument("bundle", type=Path, help="folder of the bundle")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md goes beside it")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for engines and times (default: BUNDLE-trtexec)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the lines or run them, print the table, and write the report."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, None]:
+    """Run the lines where that is possible; returns the content of the report and its page."""
     from benchmarks import trtexec
-    from evaluation import report
     from evaluation.progress import say
 
-    # Beside the bundle, not inside: what is in a bundle is sealed.
+    # Beside the bundle, not inside: a bundle holds only the files that its manifest lists.
     work = args.work or args.bundle.resolve().with_name(f"{args.bundle.resolve().name}-trtexec")
-    rows = trtexec.measure(args.bundle, work, say=say)
-    content = {**report.measured_here(), "rows": rows}
-    table = trtexec.markdown(content)
-    print(table)
     if shutil.which(trtexec.PROGRAM) is None:
-        print("trtexec is not on PATH: nothing was run")
-    if args.json:
-        report.save(content, table, args.json)
-    return 0
+        say("trtexec is not on PATH: nothing is run")
+    return {"rows": trtexec.measure(args.bundle, work, say)}, trtexec.markdown, None

@@ -2,13 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
 
 
-def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the subject's arguments."""
-    parser = subjects.add_parser(
+def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the benchmark's arguments."""
+    parser = benchmarks.add_parser(
         "vote",
         help="samples: auto against the maximum",
         description="Classify clean and attacked validation images with samples: auto and with the bundle's maximum, "
@@ -22,13 +23,11 @@ def add_parser(subjects: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--attacks", nargs="*", choices=("deepfool", "cw"), default=["deepfool"], help="(deepfool)")
     parser.add_argument("--images", type=positive, default=1000, metavar="N", help="of each kind (%(default)s)")
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images a call (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md goes beside it")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Attack, measure, print the table, and write the report."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, None]:
+    """Attack and measure; returns the content of the report and its page."""
     from benchmarks import vote
-    from evaluation import report
     from evaluation.attacks import attack
     from evaluation.photographs import read_photographs
     from export.models import recipe_classifier
@@ -50,13 +49,8 @@ def run(args: argparse.Namespace) -> int:
             "maximum": manifest.samples.max,
             "runtime": pipeline.runtime,
             "precision": manifest.precision,
-            **report.measured_here(),
             "sets": {
                 name: vote.measure(pipeline, images, photographs.labels, args.batch) for name, images in sets.items()
             },
         }
-    page = vote.markdown(content)
-    print(page, end="")
-    if args.json:
-        report.save(content, page, args.json)
-    return 0
+    return content, vote.markdown, None

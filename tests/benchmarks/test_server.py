@@ -21,7 +21,7 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     file = tmp_path / "server.json"
-    words = ["bench", "server", "--bundle", str(nvae_bundle), "--seconds", "0.5", "--rounds", "1", "--no-dev"]
+    words = ["bench", "server", "--bundle", str(nvae_bundle), "--seconds", "0.5", "--rounds", "1"]
     asked = ["--hostile", "400", "--kills", "1", "--overload", "3", "--soak", "1"]
     assert main([*words, *asked, "--runtime", "onnxruntime", "--threads", "1", "--json", str(file)]) == 0
     content = json.loads(file.read_text())
@@ -32,7 +32,8 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
         saturation["server_images_per_s"] / saturation["in_process_images_per_s"]
     )
     assert 0 < saturation["p50_ms"] <= saturation["p99_ms"]
-    assert saturation["not_right"] == 0
+    assert saturation["failed"] == 0
+    assert set(saturation["median"]) == {"in process", "TorchServe", "development server"}
     assert [row["fraction"] for row in saturation["open_load"]] == [0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0]
 
     hostile = content["hostile"]
@@ -44,22 +45,24 @@ def test_the_whole_course(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest
     )
     assert hostile["memory_growth"] < 0.5
 
-    assert [0 < seconds < 60 for seconds in content["kills"]["recovery_s"]] == [True]
+    assert [seconds > 0 for seconds in content["kills"]["recovery_s"]] == [True]
     assert (content["kills"]["lost"], content["kills"]["wrong"]) == (0, 0)
-    assert content["kills"]["right"] > 0
+    assert content["kills"]["correct"] > 0
     overload = content["overload"]
     assert overload["goodput_ratio"] > 0
     assert overload["lost"] == 0
-    assert content["soak"]["not_right"] == 0
+    assert content["soak"]["failed"] == 0
 
-    assert "## Hostile requests" in file.with_suffix(".md").read_text()
+    page = file.with_suffix(".md").read_text()
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert headings == ["Saturation", "Hostile requests", "Overload", "Soak", "Killed workers"]
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert list(folder.iterdir()) == []
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
 
 
 def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
-    row = {"fraction": 0.5, "offered_per_s": 1.0, "achieved_per_s": 0.0, "requests": 3, "refused": 0, "not_right": 3}
+    row = {"fraction": 0.5, "offered_per_s": 1.0, "achieved_per_s": 0.0, "requests": 3, "refused": 0, "failed": 3}
     row |= dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "late_p99_ms"))
     machine = {"processor": "P", "cores": 2, "python": "3", "packages": {}}
     settings = {"samples": 1, "batch": 1, "runtime": "r", "precision": "fp32", "workers": 1, "threads": 0}
@@ -68,7 +71,7 @@ def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
         "bundle": "b",
         "machine": machine,
         "date": "d",
-        "settings": settings | {"foreign_cores": 0.0},
+        "settings": settings | {"background_cores": 0.0},
         "saturation": {
             "in_process_images_per_s": 2.0,
             "clients": 3,
@@ -77,10 +80,9 @@ def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
             "generator_cpu_us": 1.0,
             "open_load": [row],
         },
-        **dict.fromkeys(("hostile", "kills", "overload", "soak")),
     }
-    assert "| TorchServe | 1 | 1 | 50% |" in report.markdown(content)
-    report.plot(content, tmp_path / "x.png")
+    assert "| TorchServe | 1 | 1 | 50% |" in report.markdown(content, {})
+    report.plot(content, (), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

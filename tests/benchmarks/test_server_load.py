@@ -3,32 +3,29 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import repeat
 
 import numpy as np
 import pytest
 
 from benchmarks.server import load
-from benchmarks.server.call import Call, head
-from benchmarks.server.connection import CLOSED, SILENT, Connection
-from benchmarks.server.watch import growth
+from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, Target
 
 VALID = Call(b"image", label=3)
-RIGHT = json.dumps({"index": 3}).encode()
+CORRECT = json.dumps({"index": 3}).encode()
 
 
 class Server:
-    """Answers each request with what ``behave`` writes; a `Target`."""
+    """Answers each request with what ``behave`` writes."""
 
     def __init__(self, behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> None:
         self._behave = behave
-        self.connections, self.tls = 0, None
-        self.key = b"old"
+        self.connections = 0
 
     async def __aenter__(self) -> "Server":
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.address = self._server.sockets[0].getsockname()
+        self.target = Target(self._server.sockets[0].getsockname()[1], "tiny", lambda: b"Key: k\r\n")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -46,15 +43,8 @@ class Server:
         finally:
             writer.close()
 
-    def request(self, call: Call) -> bytes:
-        return head("POST / HTTP/1.1", "h", b"Key: %s\r\n" % self.key, call.headers, len(call.body)) + call.body
 
-    def refresh_key(self, request: bytes, body: bytes) -> bool:
-        self.key = b"new"
-        return b"InvalidKeyException" in body
-
-
-def reply(body: bytes = RIGHT, status: int = 200, more: bytes = b"") -> bytes:
+def reply(body: bytes = CORRECT, status: int = 200, more: bytes = b"") -> bytes:
     return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n%s\r\n%s" % (status, len(body), more, body)
 
 
@@ -65,14 +55,20 @@ async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
 def closed(behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]], calls: list[Call], **more: float):
     async def run() -> tuple[load.LoadResult, Server]:
         async with Server(behave) as server:
-            return await load.closed(server, calls, 2, **more), server
+            return await load.closed_load(server.target, calls, 2, **more), server
 
     return asyncio.run(run())
 
 
+def statuses(result: load.LoadResult) -> list[int]:
+    return result.table()["status"].tolist()
+
+
 def test_connections_are_kept() -> None:
     result, server = closed(answer, [VALID] * 50)
-    assert (len(result), sum(result.right), server.connections) == (50, 50, 2)
+    assert result.counts() == {"requests": 50, "refused": 0, "failed": 0}
+    assert result.table()["correct"].all()
+    assert server.connections == 2
 
 
 def test_answers_may_come_in_pieces() -> None:
@@ -82,7 +78,7 @@ def test_answers_may_come_in_pieces() -> None:
             await writer.drain()
             await asyncio.sleep(0)
 
-    assert all(closed(slowly, [VALID] * 4)[0].right)
+    assert closed(slowly, [VALID] * 4)[0].table()["correct"].all()
 
 
 def test_a_server_that_closes_is_asked_on_a_new_connection() -> None:
@@ -90,32 +86,33 @@ def test_a_server_that_closes_is_asked_on_a_new_connection() -> None:
         writer.write(reply(b"{}", 400, b"connection: close\r\n"))
 
     result, server = closed(refuse, [Call(b"", kind="empty")] * 6)
-    assert result.status == [400] * 6
-    assert all(result.right), "a refusal is what a hostile request should get"
+    assert statuses(result) == [400] * 6
+    assert result.table()["correct"].all(), "a refusal is what a hostile request should get"
     assert server.connections == 6
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "call", "right"),
+    ("body", "status", "call", "correct"),
     [
-        (RIGHT, 200, VALID, True),
+        (CORRECT, 200, VALID, True),
         (b'{"index": 4}', 200, VALID, False),
         (b"no JSON", 200, VALID, False),
-        (RIGHT, 503, VALID, False),
-        (RIGHT, 200, Call(b""), False),
+        (CORRECT, 503, VALID, False),
+        (CORRECT, 200, Call(b""), False),
         (b"", 413, Call(b""), True),
         (b"", 500, Call(b""), False),
         (b"", 500, Call(b"", also_accept=500), True),
     ],
 )
-def test_what_is_right(body: bytes, status: int, call: Call, right: bool) -> None:
+def test_what_is_correct(body: bytes, status: int, call: Call, correct: bool) -> None:
     async def say(_: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(reply(body, status))
 
     result, _ = closed(say, [call])
-    assert result.right == [right]
-    assert bool(result.wrong) is not right
-    assert (result.refused, result.failed) == (status == 503, not right and status != 503)
+    assert result.table()["correct"].tolist() == [correct]
+    assert bool(result.wrong) is not correct
+    refused = status == 503
+    assert result.counts() == {"requests": 1, "refused": refused, "failed": not correct and not refused}
 
 
 def test_what_never_comes_is_told_from_what_is_cut() -> None:
@@ -126,28 +123,33 @@ def test_what_never_comes_is_told_from_what_is_cut() -> None:
     async def nothing(*_: object) -> None:
         return
 
-    assert closed(cut, [VALID])[0].status == [CLOSED]
-    assert closed(nothing, [VALID], timeout=0.1)[0].status == [SILENT]
+    assert statuses(closed(cut, [VALID])[0]) == [CLOSED]
+    assert statuses(closed(nothing, [VALID], timeout=0.1)[0]) == [SILENT]
 
 
 def test_nobody_there() -> None:
     async def ask() -> int:
         async with Server(answer) as server:
-            address = server.address
-        return (await Connection(address, 1).ask(b"")).status
+            target = server.target
+        return (await Connection(target, 60).send(VALID)).status
 
     assert asyncio.run(ask()) == CLOSED
 
 
-def test_an_expired_key_is_no_wrong_answer() -> None:
-    async def check(request: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(reply() if b"Key: new" in request else reply(b"InvalidKeyException", 400))
-
-    assert closed(check, [VALID] * 3)[0].status == [200] * 3
+def test_every_request_has_a_key_of_its_own() -> None:
+    keys = iter([b"Key: 1\r\n", b"Key: 2\r\n", b"Key: 3\r\n"])
+    target = Target(1, "tiny", lambda: next(keys))
+    assert target.encode(VALID).split(b"\r\n")[:3] == [
+        b"POST /predictions/tiny HTTP/1.1",
+        b"Host: 127.0.0.1",
+        b"Key: 1",
+    ]
+    hostile = Call(b"body", start=b"BREW /pot HTCPCP/1.0\r\n{authorization}\r\n")
+    assert target.encode(hostile) == b"BREW /pot HTCPCP/1.0\r\nKey: 2\r\n\r\nbody"
 
 
 def test_latency_is_counted_from_when_a_request_was_due() -> None:
-    """A server that stalls once for 0.3 s delays all that were due meanwhile, and nobody may forget it."""
+    """A server that stalls once for 0.3 s delays all that were due meanwhile, and none may be left out."""
     stalled = []
 
     async def stall(_: bytes, writer: asyncio.StreamWriter) -> None:
@@ -158,27 +160,31 @@ def test_latency_is_counted_from_when_a_request_was_due() -> None:
 
     async def run() -> load.LoadResult:
         async with Server(stall) as server:
-            return await load.open_load(server, repeat(VALID), [0.01 * i for i in range(20)])
+            return await load.open_load(server.target, repeat(VALID), [0.01 * i for i in range(20)])
 
     result = asyncio.run(run())
-    assert all(result.right)
-    assert len(result) == 20
-    assert np.median(result.latencies) > 0.15
-    assert np.median(np.array(result.done) - np.array(result.sent)) < 0.15
+    rows = result.table()
+    assert rows["correct"].all()
+    assert len(rows) == 20
+    assert np.diff(np.sort(rows["due"])) == pytest.approx(0.01)
+    assert np.median(rows["sent"] - rows["due"]) > 0.1
+    assert result.latencies() == pytest.approx(rows["done"] - rows["due"])
 
 
 def test_requests_come_whatever_became_of_the_ones_before() -> None:
-    async def slow(_: bytes, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(0.2)
-        writer.write(reply())
+    waiting: list[asyncio.StreamWriter] = []
 
-    async def run() -> tuple[load.LoadResult, int]:
-        async with Server(slow) as server:
-            return await load.open_load(server, repeat(VALID), [0.0] * 30), server.connections
+    async def all_or_none(_: bytes, writer: asyncio.StreamWriter) -> None:
+        waiting.append(writer)
+        for one in waiting if len(waiting) == 30 else ():
+            one.write(reply())
 
-    result, connections = asyncio.run(run())
-    assert connections == 30
-    assert result.latencies.max() < 1
+    async def run() -> load.LoadResult:
+        async with Server(all_or_none) as server:
+            return await load.open_load(server.target, repeat(VALID), [0.0] * 30)
+
+    result = asyncio.run(run())
+    assert result.counts() == {"requests": 30, "refused": 0, "failed": 0}
 
 
 def test_random_arrivals() -> None:
@@ -193,24 +199,12 @@ def test_random_arrivals() -> None:
 
 
 def test_bursts_are_counted_from_end_to_end() -> None:
-    result = load.LoadResult(done=[1, 1, 1, 2, 2, 2, 3, 3, 3], right=[True] * 9)
-    assert result.per_second(burst=3) == pytest.approx(3)
-    assert load.LoadResult(done=[1], right=[True]).per_second() == 0
+    answers = [load.Answer(0, 0, done, 200, correct=True, valid=True) for done in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    assert load.LoadResult(answers).per_second(burst=3) == pytest.approx(3)
+    assert load.LoadResult(answers[:1]).per_second() == 0
+    assert load.LoadResult().counts() == {"requests": 0, "refused": 0, "failed": 0}
 
 
 def test_percentiles() -> None:
     assert load.percentiles(np.arange(101) / 1000) == pytest.approx({"p50_ms": 50, "p90_ms": 90, "p99_ms": 99})
     assert load.percentiles(np.array([]), "refusal_")["refusal_p99_ms"] is None
-
-
-def test_calls_stop_when_time_is_up() -> None:
-    calls: Iterator[Call] = load.until(time.monotonic() + 0.05, repeat(VALID))
-    begun = time.monotonic()
-    assert sum(1 for _ in calls) > 1
-    assert time.monotonic() - begun < 1
-
-
-def test_growth_begins_after_the_first_tenth() -> None:
-    memory = [(0.0, 100), (1.0, 200), (2.0, 205), (9.0, 210)]
-    assert growth(memory, since=0.5) == pytest.approx(0.05)
-    assert growth(memory, since=10) is None

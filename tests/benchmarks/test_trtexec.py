@@ -87,8 +87,8 @@ def test_figures_are_those_of_its_file(
     assert row["images_per_s"] == pytest.approx(4000 / 4.02)
     assert row["trtexec"] == "101300"
     assert "| decode | 4 | 4.020 | 4.020 | 4.040 | 995.0 |" in (tmp_path / "out" / "times.md").read_text()
-    assert "nothing was run" not in capsys.readouterr().out
-    Manifest.read(bundle)  # still sealed: nothing was written into it
+    assert "nothing is run" not in capsys.readouterr().out
+    Manifest.read(bundle)  # nothing was written into it
     assert (tmp_path / "bundle-trtexec" / "decode.engine").is_file()
 
 
@@ -98,7 +98,7 @@ def test_without_trtexec_only_the_lines_are_written(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["bench", "trtexec", str(bundle), "--json", str(tmp_path / "lines.json")]) == 0
     out = capsys.readouterr().out
-    assert "trtexec is not on PATH: nothing was run" in out
+    assert "trtexec is not on PATH: nothing is run" in out
     assert out.count("--exportTimes=") == 9
     assert "images/s" not in out
     assert not any("median_ms" in row for row in json.loads((tmp_path / "lines.json").read_text())["rows"])

@@ -1,13 +1,13 @@
-"""The workers while they are under load: whether they live, and how much memory they hold."""
+"""The workers of a server under load: whether they live, and how much memory they hold."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.server.deployment import Deployment
+from benchmarks.server.servers import Deployment
 
 _INTERVAL = 0.25
 
@@ -17,31 +17,35 @@ class Watch:
 
     Attributes:
         deaths: workers that have ended so far.
-        memory: (moment of `time.monotonic`, resident bytes of all workers), in order.
+        memory: (seconds since the start, resident bytes of all workers), in order.
     """
 
     def __init__(self, deployment: Deployment) -> None:
         self.deaths = 0
         self.memory: list[tuple[float, int]] = []
-        self._deployment = deployment
+        self._deployment, self._began = deployment, time.monotonic()
         self._workers: list[Any] = deployment.workers()
         self._task: asyncio.Task[None] | None = None
-        self.look()
 
     async def __aenter__(self) -> "Watch":
+        self._look()
         self._task = asyncio.create_task(self._go_on())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
         self._task.cancel()
-        self.look()
+        self._look()
 
-    def look(self) -> None:
-        """Look once more."""
+    def findings(self) -> dict[str, Any]:
+        """``worker_deaths``, ``memory_growth`` after the first tenth of the time, and ``memory``."""
+        since = self.memory[-1][0] / 10
+        return {"worker_deaths": self.deaths, "memory_growth": growth(self.memory, since), "memory": self.memory}
+
+    def _look(self) -> None:
         sizes = [_resident(worker) for worker in self._workers]
         alive = [size for size in sizes if size is not None]
-        self.memory.append((time.monotonic(), sum(alive)))
+        self.memory.append((time.monotonic() - self._began, sum(alive)))
         if len(alive) < len(sizes):
             self.deaths += len(sizes) - len(alive)
             self._workers = self._deployment.workers()
@@ -49,13 +53,20 @@ class Watch:
     async def _go_on(self) -> None:
         while True:
             await asyncio.sleep(_INTERVAL)
-            self.look()
+            self._look()
 
 
 def growth(memory: Sequence[tuple[float, int]], since: float) -> float | None:
     """How much more is held at the end than at the first look from ``since`` on, as a share of that."""
     first = next((held for moment, held in memory if moment >= since), 0)
     return memory[-1][1] / first - 1 if first else None
+
+
+def in_words(findings: Mapping[str, Any]) -> str:
+    """`Watch.findings` without a full stop."""
+    grown = findings["memory_growth"]
+    share = "not known" if grown is None else f"{grown:+.1%}"
+    return f"Workers lost: {findings['worker_deaths']}. Memory of the workers, from the first tenth to the end: {share}"
 
 
 def _resident(worker: Any) -> int | None:

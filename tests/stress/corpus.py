@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from benchmarks.server.call import Call, head
+from benchmarks.server.calls import Call, head
 
-_HOST = "127.0.0.1"
 # A valid WebP of 46 bytes that unfolds to 16383 x 16383 pixels, 1 GB.
 _WEBP_BOMB = bytes.fromhex(
     "5249464626000000574542505650384c1a0000002ffebfff0f074020698bb7fd0a01044041d382fec74744f43f00"
@@ -173,19 +172,18 @@ def _http(model: str, image: bytes) -> Iterator[Call]:
     """What the server refuses before a worker sees it."""
     path, key = f"/predictions/{model}", b"{authorization}"
 
-    def call(kind: str, line: str, authorization: bytes = key, headers: bytes = b"") -> Call:
-        return Call(image, kind=kind, start=head(line, _HOST, authorization, headers, len(image)))
+    def call(kind: str, path: str, headers: bytes = key) -> Call:
+        return Call(image, kind=kind, start=head(path, headers, len(image)))
 
-    yield call("no key", f"POST {path} HTTP/1.1", b"")
-    yield call("wrong key", f"POST {path} HTTP/1.1", b"Authorization: Bearer wrong\r\n")
-    yield call("key of another form", f"POST {path} HTTP/1.1", b"Authorization: Basic eDp4\r\n")
+    yield call("no key", path, b"")
+    yield call("wrong key", path, b"Authorization: Bearer wrong\r\n")
+    yield call("key of another form", path, b"Authorization: Basic eDp4\r\n")
     for other in ("/predictions/none", "/predictions/", "/predictions/..%2f..%2fetc", "/none", f"{path}/9.9"):
-        yield call("unknown path", f"POST {other} HTTP/1.1")
-    yield call("long path", f"POST {path}/{'x' * 5000} HTTP/1.1")
-    yield call("long header", f"POST {path} HTTP/1.1", headers=b"X: %s\r\n" % (b"x" * 10_000))
+        yield call("unknown path", other)
+    yield call("long path", f"{path}/{'x' * 5000}")
+    yield call("long header", path, key + b"X: %s\r\n" % (b"x" * 10_000))
     large = 7_000_000
-    start = head(f"POST {path} HTTP/1.1", _HOST, key, _type("image/png"), large)
-    yield Call(bytes(large), kind="body above the limit", start=start)
+    yield Call(bytes(large), kind="body above the limit", start=head(path, key + _type("image/png"), large))
 
 
 def _part(name: str, body: bytes) -> bytes:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server.call import Call
-from benchmarks.server.corpus import hostile_calls
+from benchmarks.server.calls import Call
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from tests.stress.corpus import hostile_calls
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,88 @@
+"""Hostile requests among valid ones: each must be refused, and no other request, worker or memory be lost to it."""
+
+import asyncio
+import collections
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from benchmarks.server import load, servers
+from benchmarks.server.calls import Call, Target
+from benchmarks.server.load import Say
+from benchmarks.server.servers import Deployment
+from benchmarks.server.workload import Workload
+from deploy import trial
+from evaluation.progress import track
+from evaluation.report import digits
+from tests.stress.corpus import hostile_calls
+from tests.stress.watch import Watch, in_words
+
+MAX_CLIENTS = 24
+
+
+def attack(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
+    """Send ``count`` requests from many clients at once, half of them hostile, and check every answer.
+
+    They go through nginx where it is installed. Valid ones ask for one sample: what is tested here is the reading of
+    requests.
+
+    Returns:
+        ``through``: "nginx" or "TorchServe" alone; ``requests``, ``valid``, ``valid_wrong``, ``hostile_not_4xx``,
+        ``torchserve_500`` (see `Call.also_accept`), ``kinds`` of hostile requests, ``per_second``, ``statuses``, the
+        first that were ``wrong`` as (kind, status, body), and the findings of a `Watch`.
+    """
+    hostile = hostile_calls(deployment.target.model, workload.manifest.samples.max)
+    clients = min(MAX_CLIENTS, 4 * workload.plan.archive.batch_size)  # more would not fit the queue, and be refused
+    through_nginx = trial.is_possible()
+    through = "nginx" if through_nginx else "TorchServe"
+    say(f"hostile requests: {count} through {through} from {clients} clients, half of them valid")
+    if not through_nginx:
+        say("nginx is not installed: TorchServe itself answers some forms with 500")
+    with servers.nginx(deployment) if through_nginx else nullcontext(deployment.target) as target:
+        result, watched = asyncio.run(_run(deployment, target, _mixed(workload, hostile, count), clients))
+    rows = result.table()
+    correct, valid, status, done = (rows[name] for name in ("correct", "valid", "status", "done"))
+    is_4xx = (status >= 400) & (status < 500)
+    return {
+        "through": through,
+        "requests": len(rows),
+        "valid": int(valid.sum()),
+        "valid_wrong": int((valid & ~correct).sum()),
+        "hostile_not_4xx": int((~valid & ~correct).sum()),
+        "torchserve_500": int((~valid & correct & ~is_4xx).sum()),
+        "kinds": len({call.kind for call in hostile}),
+        "per_second": len(done) / float(done[-1] - done[0]) if len(done) > 1 else None,
+        "statuses": dict(sorted(collections.Counter(map(str, status)).items())),
+        "wrong": [(kind, answer, body.decode("utf-8", "replace")) for kind, answer, body in result.wrong],
+        **watched,
+    }
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """What `attack` found, for the report."""
+    text = (
+        f"## Hostile requests\n\n{found['requests']} requests through {found['through']}, "
+        f"{digits(found['per_second'])} a second. Of {found['valid']} valid ones {found['valid_wrong']} were not "
+        f"answered correctly; of the others, which were hostile in {found['kinds']} ways, {found['hostile_not_4xx']} "
+        f"were not refused with a status of 400 to 499. {in_words(found)}."
+    )
+    if found["torchserve_500"]:
+        text += f"\n\nTorchServe's own reader refused {found['torchserve_500']} forms with 500; nginx asks ours."
+    return text
+
+
+async def _run(
+    deployment: Deployment, target: Target, calls: Iterator[Call], clients: int
+) -> tuple[load.LoadResult, dict[str, Any]]:
+    async with Watch(deployment) as watch:
+        result = await load.closed_load(target, calls, clients, timeout=60)
+    return result, watch.findings()
+
+
+def _mixed(workload: Workload, hostile: list[Call], count: int) -> Iterator[Call]:
+    rng = np.random.default_rng(0)
+    valid = workload.calls(samples=1)
+    for _ in track(range(count), "hostile and valid", "request"):
+        yield next(valid) if rng.random() < 0.5 else hostile[rng.integers(len(hostile))]

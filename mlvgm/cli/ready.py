@@ -11,7 +11,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "ready",
         help="check that a running server answers, for probes",
-        description="Ask the server that mlvgm serve started for one purified copy of a grey image. Exit code 0 when "
+        description="Ask the server that mlvgm serve started for one purified sample of a grey image. Exit code 0 when "
         "every model answers, or its queue is full while its workers compute; else 1.",
         epilog="Example: mlvgm ready --port 8080 --model road-signs",
     )

@@ -32,6 +32,13 @@ def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
     return list(attack(default.classifier, images, labels, ATTACK).images)
 
 
+def save_attacked(signs: Sequence[Sign], attacked: Sequence[Pixels], folder: Path) -> None:
+    """A PNG for each, called like its sign."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for sign, pixels in zip(signs, attacked, strict=True):
+        (folder / f"{sign.name.replace(' ', '-')}.png").write_bytes(encode(pixels))
+
+
 def ask(client: Client, sign: Sign, attacked: Pixels) -> dict[str, Any]:
     """The server's answers about a sign: "clean" and "attacked"."""
     return {"clean": client.predict(encode(sign.image), RECIPE), "attacked": client.predict(encode(attacked), RECIPE)}

@@ -1,7 +1,8 @@
 """The one progress bar, tqdm's, on the error stream. Short work shows none, and a log gets a line of it seldom."""
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -31,3 +32,9 @@ def say(line: str, file: TextIO | None = None) -> None:
     else:
         print(line, file=file)
     file.flush()
+
+
+def clocked() -> Callable[[str], None]:
+    """A `say` that puts the seconds since now before each line."""
+    began = time.monotonic()
+    return lambda line: say(f"[{time.monotonic() - began:5.1f} s] {line}")

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -33,6 +33,19 @@ def image_files(folder: Path, apart_from: Path | None = None, complain: Complain
             name for name in folders if left_out is None or os.path.realpath(os.path.join(path, name)) != left_out
         )
         yield from (Path(path, name) for name in sorted(files) if name.lower().endswith(SUFFIXES))
+
+
+def named_files(
+    given: Sequence[Path], apart_from: Path | None = None, complain: Complain | None = None
+) -> list[tuple[Path, Path]]:
+    """Each file of ``given`` and each image file in its folders, with its path below the folder; see `image_files`."""
+    names = []
+    for path in given:
+        if os.path.isdir(path):
+            names += [(file, file.relative_to(path)) for file in image_files(path, apart_from, complain)]
+        else:
+            names.append((path, Path(path.name)))
+    return names
 
 
 def read_file(path: Path) -> bytes:

@@ -7,12 +7,27 @@ from pathlib import Path
 from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
 from mlvgm.cli.options import add_engines
 
+_NUMBERS = (  # option, field of the settings, unit, help
+    ("--batch-size", "batch_size", "N", "requests answered together (default: as many as fill an engine)"),
+    ("--batch-delay", "batch_delay_ms", "MS", "how long a request waits for others to join its batch (%(default)s)"),
+    ("--queue", "queue", "N", f"requests that may wait (default: {QUEUED_CALLS} full calls of an engine)"),
+    (
+        "--max-wait",
+        "max_wait_s",
+        "S",
+        "refuse requests queued for longer; needs X-Request-Start from the proxy (%(default)s)",
+    ),
+    ("--response-timeout", "response_timeout_s", "S", "restart a worker whose batch takes longer (%(default)s)"),
+    ("--certify-draws", "certify_draws", "N", "noisy images a request, for clients' certificates (%(default)s: none)"),
+    ("--certify-sigma", "certify_sigma", "S", "standard deviation of their noise (%(default)s)"),
+    ("--certify-alpha", "certify_alpha", "A", "probability that a certificate is wrong (%(default)s)"),
+)
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
+    parser = verbs.add_parser(
         "archive",
-        help="pack a bundle into a .mar for TorchServe",
         description="Check a bundle and pack it, with the server code and settings, into one archive for TorchServe.",
         epilog="Example: mlvgm archive build/road-signs --out model_store",
     )
@@ -27,24 +42,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_engines(parser, help="CPU threads per worker (default: every core)")
     defaults = Settings()
-    for option, name, unit, text in (
-        ("--batch-size", "batch_size", "N", "requests answered together (default: as many as fill an engine)"),
-        (
-            "--batch-delay",
-            "batch_delay_ms",
-            "MS",
-            "a request waits for others to join its batch (%(default)s)",
-        ),
-        ("--queue", "queue", "N", f"requests that may wait (default: {QUEUED_CALLS} full calls of an engine)"),
-        (
-            "--max-wait",
-            "max_wait_s",
-            "S",
-            "refuse what waited longer, where a proxy says when it came (%(default)s)",
-        ),
-        ("--response-timeout", "response_timeout_s", "S", "restart a worker whose batch takes longer (%(default)s)"),
-    ):
-        parser.add_argument(option, dest=name, type=int, default=getattr(defaults, name), metavar=unit, help=text)
+    for option, name, unit, text in _NUMBERS:
+        default = getattr(defaults, name)
+        parser.add_argument(option, dest=name, type=type(default), default=default, metavar=unit, help=text)
     parser.add_argument(
         "--suspicious",
         choices=("pass", "review", "refuse"),
@@ -53,30 +53,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "answer says so, is marked for review, or is refused (%(default)s)",
     )
     parser.add_argument(
-        "--certify-draws",
-        type=int,
-        default=defaults.certify_draws,
-        metavar="N",
-        help="let clients ask for certificates of so many noisy images a request; they cost as many samples "
-        "(%(default)s: none)",
-    )
-    parser.add_argument(
-        "--certify-sigma", type=float, default=defaults.certify_sigma, metavar="S", help="of their noise (%(default)s)"
-    )
-    parser.add_argument(
-        "--certify-alpha", type=float, default=defaults.certify_alpha, metavar="A", help="their risk (%(default)s)"
-    )
-    parser.add_argument(
         "--allow-seed",
         action="store_true",
         help="let clients choose the noise, for tests: whoever can do that can search for noise that suits an attack",
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Build the archive and say where it is."""
     names = [field.name for field in dataclasses.fields(Settings)]
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    archive = build_archive(arguments.bundle, arguments.out, Settings(**given), arguments.archive_format)
-    print(archive)
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
+    print(build_archive(args.bundle, args.out, settings, args.archive_format))
     return 0

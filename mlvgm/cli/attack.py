@@ -1,19 +1,17 @@
 """``mlvgm attack``: change image files as little as makes a recipe's classifier misread them."""
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlvgm.cli.bulk import Bulk, Row, print_row
-from mlvgm.cli.options import add_files, add_models, add_pipeline, add_request, request
+from mlvgm.cli.options import add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
 from mlvgm.cli.purify import Purifier
 from mlvgm.files import read_file, shown
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
@@ -36,12 +34,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_files(parser)
     add_models(parser, purifier=False, default="road-signs", help="whose classifier is attacked (%(default)s)")
     parser.add_argument("--method", choices=("deepfool", "cw"), default="cw", help="cw: Carlini-Wagner (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("attacked"), metavar="DIR", help="for the PNGs (%(default)s)")
+    add_pngs(parser, "attacked")
     add_pipeline(parser, help="purify the attacked images with this bundle")
     add_request(parser)
-    parser.add_argument("--overwrite", action="store_true", help="attack again what is there already")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
+    add_rows(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,6 +81,7 @@ def _attack(
     import numpy as np
 
     from evaluation.attacks import attack, predict
+    from evaluation.photographs import encode
     from handlers.image import ImageError, decode
 
     images: dict[int, NDArray[np.uint8]] = {}
@@ -99,7 +97,7 @@ def _attack(
     before = predict(classifier, clean)
     result = attack(classifier, clean, before, method)
     after = predict(classifier, result.images)
-    pngs = [_png(pixels) for pixels in result.images]
+    pngs = [encode(pixels) for pixels in result.images]
     purified = purifier.purify(pngs) if purifier else [None] * len(pngs)
     for place, i in enumerate(images):
         row: dict[str, Any] = {
@@ -162,14 +160,6 @@ def _picture(rows: Sequence[Row], recipe: "Recipe", purifier: Purifier | None, p
     ]
     heads = ("clean", "attacked", contact_sheet.CHANGE, "purified")
     contact_sheet.save(shown_rows, heads, f"{recipe.name}: {rows[0]['settings']['method']}", path)
-
-
-def _png(pixels: "NDArray[np.uint8]") -> bytes:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _text(row: Row) -> str:

@@ -15,7 +15,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the benchmarks and their arguments."""
     parser = verbs.add_parser(
         "bench",
-        help="measure stages and servers",
         description="Measure on this machine. Every report says what it was measured on.",
         epilog="Example: mlvgm bench stages --recipe road-signs --json build/stages.json",
     )

@@ -22,7 +22,7 @@ from typing import Any
 
 from deploy.errors import CliError
 from evaluation.progress import say, track
-from mlvgm.files import MAX_BYTES, Complain, image_files, read_file, shown
+from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, shown
 
 Row = dict[str, Any]
 """What is said about one file: "file" and "error", or "file", where its PNG is, and the answer."""
@@ -164,12 +164,7 @@ def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Itera
     Raises:
         CliError: two files would become one, or a file itself would be overwritten.
     """
-    names: list[tuple[Path, Path]] = []
-    for path in given:
-        if os.path.isdir(path):
-            names += [(file, file.relative_to(path)) for file in image_files(path, out, complain)]
-        else:
-            names.append((path, Path(path.name)))
+    names = named_files(given, out, complain)
     sharing = Counter(name.with_suffix(".png") for _, name in names)
     taken: dict[Path, Path] = {}
     for file, name in names:

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
 from mlvgm.cli.options import add_files, add_pipeline, load_pipeline
+from mlvgm.files import named_files, read_file, shown
 
 if TYPE_CHECKING:
     from handlers.pipeline import Pipeline
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Certify an image after the other; one that cannot be read does not stop the rest."""
     from evaluation.progress import say, track
 
-    files = list(_files(args.files))
+    files = [file for file, _ in named_files(args.files)]
     if not files:
         raise CliError("no image among the files")
     failed = 0
@@ -48,17 +48,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _files(given: Sequence[Path]) -> Iterator[Path]:
-    from mlvgm.files import image_files
-
-    for path in given:
-        yield from image_files(path) if path.is_dir() else [path]
-
-
 def _certify(pipeline: "Pipeline", file: Path, args: argparse.Namespace) -> dict[str, Any]:
     from handlers.certify import answer
     from handlers.image import ImageError, decode
-    from mlvgm.files import read_file, shown
 
     try:
         image = decode(read_file(file), pipeline.manifest.image_size)

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the verb's arguments."""
     parser = verbs.add_parser(
         "demo",
-        help="export, serve and attack the shipped road-sign model",
         description="The whole way in a few minutes: export the shipped model, serve it, attack drawn road signs, and "
         "purify them over HTTP. Prints what each sign is read as before and after; writes demo.json and demo.png.",
         epilog="Example: mlvgm demo --build build",
@@ -25,48 +27,48 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def run(args: argparse.Namespace) -> int:
     """Run every step. Returns 0 when all of them went through, whatever the signs were read as."""
     from evaluation import demo
+    from evaluation.progress import clocked
     from evaluation.signs import drawn_signs
+    from export.archive import build_archive
+    from export.bundle import export_bundle
     from handlers.pipeline import Pipeline
     from mlvgm.load import load_default
 
-    begun = time.monotonic()
-
-    def say(step: str) -> None:
-        print(f"[{time.monotonic() - begun:5.1f} s] {step}", flush=True)
-
-    bundle, store = args.build / demo.RECIPE, args.build / "store"
-    say(f"Exporting the recipe {demo.RECIPE} to {bundle}")
-    if code := _verb("export", "--recipe", demo.RECIPE, "--out", str(bundle)):
-        return code
-    say("Packing the archive for TorchServe")
-    if code := _verb("archive", str(bundle), "--out", str(store)):
-        return code
-    say("Attacking drawn road signs through the classifier")
+    began, say = time.monotonic(), clocked()
+    bundle, store, attacks = args.build / demo.RECIPE, args.build / "store", args.build / "attacked-signs"
+    say(f"Step 1 of 5: export the model to ONNX, and compare every stage with PyTorch ({bundle})")
     default, signs = load_default(demo.RECIPE), drawn_signs()
+    export_bundle(default.recipe, default.purifier, default.classifier, bundle, lambda line: say(f"    {line}"))
+    say(f"Step 2 of 5: pack an archive for TorchServe ({store})")
+    archive = build_archive(bundle, store)
+    say(f"Step 3 of 5: attack {len(signs)} drawn road signs through the classifier ({attacks})")
     attacked = demo.attack_signs(default, signs)
+    demo.save_attacked(signs, attacked, attacks)
     server = TorchServe(args.port or _free_port())
     try:
-        say(f"Starting TorchServe on port {server.port}")
-        server.start([store / f"{demo.RECIPE}.mar"])
-        say(f"Asking it about {len(signs)} clean and {len(signs)} attacked signs")
+        say(f"Step 4 of 5: start TorchServe on port {server.port}, and ask it about the clean and the attacked signs")
+        server.start([archive])
         answers = [demo.ask(server.client(), sign, pixels) for sign, pixels in zip(signs, attacked, strict=True)]
     finally:
-        say("Stopping TorchServe")
         server.stop()
-    content = demo.summary(default, signs, attacked, answers) | {"seconds": round(time.monotonic() - begun, 1)}
+    say("Step 5 of 5: TorchServe is stopped; draw the picture")
+    content = demo.summary(default, signs, attacked, answers) | {"seconds": round(time.monotonic() - began, 1)}
     (args.build / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with Pipeline.load(bundle) as pipeline:
         purified = demo.purify(pipeline, attacked)
-    demo.save_sheet(signs, attacked, answers, purified, args.build / "demo.png")
+    picture = args.build / "demo.png"
+    demo.save_sheet(signs, attacked, answers, purified, picture)
+    say("Done")
     print("", *demo.table(default, content["images"]), "", *demo.conclusion(default, content), sep="\n")
-    say(f"Done: {args.build / 'demo.json'}, {args.build / 'demo.png'}")
+    program = "mlvgm" if shutil.which("mlvgm") else os.path.relpath(Path(sys.prefix, "bin", "mlvgm"))
+    print(f"""
+See the picture: {picture} (numbers: {picture.with_suffix(".json")})
+
+Next:
+  {program} serve --model-store {store}   # start this server again; Ctrl-C stops it
+  {program} predict {attacks}   # in another terminal: ask it about the attacked signs
+Your own classifier or images: docs/own-classifier.md, docs/own-images.md""")
     return 0
-
-
-def _verb(*words: str) -> int:
-    from mlvgm.cli.main import main
-
-    return main(words)
 
 
 def _free_port(first: int = 8080) -> int:

@@ -19,6 +19,7 @@ from deploy.server import Server, grey_png, port_is_taken
 from deploy.torchserve import INSTALL
 from handlers import runtimes
 from handlers.client import ServerError
+from mlvgm.cli.options import add_port, add_store
 
 _NEEDED = {"numpy": "1.26", "pillow": "10.3", "pyyaml": "6"}  # by every worker
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -36,43 +37,37 @@ class Finding:
     is_warning: bool = False
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
+    parser = verbs.add_parser(
         "doctor",
-        help="check what serving needs, and say how to cure what fails",
         description="Check Python, Java, TorchServe, the runtimes, ports, folders and keys. Exit code 1 if one fails.",
         epilog="Example: mlvgm doctor --port 8080 --model-store model_store",
     )
-    parser.add_argument("--port", type=int, default=8080, help="the port to serve on (%(default)s)")
-    parser.add_argument(
-        "--model-store", type=Path, default=Path("model_store"), help="folder of archives (%(default)s)"
-    )
+    add_port(parser, "the port to serve on")
+    add_store(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 if serving would fail."""
-    server = Server(arguments.port)
+    server, store = Server(args.port), args.model_store
+    packages = {"torchserve": ("0.12", INSTALL), "torch-model-archiver": ("0.12", INSTALL)}
+    packages |= {name: (oldest, f"pip install '{name}>={oldest}'") for name, oldest in _NEEDED.items()}
     checks: list[Callable[[], Finding]] = [
         _python,
         _java,
-        lambda: _package("torchserve", "0.12", INSTALL),
-        lambda: _package("torch-model-archiver", "0.12", INSTALL),
-        *(partial(_package, name, oldest, f"pip install '{name}>={oldest}'") for name, oldest in _NEEDED.items()),
+        *(partial(_package, name, *needed) for name, needed in packages.items()),
         _runtimes,
         _gpu,
-        lambda: _store(arguments.model_store),
-        lambda: _folder(server),
-        lambda: _disk(server, arguments.model_store),
-        lambda: _ports(server),
-        lambda: _keys(server),
-        lambda: _answers(server),
+        partial(_store, store),
+        partial(_folder, server),
+        partial(_disk, server, store),
+        *(partial(check, server) for check in (_ports, _keys, _answers)),
     ]
-    failed = 0
-    for check in checks:
-        finding = check()
+    failed = False
+    for finding in (check() for check in checks):
         mark = "ok  " if not finding.cure else "warn" if finding.is_warning else "FAIL"
-        failed += mark == "FAIL"
+        failed |= mark == "FAIL"
         print(f"{mark}  {finding.name:20}  {finding.found}")
         if finding.cure:
             print(f"{'':26}  -> {finding.cure}")

@@ -1,7 +1,6 @@
 """``mlvgm export``: from a recipe and its weights to a bundle of engines."""
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = verbs.add_parser(
         "export",
-        help="export a model to a bundle of engines",
         description="Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.",
         epilog="Example: mlvgm export --recipe road-signs --out build/road-signs",
     )
@@ -42,14 +40,11 @@ def run(args: argparse.Namespace) -> int:
     # Before the libraries are imported: a slip in a recipe is told at once.
     recipe = Recipe.read(args.recipe, **{name: value for name, value in changes.items() if value is not None})
 
+    from evaluation.progress import clocked
     from export.bundle import export_bundle
     from export.models import load_models
 
-    begun = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - begun:5.1f} s] {line}", flush=True)
-
+    say = clocked()
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)

@@ -128,3 +128,25 @@ def read_recipe(args: argparse.Namespace, manifest: "Manifest") -> "Recipe":
 def add_report(parser: Parser) -> None:
     """--json, the file of a report."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+
+
+def add_port(parser: "argparse._ActionsContainer", text: str) -> None:
+    """--port, the first of those that a server takes."""
+    parser.add_argument("--port", type=whole(1, 65_531), default=8080, help=f"{text} (%(default)s)")
+
+
+def add_store(parser: Parser) -> None:
+    """--model-store."""
+    store = Path("model_store")
+    parser.add_argument("--model-store", type=Path, default=store, help="folder of archives (%(default)s)")
+
+
+def add_rows(parser: Parser) -> None:
+    """--json, a line for each image."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
+
+
+def add_pngs(parser: Parser, name: str) -> None:
+    """--out and --overwrite, for the PNGs of `mlvgm.cli.bulk.Bulk`, called like "purified"."""
+    parser.add_argument("--out", type=Path, default=Path(name), metavar="DIR", help="for the PNGs (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="make again what is there already")

@@ -11,18 +11,17 @@ from typing import Any
 from deploy.errors import CliError
 from deploy.server import Server
 from handlers.client import Client, ServerError
-from mlvgm.cli.options import add_files, add_request, request
-from mlvgm.files import image_files, read_file, shown
+from mlvgm.cli.options import add_files, add_port, add_request, add_rows, request
+from mlvgm.files import named_files, read_file, shown
 
 _HOPELESS = (0, 401, 404)
 """Unreachable, no key, no such model: what the next image would be told as well."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's args."""
+    parser = verbs.add_parser(
         "predict",
-        help="ask a running server about image files",
         description="Send images to a server and print its answers. Beside the server that mlvgm serve started here, "
         "keys are read, and renewed when they have expired, by itself. Exit code 1 when an image was refused.",
         epilog="Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png "
@@ -31,54 +30,54 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_files(parser)
     parser.add_argument("--model", help="which model (default: the only one that mlvgm serve serves)")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--port", type=int, default=8080, help="of mlvgm serve on this machine (%(default)s)")
+    add_port(where, "of mlvgm serve on this machine")
     where.add_argument("--url", help="of a server elsewhere: https://HOST:PORT")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the X-Api-Key for --url")
     parser.add_argument("--ca-file", type=Path, metavar="FILE", help="authorities that --url's certificate may be from")
     add_request(parser, "the model's")
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
     parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
+    add_rows(parser)
     parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Ask about one file after the other; one that is refused does not stop the rest."""
-    files = _with_targets(arguments.files, arguments.save_purified)
-    client, model = _server(arguments)
+    files = _with_targets(args.files, args.save_purified)
+    client, model = _server(args)
     width = max(4, *(len(shown(path)) for path, _ in files))
-    if not arguments.json:
+    if not args.json:
         print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
     refused = 0
     for path, target in files:
         try:
-            answer = _ask(client, model, path, target, arguments)
+            answer = _ask(client, model, path, target, args)
         except (ServerError, OSError) as error:
             if isinstance(error, ServerError) and error.status in _HOPELESS:
                 raise
             refused += 1
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            if arguments.json:
+            if args.json:
                 print(json.dumps({"file": str(path), "error": reason}))
             else:
                 print(f"{shown(path)}: {reason}", file=sys.stderr)
             continue
-        print(json.dumps({"file": str(path), **answer}) if arguments.json else _row(path, width, answer), flush=True)
+        print(json.dumps({"file": str(path), **answer}) if args.json else _row(path, width, answer), flush=True)
     return 1 if refused else 0
 
 
-def _server(arguments: argparse.Namespace) -> tuple[Client, str]:
+def _server(args: argparse.Namespace) -> tuple[Client, str]:
     """The client, and the name of the model."""
-    key_file = arguments.api_key_file
-    if arguments.url:
-        if not arguments.model:
+    key_file = args.api_key_file
+    if args.url:
+        if not args.model:
             raise CliError("say which model with --model: a server elsewhere does not tell what it has")
         key = key_file.read_text(encoding="ascii", errors="replace").strip() if key_file else None
-        return Client(arguments.url, api_key=key, ca_file=arguments.ca_file), arguments.model
-    if key_file or arguments.ca_file:
+        return Client(args.url, api_key=key, ca_file=args.ca_file), args.model
+    if key_file or args.ca_file:
         raise CliError("--api-key-file and --ca-file are for a server elsewhere: name it with --url")
-    server = Server(arguments.port)
-    return server.client(), arguments.model or _only_model(server)
+    server = Server(args.port)
+    return server.client(), args.model or _only_model(server)
 
 
 def _only_model(server: Server) -> str:
@@ -90,11 +89,11 @@ def _only_model(server: Server) -> str:
     return models[0]
 
 
-def _ask(client: Client, model: str, path: Path, target: Path | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def _ask(client: Client, model: str, path: Path, target: Path | None, args: argparse.Namespace) -> dict[str, Any]:
     image = read_file(path)
     if target is None:
-        return client.predict(image, model, **request(arguments))
-    purified, answer = client.purify(image, model, **request(arguments))
+        return client.predict(image, model, **request(args))
+    purified, answer = client.purify(image, model, **request(args))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(purified)
     return {**answer, "purified": str(target)}
@@ -102,19 +101,18 @@ def _ask(client: Client, model: str, path: Path, target: Path | None, arguments:
 
 def _with_targets(given: Sequence[Path], folder: Path | None) -> list[tuple[Path, Path | None]]:
     """Every image file, and where in ``folder`` its purified image goes: under a name that none of them has."""
-    places: dict[Path, Path] = {}
-    for path in given:
-        for file in image_files(path) if path.is_dir() else [path]:
-            places.setdefault(file, file.relative_to(path).parent if path.is_dir() else Path())
-    if not places:
+    names: dict[Path, Path] = {}
+    for file, name in named_files(given):
+        names.setdefault(file, name)
+    if not names:
         raise CliError("no image to ask about")
     if folder is None:
-        return [(file, None) for file in places]
-    targets = [folder / place / f"{file.stem}.purified.png" for file, place in places.items()]
-    (most, count), *_ = Counter(targets).most_common(1)
+        return [(file, None) for file in names]
+    targets = {file: folder / name.with_name(f"{name.stem}.purified.png") for file, name in names.items()}
+    (most, count), *_ = Counter(targets.values()).most_common(1)
     if count > 1:
         raise CliError(f"two of the files would be saved as {shown(most)}: ask about them one after the other")
-    return list(zip(places, targets, strict=True))
+    return list(targets.items())
 
 
 def _row(path: Path, width: int, answer: dict[str, Any]) -> str:

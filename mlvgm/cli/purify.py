@@ -15,7 +15,7 @@ from handlers.pipeline import Pipeline
 from handlers.request import parse
 from handlers.service import Service
 from mlvgm.cli.bulk import Bulk, Row, print_row
-from mlvgm.cli.options import add_files, add_pipeline, add_request, request
+from mlvgm.cli.options import add_files, add_pipeline, add_pngs, add_request, add_rows, request
 from mlvgm.files import shown
 
 
@@ -23,7 +23,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the verb's arguments."""
     parser = verbs.add_parser(
         "purify",
-        help="purify a folder of images in bulk",
         description="Purify images with a bundle, in this process. Each PNG holds its answer, so the same command goes "
         "on where work was cut off, and prints the answers of all images, those that were there already among them. "
         "An image that cannot be purified is named and the others go on. Exit code 1 when there was one.",
@@ -31,10 +30,9 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add_files(parser)
     add_pipeline(parser, required=True)
-    parser.add_argument("--out", type=Path, default=Path("purified"), metavar="DIR", help="for the PNGs (%(default)s)")
+    add_pngs(parser, "purified")
     add_request(parser)
-    parser.add_argument("--overwrite", action="store_true", help="purify again what is there already")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one a line")
+    add_rows(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,20 +4,20 @@ import argparse
 
 from deploy.readiness import check
 from deploy.server import Server
+from mlvgm.cli.options import add_port, number
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
+    parser = verbs.add_parser(
         "ready",
-        help="check that a running server answers, for probes",
         description="Ask the server that mlvgm serve started for one purified sample of a grey image. Exit code 0 when "
         "every model answers, or its queue is full while its workers compute; else 1.",
         epilog="Example: mlvgm ready --port 8080 --model road-signs",
     )
     parser.add_argument("--model", help="which model (default: all that are served)")
-    parser.add_argument("--port", type=int, default=8080, help="of the server (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=15, metavar="S", help="to wait for an answer (%(default)s)")
+    add_port(parser, "of the server")
+    parser.add_argument("--timeout", type=number, default=15, metavar="S", help="to wait for an answer (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """``mlvgm serve``: start TorchServe on loopback, keys required, and stop it again."""
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -10,82 +11,69 @@ from deploy.server import Server
 from deploy.signals import Stopped, noted, pause
 from deploy.torchserve import TorchServe
 from deploy.workers import chosen, sizes_of
+from mlvgm.cli.options import add_port, add_store, number, positive, whole
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
+    parser = verbs.add_parser(
         "serve",
-        help="start TorchServe on loopback with an archive",
         description="Start TorchServe on loopback, keys required, wait until it really answers, and stay until Ctrl-C.",
         epilog="Example: mlvgm serve --models road-signs.mar --detach, and later: mlvgm serve --stop",
     )
     parser.add_argument(
         "--dev", type=Path, metavar="BUNDLE", help="serve this bundle in this process: no Java, archive or keys"
     )
-    parser.add_argument(
-        "--model-store", type=Path, default=Path("model_store"), help="folder of archives (%(default)s)"
-    )
+    add_store(parser)
     parser.add_argument(
         "--models", nargs="+", metavar="NAME.mar", help="archives in the store to serve (default: the only one there)"
     )
-    parser.add_argument(
-        "--port", type=int, default=8080, help="of inference; the four after it are taken as well (%(default)s)"
-    )
+    add_port(parser, "of inference; the four after it are taken as well")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         help="per model, each with a copy of it in memory (default: as cores, memory and the size of the model "
         "suggest, docs/metrics.md)",
     )
     parser.add_argument(
-        "--threads", type=int, default=0, help="of each worker (default: the cores shared out among --workers)"
+        "--threads",
+        type=whole(0, 1024),
+        default=0,
+        help="of each worker (default: the cores divided among the workers)",
     )
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="to wait for an answer (%(default)s)")
+    parser.add_argument("--timeout", type=number, default=600, metavar="S", help="to wait for an answer (%(default)s)")
     parser.add_argument("--detach", action="store_true", help="return once the server answers")
     parser.add_argument("--stop", action="store_true", help="stop the server of this port")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Start, stay and stop; or with --detach and --stop one of these alone."""
-    if not 1 <= arguments.port <= 65531:
-        raise CliError("--port must be 1 to 65531: the server needs the four ports after it too")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise CliError("--workers must be 1 or more")
-    if arguments.threads < 0:
-        raise CliError("--threads must be 1 or more, or 0 to share the cores out")
-    if arguments.dev:
-        return _serve_dev(arguments)
-    if arguments.stop:
-        stopped = Server(arguments.port).stop()
-        print("stopped" if stopped else f"no server is running on port {arguments.port}", flush=True)
-        return 0 if stopped else 1
-    archives = _archives(arguments.model_store, arguments.models)
-    with noted():
-        try:
-            return _serve(arguments, archives)
-        except Stopped:
-            return 0
-
-
-def _serve_dev(arguments: argparse.Namespace) -> int:
-    try:
+    if args.dev:
+        if args.detach or args.stop or args.workers or args.models:
+            raise CliError("--dev serves one bundle in this process: it takes --port and --threads alone")
         from deploy import dev_server
-    except ModuleNotFoundError as error:
-        raise CliError(f"--dev needs {error.name}: pip install starlette uvicorn") from None
-    return dev_server.serve(arguments.dev, arguments.port, threads=arguments.threads)
+
+        return dev_server.serve(args.dev, args.port, threads=args.threads)
+    if args.stop:
+        stopped = Server(args.port).stop()
+        print("stopped" if stopped else f"no server is running on port {args.port}", flush=True)
+        return 0 if stopped else 1
+    archives = _archives(args.model_store, args.models)
+    with noted(), contextlib.suppress(Stopped):
+        return _serve(args, archives)
+    return 0
 
 
-def _serve(arguments: argparse.Namespace, archives: list[Path]) -> int:
-    server = TorchServe(arguments.port, detached=arguments.detach)
+def _serve(args: argparse.Namespace, archives: list[Path]) -> int:
+    server = TorchServe(args.port, detached=args.detach)
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    workers, threads = chosen(arguments.workers, arguments.threads, sizes_of(archives))
-    server.start(archives, workers, arguments.timeout, threads, _tell)
+    workers, threads = chosen(args.workers, args.threads, sizes_of(archives))
+    server.start(archives, workers, args.timeout, threads, _tell)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:
         print(_curl(server, model), flush=True)
-    return 0 if arguments.detach else _stay(server)
+    return 0 if args.detach else _stay(server)
 
 
 def _archives(store: Path, names: list[str] | None) -> list[Path]:

@@ -12,7 +12,6 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the verb's arguments."""
     parser = verbs.add_parser(
         "verify",
-        help="compare a bundle with the PyTorch reference",
         description="Run a bundle in every installed runtime, on clean and on attacked images, and compare each stage "
         "and the whole pipeline with the eager reference. Exit code 1 where a difference is over the limit.",
         epilog="Example: mlvgm verify build/road-signs --json build/verify.json",

@@ -57,7 +57,16 @@ main({words!r})
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [["frobnicate"], ["predict"], ["serve", "--port", "many"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frobnicate"],
+        ["predict"],
+        *(["serve", "--port", port] for port in ("many", "0", "65532")),
+        ["serve", "--workers", "0"],
+        ["ready", "--timeout", "0"],
+    ],
+)
 def test_wrong_words_end_with_usage_and_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -70,8 +79,8 @@ def test_wrong_words_end_with_usage_and_2(words: list[str], capsys: pytest.Captu
     [
         ["archive", "/nonexistent/bundle"],
         ["serve", "--model-store", "/nonexistent"],
-        ["serve", "--port", "70000"],
-        ["serve", "--workers", "0"],
+        ["serve", "--dev", "/nonexistent"],
+        ["serve", "--dev", "/nonexistent", "--detach"],
         ["predict", "x.png", "--port", "9"],
         ["predict", __file__, "--port", "9", "--model", "m"],
     ],

@@ -68,7 +68,7 @@ def _cells(row: Mapping[str, Any]) -> Iterable[str]:
         yield f"{value:.0%}" if key == "fraction" else str(value) if isinstance(value, int) else digits(value)
 
 
-def plot(content: Mapping[str, Any], sections: Iterable[str], file: Path) -> None:
+def plot(content: Mapping[str, Any], file: Path, sections: Iterable[str] = ()) -> None:
     """Latency against offered load, with where servers saturate; and the workers' memory where that was watched."""
     import matplotlib.ticker
 

@@ -82,7 +82,7 @@ def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
         },
     }
     assert "| TorchServe | 1 | 1 | 50% |" in report.markdown(content, {})
-    report.plot(content, (), tmp_path / "x.png")
+    report.plot(content, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

@@ -6,7 +6,7 @@ requests that had to wait meanwhile.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ async def closed_load(
 
 
 async def open_load(
-    target: Target, calls: Iterator[Call], arrivals: Sequence[float], timeout: float = 120.0
+    target: Target, calls: Iterator[Call], arrivals: Iterable[float], timeout: float = 120.0
 ) -> LoadResult:
     """Send one of ``calls`` at each of the ``arrivals``, in seconds from now, whatever became of the ones before."""
     result = LoadResult()

@@ -13,6 +13,7 @@ from benchmarks.server.background_load import BackgroundLoad
 from benchmarks.server.calls import Call, Target
 from benchmarks.server.load import Say
 from benchmarks.server.workload import Plan, Workload
+from evaluation.progress import track
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
 HALF = 0.5
@@ -118,7 +119,7 @@ def _curve(workload: Workload, target: Target, saturation: float, say: Say) -> l
         offered, length = fraction * saturation, workload.plan.seconds
         if fraction == HALF:
             length = max(length, _FEWEST / offered, min(_ENOUGH / offered, _LONGEST))
-        arrivals = load.poisson(offered, length, seed=number)
+        arrivals = track(load.poisson(offered, length, seed=number), f"open load, {fraction:.0%}", "request")
         result = asyncio.run(load.open_load(target, workload.calls(), arrivals, 120 + 100 / saturation))
         answers, latencies = result.table(), result.latencies()
         row = {

@@ -11,6 +11,7 @@ from benchmarks.server.calls import SILENT
 from benchmarks.server.load import Say
 from benchmarks.server.servers import Deployment
 from benchmarks.server.workload import Workload
+from evaluation.progress import track
 from evaluation.report import digits
 
 EXCESS = 2.0
@@ -30,7 +31,7 @@ def overload(
     """
     offered = EXCESS * sustainable
     say(f"overload: {offered:.4g} requests a second for {seconds:g} s")
-    arrivals = load.poisson(offered, seconds, seed=99)
+    arrivals = track(load.poisson(offered, seconds, seed=99), "overload", "request")
     result = asyncio.run(load.open_load(deployment.target, workload.calls(), arrivals, 120 + 100 / sustainable))
     rows = result.table()
     done, due, correct, silent = rows["done"], rows["due"], rows["correct"], rows["status"] == SILENT

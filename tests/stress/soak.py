@@ -12,6 +12,7 @@ from benchmarks.server.load import Say
 from benchmarks.server.measure import HALF
 from benchmarks.server.servers import Deployment
 from benchmarks.server.workload import Workload
+from evaluation.progress import track
 from evaluation.report import digits
 from tests.stress.watch import Watch, in_words
 
@@ -45,7 +46,7 @@ async def _run(workload: Workload, deployment: Deployment, offered: float, secon
     lengths = np.diff(np.append(np.arange(0, seconds, _PART), seconds))
     async with Watch(deployment) as watch:
         for number, length in enumerate(lengths):
-            arrivals = load.poisson(offered, float(length), seed=number)
+            arrivals = track(load.poisson(offered, float(length), seed=number), "soak", "request")
             result = await load.open_load(deployment.target, calls, arrivals, 120 + 100 / offered)
             counts.update(result.counts())
             parts.append({"requests": len(result.answers), **load.percentiles(result.latencies())})

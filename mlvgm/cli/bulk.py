@@ -1,7 +1,7 @@
-"""Work on many image files: each becomes a PNG that holds its own answer, so that a job goes on where it was cut off.
+"""Work on many image files that can be resumed: each becomes a PNG that holds its own answer.
 
-The PNG is written aside, then moved to its place. A file that is there is whole, and so is its answer: whatever ends a
-job, and when, no answer is lost and none is given twice.
+A PNG is written to a temporary file and then renamed, so one that exists is complete, with its answer. However a job
+ends, no answer is lost, and none is made twice.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from evaluation.progress import say, track
 from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, shown
 
 Row = dict[str, Any]
-"""What is said about one file: "file" and "error", or "file", where its PNG is, and the answer."""
+"""The result of one file: "file" and "error", or "file", the path of its PNG, and the answer."""
 
 _KEY = "mlvgm"  # of the text in a PNG
 _LOCK = ".mlvgm-lock"
@@ -42,8 +42,8 @@ class Bulk:
         files: images, or folders of them.
         out: folder of the PNGs.
         name: what a PNG is called in a row, such as "purified".
-        settings: everything beside an image that its answer depends on. They are part of each answer, so that work
-            that was begun with others is told apart.
+        settings: everything beside the image that its answer depends on. They are stored with each answer, so that
+            PNGs which were made with other settings are recognised.
         batch: images that are worked on at once.
         overwrite: work again on what is there already.
     """

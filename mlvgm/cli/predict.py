@@ -15,15 +15,15 @@ from mlvgm.cli.options import add_files, add_port, add_request, add_rows, reques
 from mlvgm.files import named_files, read_file, shown
 
 _HOPELESS = (0, 401, 404)
-"""Unreachable, no key, no such model: what the next image would be told as well."""
+"""Unreachable, no key, no such model: the next image would fail in the same way."""
 
 
 def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb's args."""
     parser = verbs.add_parser(
         "predict",
-        description="Send images to a server and print its answers. Beside the server that mlvgm serve started here, "
-        "keys are read, and renewed when they have expired, by itself. Exit code 1 when an image was refused.",
+        description="Send images to a server and print its answers. Of a server that mlvgm serve started here, "
+        "keys are read, and renewed when they have expired. Exit code 1 when an image was refused.",
         epilog="Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png "
         "--url https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs",
     )

@@ -22,13 +22,15 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mlvgm-serve needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,attack,dev]'
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing into $(VENV), which takes some minutes: PyTorch ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo '... ONNX Runtime, OpenVINO, TensorRT for RTX, TorchServe with Java, and what the tests need ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,attack,dev]'
+	@touch $@
 
 demo: install
-	$(BIN)/python -m mlvgm demo
+	@$(BIN)/python -m mlvgm demo
 
 lint: install
 	$(BIN)/ruff check .

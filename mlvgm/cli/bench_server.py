@@ -71,15 +71,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     workers, threads = chosen(args.workers, args.threads, [size])
     dev_server = importlib.util.find_spec("uvicorn") is not None and not args.no_dev
     plan = Plan(args.bundle, samples, served, workers, threads, args.images, args.seconds, args.rounds, dev_server)
-    asked = {
-        "hostile": (args.hostile, hostile.attack, hostile.section),
-        "overload": (args.overload, overload.overload, overload.section),
-        "soak": (args.soak, soak.soak, soak.section),
-        "kills": (args.kills, kills.kill, kills.section),
-    }
-    asked = {name: entry for name, entry in asked.items() if entry[0]}
-    stress = {name: partial(run, amount) for name, (amount, run, _) in asked.items()}
-    sections = {name: section for name, (*_, section) in asked.items()}
+    modules = {"hostile": hostile, "overload": overload, "soak": soak, "kills": kills}
+    asked = {name: module for name, module in modules.items() if getattr(args, name)}
+    stress = {name: partial(module.run, getattr(args, name)) for name, module in asked.items()}
+    sections = {name: module.section for name, module in asked.items()}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
     content = {"bundle": f"{manifest.name} {manifest.version}", **measure(plan, stress, say)}
     return content, partial(report.markdown, sections=sections), partial(report.plot, sections=sections)

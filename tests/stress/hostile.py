@@ -22,7 +22,7 @@ from tests.stress.watch import Watch, in_words
 MAX_CLIENTS = 24
 
 
-def attack(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
+def run(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
     """Send ``count`` requests from many clients at once, half of them hostile, and check every answer.
 
     They go through nginx where it is installed. Valid ones ask for one sample: what is tested here is the reading of
@@ -41,7 +41,7 @@ def attack(count: int, workload: Workload, deployment: Deployment, _: float, say
     if not through_nginx:
         say("nginx is not installed: TorchServe itself answers some forms with 500")
     with servers.nginx(deployment) if through_nginx else nullcontext(deployment.target) as target:
-        result, watched = asyncio.run(_run(deployment, target, _mixed(workload, hostile, count), clients))
+        result, watched = asyncio.run(_send(deployment, target, _mixed(workload, hostile, count), clients))
     rows = result.table()
     correct, valid, status, done = (rows[name] for name in ("correct", "valid", "status", "done"))
     is_4xx = (status >= 400) & (status < 500)
@@ -61,7 +61,7 @@ def attack(count: int, workload: Workload, deployment: Deployment, _: float, say
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What `attack` found, for the report."""
+    """What `run` found, for the report."""
     text = (
         f"## Hostile requests\n\n{found['requests']} requests through {found['through']}, "
         f"{digits(found['per_second'])} a second. Of {found['valid']} valid ones {found['valid_wrong']} were not "
@@ -73,7 +73,7 @@ def section(found: Mapping[str, Any]) -> str:
     return text
 
 
-async def _run(
+async def _send(
     deployment: Deployment, target: Target, calls: Iterator[Call], clients: int
 ) -> tuple[load.LoadResult, dict[str, Any]]:
     async with Watch(deployment) as watch:

@@ -20,7 +20,7 @@ TIMEOUT = 180.0
 _CALM = 2.0  # seconds of service between two kills
 
 
-def kill(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
+def run(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
     """SIGKILL all workers ``count`` times while clients go on asking.
 
     Returns:
@@ -28,11 +28,11 @@ def kill(count: int, workload: Workload, deployment: Deployment, _: float, say: 
         none came within `TIMEOUT`; ``requests``, ``correct``, ``wrong`` answers with status 200, ``errors`` by status
         (see `benchmarks.server.calls` for those below 100), and ``lost``: requests without any end.
     """
-    return asyncio.run(_run(deployment, workload.calls(), count, say))
+    return asyncio.run(_kill(deployment, workload.calls(), count, say))
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What `kill` found, for the report."""
+    """What `run` found, for the report."""
     seconds = ", ".join("never" if value is None else f"{value:.1f}" for value in found["recovery_s"])
     return (
         f"## Killed workers\n\nSeconds from each kill of all workers to the next correct answer: {seconds}. Of "
@@ -41,7 +41,7 @@ def section(found: Mapping[str, Any]) -> str:
     )
 
 
-async def _run(deployment: Deployment, calls: Iterator[Call], count: int, say: Say) -> dict[str, Any]:
+async def _kill(deployment: Deployment, calls: Iterator[Call], count: int, say: Say) -> dict[str, Any]:
     result, stop = load.LoadResult(), asyncio.Event()
     asking = asyncio.create_task(
         load.closed_load(deployment.target, _until_set(stop, calls), CLIENTS, TIMEOUT, result),

@@ -19,9 +19,7 @@ SLOW = 1.0
 """Seconds that no refusal may take."""
 
 
-def overload(
-    seconds: float, workload: Workload, deployment: Deployment, sustainable: float, say: Say
-) -> dict[str, Any]:
+def run(seconds: float, workload: Workload, deployment: Deployment, sustainable: float, say: Say) -> dict[str, Any]:
     """Offer `EXCESS` times the ``sustainable`` images a second, at random moments.
 
     Returns:
@@ -56,7 +54,7 @@ def overload(
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What `overload` found, for the report."""
+    """What `run` found, for the report."""
     return (
         f"## Overload\n\n{digits(found['offered_per_s'])} requests a second for {found['seconds']:g} s, where "
         f"{digits(found['sustainable_per_s'])} can be answered: {digits(found['goodput_per_s'])} a second were, "

@@ -19,18 +19,18 @@ from tests.stress.watch import Watch, in_words
 _PART = 60.0  # seconds; single requests are forgotten after each part
 
 
-def soak(seconds: float, workload: Workload, deployment: Deployment, sustainable: float, say: Say) -> dict[str, Any]:
+def run(seconds: float, workload: Workload, deployment: Deployment, sustainable: float, say: Say) -> dict[str, Any]:
     """Offer half of the ``sustainable`` images a second.
 
     Returns:
         ``seconds``, ``offered_per_s``, the numbers of `load.LoadResult.counts`, the findings of a `Watch`, and
         ``parts``, each with ``requests`` and percentiles.
     """
-    return asyncio.run(_run(workload, deployment, HALF * sustainable, seconds, say))
+    return asyncio.run(_soak(workload, deployment, HALF * sustainable, seconds, say))
 
 
 def section(found: Mapping[str, Any]) -> str:
-    """What `soak` found, for the report."""
+    """What `run` found, for the report."""
     ends = (found["parts"][0], found["parts"][-1])
     first, last = (f"{digits(part['p50_ms'])} and {digits(part['p99_ms'])} ms" for part in ends)
     return (
@@ -40,7 +40,7 @@ def section(found: Mapping[str, Any]) -> str:
     )
 
 
-async def _run(workload: Workload, deployment: Deployment, offered: float, seconds: float, say: Say) -> dict[str, Any]:
+async def _soak(workload: Workload, deployment: Deployment, offered: float, seconds: float, say: Say) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     counts, calls = collections.Counter[str](), workload.calls()
     lengths = np.diff(np.append(np.arange(0, seconds, _PART), seconds))

@@ -16,8 +16,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the verb's arguments."""
     parser = verbs.add_parser(
         "demo",
-        description="Export the shipped model, serve it, attack drawn road signs, and purify them over HTTP. Prints what "
-        "each sign is read as before and after; writes demo.json, demo.png and the attacked signs.",
+        description="Export the shipped model, serve it, attack drawn road signs, and purify them over HTTP. Prints "
+        "what each sign is read as before and after; writes demo.json, demo.png and the attacked signs.",
         epilog="Example: mlvgm demo --build build",
     )
     parser.add_argument("--build", type=Path, default=Path("build"), help="folder for everything (%(default)s)")

@@ -136,13 +136,13 @@ def conclusion(default: Default, content: dict[str, Any]) -> list[str]:
             f'The attacked stop sign is read as "{names[stop["attacked"]]}", and purification did not help this time: '
             f'it is read as "{names[stop["purified"]]}". The noise is drawn afresh each time.'
         )
-    return [
-        headline,
-        f"Of {counts['images']} signs the classifier reads {counts['clean']} rightly when they are clean and "
-        f"{counts['images'] - counts['fooled']} when they are attacked; purified, {counts['purified']} of the attacked "
-        f"and {counts['clean_purified']} of the clean ones. {counts['flagged']} attacked and {counts['clean_flagged']} "
-        "clean signs were flagged.",
-    ]
+    rows = (
+        ("clean", counts["clean"], counts["clean_purified"], counts["clean_flagged"]),
+        ("attacked", counts["images"] - counts["fooled"], counts["purified"], counts["flagged"]),
+    )
+    heading = f"read correctly, of {counts['images']} signs"
+    lines = [f"{name:28}  {alone:10}  {purified:8}  {flagged:7}" for name, alone, purified, flagged in rows]
+    return [headline, "", f"{heading:28}  unpurified  purified  flagged", *lines]
 
 
 def save_sheet(

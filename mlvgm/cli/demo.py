@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -60,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     demo.save_sheet(signs, attacked, answers, purified, picture)
     say("Done")
     print("", *demo.table(default, content["images"]), "", *demo.conclusion(default, content), sep="\n")
-    program = "mlvgm" if shutil.which("mlvgm") else os.path.relpath(Path(sys.prefix, "bin", "mlvgm"))
+    inside = Path(sys.prefix).is_relative_to(Path.cwd())
+    here = Path(sys.prefix).relative_to(Path.cwd()) if inside else Path(sys.prefix)
+    program = "mlvgm" if shutil.which("mlvgm") else here / "bin" / "mlvgm"
     print(f"""
 See the picture: {picture} (numbers: {picture.with_suffix(".json")})
 

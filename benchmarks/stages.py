@@ -1,4 +1,4 @@
-"""What each technique gains: the eager twin with the published operators, rewritten, exported, and in each runtime.
+"""What each technique gains: the published operators in eager PyTorch, rewritten, exported, and in each runtime.
 
 Every technique runs in a process of its own, on the same images and the same noise: memory is its own, and no library's
 threads disturb another's. Ratios are to the published operators in eager fp32, in the same run.
@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation import report
 from export import classifier as classify
 from export import families
+from export.compare import ReferenceEngine, relative_error
 from export.models import load_models
-from export.parity import relative_error
-from export.stage import Stage, as_tuple
+from export.stage import Stage
 from handlers import cores, runtimes
 from handlers.inputs import PipelineInputs
-from handlers.manifest import FILE_NAME, Manifest
+from handlers.manifest import FILE_NAME, Batch, Manifest
 from handlers.pipeline import Pipeline
+from handlers.result import Result
 from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
@@ -202,51 +203,51 @@ def _run(
     threads: int,
 ) -> tuple[float, list[Measured]]:
     torch.set_num_threads(threads or cores.usable())
-    manifest = Manifest.read(subject.bundle)
     if technique.runtime == "eager":
-        twin = _Twin(subject, technique.name == REWRITTEN)
-        results = [_measure(manifest, images, load, seconds, twin.run, twin) for load in loads]
+        eager = _Eager(subject, technique.name == REWRITTEN)
+        results = [_measure(eager.pipeline(load.batch), images, load, seconds, eager.gflops) for load in loads]
     else:
         with (
             tempfile.TemporaryDirectory(dir=subject.bundle.parent) as folder,
             Pipeline.load(_in_precision(subject.bundle, technique.precision, Path(folder)), technique.runtime, threads)
             as pipeline,
         ):  # fmt: skip
-
-            def served(inputs: PipelineInputs) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
-                result = pipeline.run(inputs.images, samples=inputs.samples, seeds=inputs.seeds)
-                purified = result.purified.reshape(-1, *result.purified.shape[2:])
-                return purified, result.sample_logits.reshape(len(purified), -1), result.timing_ms
-
-            results = [_measure(manifest, images, load, seconds, served) for load in loads]
+            results = [_measure(pipeline, images, load, seconds) for load in loads]
     return matmul_gflops(technique.precision), results
 
 
-Served = Callable[[PipelineInputs], tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]]
+def _served(pipeline: Pipeline, inputs: PipelineInputs) -> Result:
+    return pipeline.run(inputs.images, samples=inputs.samples, seeds=inputs.seeds)
 
 
 def _measure(
-    manifest: Manifest, images: NDArray[np.uint8], load: Load, seconds: float, run: Served, twin: "_Twin | None" = None
+    pipeline: Pipeline,
+    images: NDArray[np.uint8],
+    load: Load,
+    seconds: float,
+    count: Callable[[Pipeline, PipelineInputs], float | None] | None = None,
 ) -> Measured:
     purified, labels, stage_ms = [], [], []
     times: list[float] = []
     calls = [
-        PipelineInputs.of(manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch))
+        PipelineInputs.of(
+            pipeline.manifest, images[start : start + load.batch], load.samples, range(start, start + load.batch)
+        )
         for start in range(0, max(load.compared // load.batch // load.samples, 1) * load.batch, load.batch)
     ]
-    counted = twin.count(calls[0]) if twin else None
+    counted = count(pipeline, calls[0]) if count else None
     gflops = counted / load.batch if counted else None
-    if twin is None:  # the count has warmed the twin up
-        run(calls[0])
+    if count is None:  # counting has warmed it up
+        _served(pipeline, calls[0])
     begun = time.perf_counter()
     while len(times) < len(calls) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
-        found, logits, milliseconds = run(calls[len(times) % len(calls)])
+        result = _served(pipeline, calls[len(times) % len(calls)])
         times.append(time.perf_counter() - started)
-        stage_ms.append(milliseconds)
+        stage_ms.append(result.timing_ms)
         if len(times) <= len(calls):
-            purified.append(found)
-            labels.append(logits.argmax(-1))
+            purified.append(result.purified.reshape(-1, *result.purified.shape[2:]))
+            labels.append(result.sample_labels.ravel())
     return Measured(
         statistics.median(times),
         {name: statistics.median(call[name] for call in stage_ms) for name in stage_ms[0]},
@@ -257,65 +258,34 @@ def _measure(
     )
 
 
-class _Twin:
-    """The stages in PyTorch: with the published operators, or in the form that is traced."""
+class _Eager:
+    """The stages in PyTorch, for a pipeline to run: with the published operators, or in the form that is traced."""
 
     def __init__(self, subject: Subject, rewritten: bool) -> None:
         recipe = Recipe.read(subject.recipe)
         purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
-        stages = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
-        self.manifest = Manifest.read(subject.bundle)
-        self.stages = (*stages, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
-        self.functions = [_rewritten(stage) if rewritten else stage.twin for stage in self.stages]
-        inputs = [[name for name, _ in stage.inputs] for stage in self.stages]
-        self.noise = {name for names in inputs for name in names if "noise" in name}
-        self.per_image = next(i for i, names in enumerate(inputs) if self.noise & set(names))
+        purifies = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
+        stages = (*purifies, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
+        self._manifest = Manifest.read(subject.bundle)
+        self._engines = {
+            stage.name: ReferenceEngine(stage, _rewritten(stage) if rewritten else stage.reference) for stage in stages
+        }
+        self._counts = not any(stage.is_graph for stage in stages)  # PyTorch does not see what ONNX Runtime computes
 
-    def run(self, inputs: PipelineInputs) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
-        """As the pipeline runs them, its look at the unpurified images included; what needs no noise once per image."""
-        timing = dict.fromkeys((stage.name for stage in self.stages), 0.0)
-        with torch.inference_mode():
-            known = {"images": torch.from_numpy(inputs.images), "alphas": torch.from_numpy(inputs.alphas)}
-            for index in range(self.per_image):
-                self._run_stage(index, known, timing)
-            parts = []
-            # Never more rows than images: with all samples at once, the published operators run out of memory.
-            for rows in np.split(np.arange(len(inputs.images) * inputs.samples), inputs.samples):
-                owners = torch.from_numpy(rows // inputs.samples)
-                part = {name: tensor if name == "alphas" else tensor[owners] for name, tensor in known.items()}
-                drawn = inputs.draw(self.manifest, rows, self.noise)
-                part |= {name: torch.from_numpy(array) for name, array in drawn.items()}
-                for index in range(self.per_image, len(self.stages)):
-                    self._run_stage(index, part, timing)
-                parts.append(part)
-            self._run_stage(len(self.stages) - 1, {"images": torch.from_numpy(inputs.images)}, timing)
-        purified, logits = (torch.cat([part[name] for part in parts]).numpy() for name in ("images", "logits"))
-        return purified, logits, timing
+    def pipeline(self, batch: int) -> Pipeline:
+        """For calls of ``batch`` images; with more rows at once, the published operators run out of memory."""
+        return Pipeline(replace(self._manifest, batch=Batch(1, batch, batch)), self._engines, "eager")
 
-    def _run_stage(self, index: int, known: dict[str, Tensor], timing: dict[str, float]) -> None:
-        """Add the stage's outputs to ``known`` and its milliseconds to ``timing``."""
-        stage = self.stages[index]
-        begun = time.perf_counter()
-        outputs = as_tuple(self.functions[index](*(known[name] for name, _ in stage.inputs)))
-        timing[stage.name] += (time.perf_counter() - begun) * 1000
-        known |= {name: tensor for (name, _), tensor in zip(stage.outputs, outputs, strict=True)}
-
-    def count(self, inputs: PipelineInputs) -> float | None:
-        """10^9 floating-point operations of ``inputs``; a multiplication and an addition are two.
-
-        None with an ONNX classifier, whose operations PyTorch does not see; the call warms up all the same.
-        """
+    def gflops(self, pipeline: Pipeline, inputs: PipelineInputs) -> float | None:
+        """10^9 floating-point operations of ``inputs``, a multiplication and an addition being two."""
         with FlopCounterMode(display=False) as counter:
-            self.run(inputs)
-        return None if any(stage.is_graph for stage in self.stages) else counter.get_total_flops() / 1e9
+            _served(pipeline, inputs)
+        return counter.get_total_flops() / 1e9 if self._counts else None
 
 
 def _rewritten(stage: Stage) -> Callable[..., Any]:
-    if stage.is_graph:  # as it came: its reference runs it
-        return stage.twin
     module = stage.module()
-    assert isinstance(module, nn.Module)
-    return module.eval()
+    return module.eval() if isinstance(module, nn.Module) else stage.reference  # a graph is as it came
 
 
 def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:

@@ -206,11 +206,11 @@ def _attack_chunk(
     """Attack on ``fast``, a copy of ``classifier`` that differs by rounding errors only; the original is the judge."""
     clean, truth = to_float(images), torch.from_numpy(labels)
     perturbed = method.perturb(fast, clean.contiguous(memory_format=torch.channels_last), truth)
-    return _hold(classifier, clean, perturbed, truth)
+    return _survive_rounding(classifier, clean, perturbed, truth)
 
 
 @torch.no_grad()
-def _hold(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> NDArray[np.uint8]:
+def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> NDArray[np.uint8]:
     """``perturbed`` as 8-bit images that still fool ``classifier``; ``clean`` where none does."""
     result = to_bytes(clean)
     waiting = torch.arange(len(clean))

@@ -1,4 +1,4 @@
-"""A bundle against the eager twin with the published operators: stage by stage, and from image to vote."""
+"""A bundle against the reference, the published operators in eager PyTorch: stage by stage, and from image to vote."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from evaluation import report
 from evaluation.attacks import to_float
 from export import families
 from export.classifier import stage as classifier_stage
-from export.parity import END_TO_END, cut, relative_error, run_twin
+from export.compare import END_TO_END, relative_error, run_engine, run_reference, slice_batch
 from export.stage import Stage
 from handlers import runtimes
 from handlers.errors import MlvgmError
@@ -32,13 +32,14 @@ class VerificationError(MlvgmError):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an array is from its twin.
+    """How far an array is from its reference.
 
     Attributes:
         relative_l2: ||found - expected|| / ||expected||.
         max, mean, median, q99: of the absolute difference.
         cosine: of the angle between the two.
-        psnr: peak signal-to-noise ratio in dB, the peak being the twin's largest magnitude; infinite where they agree.
+        psnr: peak signal-to-noise ratio in dB, the peak being the reference's largest magnitude; infinite where
+            they agree.
     """
 
     relative_l2: float
@@ -81,14 +82,14 @@ def verify(
     """One row per runtime, set of images, stage and output, and one per runtime and set for the whole pipeline.
 
     Args:
-        sets: uint8 (B, H, W, 3) by name, such as "clean" and "attacked"; all copies of a set are run as they are
+        sets: uint8 (B, H, W, 3) by name, such as "clean" and "attacked"; all samples of a set are run as they are
             served, in the bundle's batches.
         names: runtimes.
-        samples: copies that vote.
+        samples: how many vote.
 
     Returns:
         Rows with ``runtime``, ``images``, ``stage``, ``output`` and the fields of `Difference`; those of the whole have
-        ``stage`` "end to end" and also the shares ``equal_labels`` (of copies) and ``equal_votes`` (of images).
+        ``stage`` "end to end" and also the shares ``equal_labels`` (of samples) and ``equal_votes`` (of images).
 
     Raises:
         VerificationError: the purifier or the classifier does not fit the bundle.
@@ -102,7 +103,7 @@ def verify(
     )
     references = {}
     for images_name, images in sets.items():
-        say(f"running the eager twin on {len(images)} {images_name} images, {samples} copies each")
+        say(f"running the reference on {len(images)} {images_name} images, {samples} samples each")
         references[images_name] = _Reference.of(manifest, stages, images, samples, seed)
     rows: list[dict[str, Any]] = []
     for runtime in names:
@@ -126,7 +127,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the eager twin takes and gives for a set of images, each of them ``samples`` times.
+    """What the reference takes and gives for a set of images, each of them ``samples`` times.
 
     Attributes:
         drawn: the noise, by name.
@@ -148,8 +149,8 @@ class _Reference:
         }
         inputs, outputs = {}, {}
         for stage in stages:
-            inputs[stage.name] = cut(stage, known, slice(None))
-            outputs[stage.name] = run_twin(stage, known)
+            inputs[stage.name] = slice_batch(stage, known, slice(None))
+            outputs[stage.name] = run_reference(stage, known)
             known |= outputs[stage.name]
         return cls(drawn, inputs, outputs)
 
@@ -214,14 +215,10 @@ def _draw(manifest: Manifest, rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def _alone(engine: Engine, stage: Stage, reference: _Reference, batch: int) -> list[dict[str, Any]]:
-    """The stage on what the twins before it gave, so that an error shows where it arises."""
-    inputs, expected = reference.inputs[stage.name], reference.outputs[stage.name]
-    parts = []
-    for start in range(0, len(next(iter(expected.values()))), batch):
-        feeds = cut(stage, inputs, slice(start, start + batch))
-        parts.append(engine.run({name: tensor.numpy() for name, tensor in feeds.items()}))
-    found = {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in expected}
-    return [{"output": name, **asdict(difference(found[name], twin.numpy()))} for name, twin in expected.items()]
+    """The stage on what the references before it gave, so that an error shows where it arises."""
+    expected = reference.outputs[stage.name]
+    found = run_engine(engine, stage, reference.inputs[stage.name], batch)
+    return [{"output": name, **asdict(difference(found[name], tensor.numpy()))} for name, tensor in expected.items()]
 
 
 def _whole(pipeline: Pipeline, images: NDArray[np.uint8], samples: int, reference: _Reference) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a recipe and its models to a bundle: trace every stage, compare it with its twin, and only then write."""
+"""From a recipe and its models to a bundle: trace every stage, compare it with its reference, and only then write."""
 
 import importlib.metadata
 import platform
@@ -7,20 +7,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from export import classifier as classify
-from export import families, memory, parity
+from export import compare, families, memory
 from export.engines import programs
 from export.onnx_classifier import OnnxClassifier
-from export.precision import LIMITS, in_half
-from export.stage import Named, Stage
+from export.precision import LIMITS, to_fp16
+from export.stage import Stage
 from export.trace import TraceError, trace
 from handlers import manifest, runtimes
 from handlers.errors import MlvgmError
-from handlers.runtimes import EngineError, built
+from handlers.runtimes import EngineError, engine_store
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
@@ -49,7 +49,7 @@ def export_bundle(
     Raises:
         ExportError: the models do not fit the recipe, or ``out`` holds something else.
         TraceError: a stage cannot be traced.
-        ParityError: a stage is further from its eager twin than its precision allows; nothing is written then.
+        ParityError: a stage is further from its reference than its precision allows; nothing is written then.
     """
     _check_fit(recipe, purifier, out)
     if with_programs and isinstance(classifier, Path | OnnxClassifier):
@@ -74,7 +74,7 @@ def export_bundle(
         if with_programs:
             report["parity_torch"] = _write_programs(stages, files, recipe, report, progress)
         if keep_engines and out.exists():
-            _move_engines(out / built.FOLDER, draft / built.FOLDER)
+            _move_engines(out / engine_store.FOLDER, draft / engine_store.FOLDER)
         written = _manifest(recipe, purifier, stages, runtime, report, draft).write(draft)
         if out.exists():
             shutil.rmtree(out)
@@ -98,7 +98,7 @@ def _write(
 def _write_half(
     stages: Sequence[Stage], files: Mapping[str, Path], largest: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Trace in fp16, but in fp32 what cannot be halved or, on drawn images, is too far from its twin then.
+    """Trace in fp16, but in fp32 what cannot be halved or, on drawn images, is too far from its reference then.
 
     The parity report has those stages as ``fp32_stages``, each with the reason. The others are traced in fp32 as well:
     their fallbacks, for images on which half precision overflows.
@@ -106,14 +106,14 @@ def _write_half(
     single = {}
     for stage in stages:
         try:
-            _trace(in_half(stage), files[stage.name], progress)
+            _trace(to_fp16(stage), files[stage.name], progress)
         except TraceError as error:
             single[stage.name] = str(error)
             _trace(stage, files[stage.name], progress)
-    drawn = parity.compare_stages(stages, files, _batches(min(largest, 2)), progress=progress, precision="fp16")
+    drawn = compare.compare_stages(stages, files, _batches(min(largest, 2)), progress=progress, precision="fp16")
     for c in drawn:
-        if c.stage != parity.END_TO_END and c.stage not in single and c.relative_error > c.limit:
-            single[c.stage] = f"{c.output} is {c.relative_error:.1e} off its eager twin in fp16"
+        if c.stage != compare.END_TO_END and c.stage not in single and c.relative_error > c.limit:
+            single[c.stage] = f"{c.output} is {c.relative_error:.1e} off its reference in fp16"
             progress(f"{c.stage} stays in fp32: {single[c.stage]}")
             _trace(next(stage for stage in stages if stage.name == c.stage), files[c.stage], progress)
     report = _compare(stages, files, _batches(largest), "fp16", "onnxruntime", progress)
@@ -133,11 +133,11 @@ def _write_programs(
     report: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the programs, in the precision that each graph has, and compare them with the twins."""
+    """Write the programs, in the precision that each graph has, and compare them with the references."""
     for stage in stages:
         progress(f"writing the program of {stage.name}")
         in_single = recipe.precision != "fp16" or stage.name in report["parity"]["fp32_stages"]
-        programs.write(stage if in_single else in_half(stage), files[stage.name])
+        programs.write(stage if in_single else to_fp16(stage), files[stage.name])
         memory.release()
     precision = "fp16" if recipe.precision == "fp16" else "fp32"
     return _compare(stages, files, _batches(recipe.batch.max), precision, "torch", progress)
@@ -176,9 +176,9 @@ def _compare(
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
-    found = parity.compare_stages(stages, files, batches, runtime, progress, precision)
-    parity.check(found)
-    return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **parity.report(found)}
+    found = compare.compare_stages(stages, files, batches, runtime, progress, precision)
+    compare.check(found)
+    return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **compare.report(found)}
 
 
 def _served_by(
@@ -194,7 +194,7 @@ def _served_by(
         return recipe.runtime
     try:
         _compare(stages, files, _batches(min(recipe.batch.max, 2)), recipe.precision, name, progress)
-    except (EngineError, parity.ParityError) as error:
+    except (EngineError, compare.ParityError) as error:
         reason = f"{name} cannot serve these models ({' '.join(str(error).split())[:300]})"
         if recipe.runtime != "auto":
             raise ExportError(f"recipe {recipe.name}: {reason}") from None
@@ -243,8 +243,4 @@ def _manifest(
 def _stage(stage: Stage, draft: Path) -> manifest.StageSpec:
     file = draft / f"{stage.name}.onnx"
     fallback = _fallback(file).name if _fallback(file).is_file() else ""
-    return manifest.StageSpec(stage.name, file.name, _tensors(stage.inputs), _tensors(stage.outputs), fallback)
-
-
-def _tensors(named: tuple[Named, ...]) -> tuple[manifest.TensorSpec, ...]:
-    return tuple(manifest.TensorSpec(name, "float32", cast(Any, shape)) for name, shape in named)
+    return manifest.StageSpec(stage.name, file.name, stage.inputs, stage.outputs, fallback)

@@ -9,6 +9,7 @@ from export.fold import fold_batch_norms
 from export.onnx_classifier import OnnxClassifier
 from export.probe import SMALLEST, Habits, probe
 from export.stage import Stage
+from handlers.manifest import TensorSpec
 
 
 def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[[str], None] = lambda _: None) -> Stage:
@@ -20,7 +21,8 @@ def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[
     Raises:
         ClassifierError: it does not give such logits.
     """
-    inputs, outputs = (("images", ("B", 3, image_size, image_size)),), (("logits", ("B", n_classes)),)
+    inputs = (TensorSpec("images", ("B", 3, image_size, image_size)),)
+    outputs = (TensorSpec("logits", ("B", n_classes)),)
     if isinstance(classifier, OnnxClassifier):
         adapted = classifier.adapted
         made = Stage("classify", classifier.graph, classifier, inputs, outputs, True, classifier.tolerance)

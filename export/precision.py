@@ -19,34 +19,34 @@ from torch import Tensor, nn
 from export.fold import scale_and_shift
 from export.stage import Stage
 
-HALF = torch.float16
+FP16 = torch.float16
 
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Relative L2 error that a stage may have against its eager fp32 twin."""
+"""Relative L2 error that a stage may have against its reference in eager fp32."""
 
 ROUNDED = 5e-2
 """The same where a classifier rounds to whole numbers by itself: there the smallest difference can be a step."""
 
 
-def in_half(stage: Stage) -> Stage:
+def to_fp16(stage: Stage) -> Stage:
     """``stage`` with its module in half precision; a stage that is an ONNX graph already keeps its own precision."""
 
     def module() -> nn.Module | onnx.ModelProto:
         made = stage.module()
-        return half_stage(made) if isinstance(made, nn.Module) else made
+        return fp16_stage(made) if isinstance(made, nn.Module) else made
 
     return dataclasses.replace(stage, module=module)
 
 
 @singledispatch
-def half_stage(module: nn.Module) -> nn.Module:
+def fp16_stage(module: nn.Module) -> nn.Module:
     """The half-precision form of a stage, with fp32 inputs and outputs; a family's stage registers its own."""
-    return Inside(half_layer(module))
+    return Fp16Region(fp16_layer(module))
 
 
 @singledispatch
-def half_layer(module: nn.Module) -> nn.Module:
-    """The half-precision form of a layer: a copy with rounded tensors. ``module``, which a twin may share, stays."""
+def fp16_layer(module: nn.Module) -> nn.Module:
+    """The half-precision form of a layer: a copy with rounded tensors. ``module`` stays as it is."""
     return rounded(copied(module))
 
 
@@ -62,22 +62,22 @@ def rounded(module: nn.Module, *but: str) -> nn.Module:
     """Replace all tensors and parts of ``module`` by their half-precision form, but for those named."""
     for name, part in module.named_children():
         if name not in but:
-            module._modules[name] = half_layer(part)
+            module._modules[name] = fp16_layer(part)
     for name, parameter in module.named_parameters(recurse=False):
         if name not in but:
-            module._parameters[name] = nn.Parameter(to_half(parameter), requires_grad=False)
+            module._parameters[name] = nn.Parameter(fp16_tensor(parameter), requires_grad=False)
     for name, buffer in module.named_buffers(recurse=False):
         if name not in but:
-            module._buffers[name] = to_half(buffer)
+            module._buffers[name] = fp16_tensor(buffer)
     return module
 
 
-def to_half(tensor: Tensor) -> Tensor:
+def fp16_tensor(tensor: Tensor) -> Tensor:
     """Rounded where it is of floating point; what is too large for half precision becomes the largest number."""
     if not tensor.is_floating_point():
         return tensor
-    largest = torch.finfo(HALF).max
-    return tensor.detach().clamp(-largest, largest).to(HALF)
+    largest = torch.finfo(FP16).max
+    return tensor.detach().clamp(-largest, largest).to(FP16)
 
 
 class Cast(nn.Module):
@@ -91,7 +91,7 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
-class Inside(nn.Module):
+class Fp16Region(nn.Module):
     """A half-precision module among fp32 ones: takes and gives fp32."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -99,11 +99,11 @@ class Inside(nn.Module):
         self.module = module
 
     def forward(self, *tensors: Tensor) -> Any:
-        result = self.module(*(t.to(HALF) for t in tensors))
+        result = self.module(*(t.to(FP16) for t in tensors))
         return result.float() if isinstance(result, Tensor) else tuple(t.float() for t in result)
 
 
-class Island(nn.Module):
+class Fp32Island(nn.Module):
     """An fp32 module among half-precision ones: takes and gives half."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -111,7 +111,7 @@ class Island(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.module(x.float()).to(HALF))
+        return cast(Tensor, self.module(x.float()).to(FP16))
 
 
 class Affine(nn.Module):
@@ -123,8 +123,8 @@ class Affine(nn.Module):
     def __init__(self, scale: Tensor, shift: Tensor, spatial: int) -> None:
         super().__init__()
         shape = (-1, *(1,) * spatial)
-        self.register_buffer("scale", to_half(scale).view(shape))
-        self.register_buffer("shift", to_half(shift).view(shape))
+        self.register_buffer("scale", fp16_tensor(scale).view(shape))
+        self.register_buffer("shift", fp16_tensor(shift).view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -138,22 +138,22 @@ class Excite(nn.Module):
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * cast(Tensor, self.gate(x.float().mean(dim=(2, 3), keepdim=True))).to(HALF)
+        return x * cast(Tensor, self.gate(x.float().mean(dim=(2, 3), keepdim=True))).to(FP16)
 
 
-@half_layer.register
+@fp16_layer.register
 def _(norm: nn.BatchNorm2d) -> nn.Module:
     return Affine(*scale_and_shift(norm), spatial=2)
 
 
-@half_layer.register
+@fp16_layer.register
 def _(norm: nn.BatchNorm1d) -> nn.Module:
     return Affine(*scale_and_shift(norm), spatial=0)
 
 
-@half_layer.register(nn.LayerNorm)
-@half_layer.register(nn.GroupNorm)
-@half_layer.register(nn.InstanceNorm2d)
-@half_layer.register(nn.Softmax)
-def _island(module: nn.Module) -> nn.Module:
-    return Island(module)
+@fp16_layer.register(nn.LayerNorm)
+@fp16_layer.register(nn.GroupNorm)
+@fp16_layer.register(nn.InstanceNorm2d)
+@fp16_layer.register(nn.Softmax)
+def _fp32_island(module: nn.Module) -> nn.Module:
+    return Fp32Island(module)

@@ -1,4 +1,4 @@
-"""What an export consists of: stages, each with its published twin to be compared with."""
+"""What an export consists of: stages, each with the reference it is compared with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import onnx
 from torch import Tensor, nn
 
-Named = tuple[str, tuple[int | str, ...]]
-"""A tensor's name and shape; "B" is the batch axis."""
+from handlers.manifest import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Stage:
         name: "encode", "resample", "decode" or "classify"; another name is as good, the order is what counts.
         module: makes the form that is traced: rewritten for speed, a function of ``inputs`` in their order. Made only
             when it is traced, for it may hold gigabytes. A stage that is an ONNX graph already is written as it is.
-        twin: the published operators, a function of the same inputs: what the traced form must agree with.
-        inputs, outputs: names and shapes. Known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
+        reference: the published operators, a function of the same inputs, with which the traced form must agree.
+        inputs, outputs: known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
             ``noise_0``, ``noise_1``, ... and ``alphas``; any other must be the output of a stage before.
         is_graph: ``module`` makes an ONNX graph, whose precision is its own.
         tolerance: relative error that it may have in any precision, because it makes small differences larger.
@@ -27,9 +26,9 @@ class Stage:
 
     name: str
     module: Callable[[], nn.Module | onnx.ModelProto]
-    twin: Callable[..., Tensor | Sequence[Tensor]]
-    inputs: tuple[Named, ...]
-    outputs: tuple[Named, ...]
+    reference: Callable[..., Tensor | Sequence[Tensor]]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     is_graph: bool = False
     tolerance: float = 0.0
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from export.onnx_graph import INLINE_BYTES, save_graph
-from export.stage import Named, Stage
+from export.stage import Stage
 from handlers.errors import MlvgmError
+from handlers.manifest import TensorSpec
 
 TRACE_BATCH = 7
 """An odd size that no other axis has, so that nothing is mistaken for the batch. Tracing computes nothing."""
@@ -20,12 +21,11 @@ class TraceError(MlvgmError):
     """A stage cannot be traced, or its graph is not what was asked for."""
 
 
-def example(named: Named, batch: int, seed: int = 0) -> Tensor:
+def example(spec: TensorSpec, batch: int, seed: int = 0) -> Tensor:
     """A plausible value for an input: images in [0, 1], weights in (0, 1), everything else standard normal."""
-    name, shape = named
     generator = torch.Generator().manual_seed(seed)
-    sizes = [batch if size == "B" else int(size) for size in shape]
-    if name in ("images", "alphas"):
+    sizes = [batch if size == "B" else int(size) for size in spec.shape]
+    if spec.name in ("images", "alphas"):
         return torch.rand(sizes, generator=generator)
     return torch.randn(sizes, generator=generator)
 
@@ -41,9 +41,9 @@ def trace(stage: Stage, file: Path) -> None:
         save_graph(module, file)
         _check(stage, file)
         return
-    inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
+    inputs = tuple(example(spec, TRACE_BATCH) for spec in stage.inputs)
     batch = torch.export.Dim("B", min=1)
-    axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)
+    axes = tuple({0: batch} if spec.batched else None for spec in stage.inputs)
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet():
             warnings.simplefilter("ignore")
@@ -51,8 +51,8 @@ def trace(stage: Stage, file: Path) -> None:
                 _OneArgument(module).eval(),
                 (inputs,),
                 dynamo=True,
-                input_names=[name for name, _ in stage.inputs],
-                output_names=[name for name, _ in stage.outputs],
+                input_names=[spec.name for spec in stage.inputs],
+                output_names=[spec.name for spec in stage.outputs],
                 dynamic_shapes=(axes,),
                 verbose=False,
             )
@@ -82,7 +82,7 @@ def _check(stage: Stage, file: Path) -> None:
     onnx.checker.check_model(str(file))
     graph = onnx.load(str(file), load_external_data=False).graph
     for kind, wanted, found in (("input", stage.inputs, graph.input), ("output", stage.outputs, graph.output)):
-        expected = [(name, len(shape)) for name, shape in wanted]
+        expected = [(spec.name, len(spec.shape)) for spec in wanted]
         actual = [(value.name, len(value.type.tensor_type.shape.dim)) for value in found]
         if expected != actual:
             raise TraceError(f"stage {stage.name}: its graph has the {kind}s {actual}, expected {expected}")

@@ -40,8 +40,13 @@ class TensorSpec:
     """One named input or output of a stage; the axis "B" in ``shape`` is the batch."""
 
     name: str
-    dtype: Literal["float32", "float16", "int64", "int32", "uint8"]
     shape: tuple[Size | Literal["B"], ...]
+    dtype: Literal["float32", "float16", "int64", "int32", "uint8"] = "float32"
+
+    @property
+    def batched(self) -> bool:
+        """Whether it has a row for each image or sample."""
+        return "B" in self.shape
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
@@ -214,8 +219,8 @@ class Manifest:
         """Every stage input must be known or come from an earlier stage, with the same type and shape."""
         _require(len({s.name for s in self.stages}) == len(self.stages), "two stages have the same name")
         _require(bool(self.stages) and self.stages[-1].name == "classify", "the last stage must be classify")
-        images = TensorSpec("images", "float32", ("B", 3, *self.image_size))
-        logits = TensorSpec("logits", "float32", ("B", len(self.classes)))
+        images = TensorSpec("images", ("B", 3, *self.image_size))
+        logits = TensorSpec("logits", ("B", len(self.classes)))
         known = {"images": images}
         for stage in self.stages:
             for file in (stage.file, stage.fallback or stage.file):
@@ -237,14 +242,14 @@ class Manifest:
     def _provided(self, name: str) -> TensorSpec | None:
         """What the pipeline itself feeds under ``name``; None when it knows no such input."""
         if name == "alphas":
-            return TensorSpec(name, "float32", (self.n_latents,))
+            return TensorSpec(name, (self.n_latents,))
         if name == "input_noise":
-            return TensorSpec(name, "float32", ("B", 3, *self.image_size))
+            return TensorSpec(name, ("B", 3, *self.image_size))
         if name == "noise" and len(set(self.noise_shapes)) == 1:
-            return TensorSpec(name, "float32", ("B", self.n_latents, *self.noise_shapes[0]))
+            return TensorSpec(name, ("B", self.n_latents, *self.noise_shapes[0]))
         match = _NOISE_I.fullmatch(name)
         if match and int(match[1]) < self.n_latents:
-            return TensorSpec(name, "float32", ("B", *self.noise_shapes[int(match[1])]))
+            return TensorSpec(name, ("B", *self.noise_shapes[int(match[1])]))
         return None
 
     def _check_files(self, folder: Path) -> None:

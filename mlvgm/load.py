@@ -36,7 +36,7 @@ class ModelError(MlvgmError, ValueError):
 
 @dataclass(frozen=True)
 class Default:
-    """A shipped model as eager twins, with the weights a_i that it is served with, and its recipe."""
+    """A shipped model as references in eager PyTorch, with the weights a_i that it is served with, and its recipe."""
 
     purifier: Purifier
     classifier: nn.Module

@@ -14,8 +14,8 @@ from handlers.manifest import Batch, Manifest, Samples, StageSpec, TensorSpec
 SIZE = 8
 BATCH = Batch(1, 4, 8)
 CLASSES = ("stop", "yield", "speed limit \N{DEGREE SIGN}")
-IMAGES = TensorSpec("images", "float32", ("B", 3, SIZE, SIZE))
-LOGITS = TensorSpec("logits", "float32", ("B", len(CLASSES)))
+IMAGES = TensorSpec("images", ("B", 3, SIZE, SIZE))
+LOGITS = TensorSpec("logits", ("B", len(CLASSES)))
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,9 +27,9 @@ def write_nvae(folder: Path, nan_on_white: bool = False, batch: Batch = BATCH, *
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = ((2, 2, 2), (2, 4, 4))
-    features = tuple(TensorSpec(f"feature_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
-    noise = tuple(TensorSpec(f"noise_{i}", "float32", ("B", *shape)) for i, shape in enumerate(shapes))
-    alphas = TensorSpec("alphas", "float32", (2,))
+    features = tuple(TensorSpec(f"feature_{i}", ("B", *shape)) for i, shape in enumerate(shapes))
+    noise = tuple(TensorSpec(f"noise_{i}", ("B", *shape)) for i, shape in enumerate(shapes))
+    alphas = TensorSpec("alphas", (2,))
     random = np.random.default_rng(0)
 
     encode = [
@@ -99,15 +99,15 @@ def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BAT
     """A bundle of the StyleGAN2 kind: three latents of equal shape and a ``resample`` stage of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     n, width = 3, 4
-    codes = TensorSpec("codes", "float32", ("B", n, width))
-    noise = TensorSpec("noise", "float32", ("B", n, width))
-    mixed = TensorSpec("mixed", "float32", ("B", n, width))
-    alphas = TensorSpec("alphas", "float32", (n,))
+    codes = TensorSpec("codes", ("B", n, width))
+    noise = TensorSpec("noise", ("B", n, width))
+    mixed = TensorSpec("mixed", ("B", n, width))
+    alphas = TensorSpec("alphas", (n,))
     random = np.random.default_rng(1)
 
     encode, inputs, source = [], (IMAGES,), "images"
     if input_noise_l2:
-        inputs, source = (IMAGES, TensorSpec("input_noise", "float32", IMAGES.shape)), "noisy"
+        inputs, source = (IMAGES, TensorSpec("input_noise", IMAGES.shape)), "noisy"
         encode += [
             helper.make_node("ReduceL2", ["input_noise"], ["norm"], axes=[1, 2, 3], keepdims=1),
             helper.make_node("Div", ["input_noise", "norm"], ["direction"]),
@@ -154,8 +154,8 @@ def write_stylegan(folder: Path, input_noise_l2: float = 0.0, batch: Batch = BAT
 def write_plain(folder: Path, weights: Floats, batch: Batch = BATCH) -> Manifest:
     """A bundle that changes no image, and whose logits are the ``weights`` (3 * SIZE * SIZE, 3) times image - 0.5."""
     folder.mkdir(parents=True, exist_ok=True)
-    feature = TensorSpec("feature_0", "float32", IMAGES.shape)
-    noise, alphas = TensorSpec("noise_0", "float32", ("B", 1)), TensorSpec("alphas", "float32", (1,))
+    feature = TensorSpec("feature_0", IMAGES.shape)
+    noise, alphas = TensorSpec("noise_0", ("B", 1)), TensorSpec("alphas", (1,))
     encode = [helper.make_node("Identity", ["images"], ["feature_0"])]
     decode = [helper.make_node("Identity", ["feature_0"], ["images"])]
     stages = [

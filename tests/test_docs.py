@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.parity import relative_error
+from export.compare import relative_error
 from export.stage import as_tuple
 from export.trace import example, trace
 
@@ -58,9 +58,9 @@ def test_the_worked_family_exports_and_agrees_with_its_twin(tmp_path: Path) -> N
     for stage in names["stages"](family, False, 0.0):  # type: ignore[operator]
         file = tmp_path / f"{stage.name}.onnx"
         trace(stage, file)
-        inputs = [example(named, 3) for named in stage.inputs]
-        feeds = {name: tensor.numpy() for (name, _), tensor in zip(stage.inputs, inputs, strict=True)}
+        inputs = [example(spec, 3) for spec in stage.inputs]
+        feeds = {spec.name: tensor.numpy() for spec, tensor in zip(stage.inputs, inputs, strict=True)}
         with torch.no_grad():
-            expected = as_tuple(stage.twin(*inputs))
-        for found, twin in zip(ort.InferenceSession(str(file)).run(None, feeds), expected, strict=True):
-            assert relative_error(found, twin.numpy()) < 1e-5
+            expected = as_tuple(stage.reference(*inputs))
+        for found, eager in zip(ort.InferenceSession(str(file)).run(None, feeds), expected, strict=True):
+            assert relative_error(found, eager.numpy()) < 1e-5

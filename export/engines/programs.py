@@ -4,10 +4,8 @@ It lies beside the graph, in the folder ``engines``, and belongs to it: with ano
 """
 
 import hashlib
-import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from export.stage import Stage
 from export.trace import TRACE_BATCH, TraceError, example
-from handlers.runtimes import built, pt2
+from handlers.runtimes import engine_store, pt2
 from handlers.runtimes.torch import SUFFIX, version
 
 
@@ -28,9 +26,9 @@ def program(stage: Stage) -> torch.export.ExportedProgram:
     module = stage.module()
     if isinstance(module, onnx.ModelProto):
         raise TraceError(f"stage {stage.name} came as an ONNX graph, of which PyTorch cannot make a program")
-    inputs = tuple(example(named, TRACE_BATCH) for named in stage.inputs)
+    inputs = tuple(example(spec, TRACE_BATCH) for spec in stage.inputs)
     batch = torch.export.Dim("B", min=1)
-    axes = tuple({0: batch} if "B" in shape else None for _, shape in stage.inputs)
+    axes = tuple({0: batch} if spec.batched else None for spec in stage.inputs)
     try:
         with torch.no_grad():
             return torch.export.export(_Arguments(module).eval(), inputs, dynamic_shapes=(axes,))
@@ -39,7 +37,7 @@ def program(stage: Stage) -> torch.export.ExportedProgram:
 
 
 def write(stage: Stage, file: Path) -> Path:
-    """Write the program of ``stage``, whose graph is ``file``, with its card; gives where it lies.
+    """Write the program of ``stage``, whose graph is ``file``, and what it is beside it; gives where it lies.
 
     Raises:
         TraceError: the stage came as an ONNX graph, or cannot be exported.
@@ -47,24 +45,17 @@ def write(stage: Stage, file: Path) -> Path:
     """
     made = program(stage)
     made.example_inputs = None  # they would be pickled
-    graph = built.digest(file)
+    graph = engine_store.digest(file)
     key = hashlib.sha256(f"{graph} {version()}".encode()).hexdigest()[:16]
-    path = file.parent / built.FOLDER / f"{file.stem}-{key}{SUFFIX}"
+    path = file.parent / engine_store.FOLDER / f"{file.stem}-{key}{SUFFIX}"
     path.parent.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that are cut from one tensor: they are read back below
         torch.export.save(made, path)
     pt2.read(path)
-    card: dict[str, Any] = {
-        "graph": graph,
-        "library": "torch",
-        "version": version(),
-        "targets": [built.ANY],
-        "inputs": [name for name, _ in stage.inputs],
-        "outputs": [name for name, _ in stage.outputs],
-        "engine": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    info = {"graph": graph, "library": "torch", "version": version(), "targets": [engine_store.ANY]}
+    names = {"inputs": [spec.name for spec in stage.inputs], "outputs": [spec.name for spec in stage.outputs]}
+    engine_store.write_info(path, info | names)
     return path
 
 

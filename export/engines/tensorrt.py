@@ -14,7 +14,7 @@ from typing import Any
 
 from handlers.errors import MlvgmError
 from handlers.manifest import Batch, Manifest
-from handlers.runtimes import built
+from handlers.runtimes import engine_store
 from handlers.runtimes.tensorrt import library
 
 HALF_SHARE = 0.5
@@ -31,8 +31,8 @@ class BuildError(MlvgmError):
 
 
 @dataclass(frozen=True)
-class Card:
-    """What an engine is: equal cards, equal engines.
+class EngineInfo:
+    """What an engine is: equal infos, equal engines.
 
     Attributes:
         graph: SHA-256 of the ONNX file and its weights.
@@ -58,7 +58,7 @@ def build_bundle(
     targets: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Build engines of every stage of ``bundle`` into its folder ``engines``, and seal it again.
+    """Build engines of every stage of ``bundle`` into its folder ``engines``, and write its manifest again.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -69,27 +69,27 @@ def build_bundle(
     engines = {}
     for stage in manifest.stages:
         progress(f"building {stage.name} with {name}")
-        engines[stage.name] = build(bundle / stage.file, bundle / built.FOLDER, manifest.batch, name, targets)
-    return sealed(bundle, manifest, name, engines)
+        engines[stage.name] = build(bundle / stage.file, bundle / engine_store.FOLDER, manifest.batch, name, targets)
+    return with_engines(bundle, manifest, name, engines)
 
 
-def sealed(bundle: Path, manifest: Manifest, name: str, engines: Mapping[str, Path]) -> Manifest:
-    """Write into the report which engines (by stage) ``name`` built, drop what is stale, and seal the bundle again."""
-    folder = bundle / built.FOLDER
-    graphs = {built.digest(bundle / stage.file) for stage in manifest.stages}
+def with_engines(bundle: Path, manifest: Manifest, name: str, engines: Mapping[str, Path]) -> Manifest:
+    """Drop what is stale, and write the manifest again; its report tells which engines, by stage, ``name`` built."""
+    folder = bundle / engine_store.FOLDER
+    graphs = {engine_store.digest(bundle / stage.file) for stage in manifest.stages}
     for stem in {path.with_suffix("") for path in folder.glob("*-*.*") if path.suffix != ".cache"}:
         if stem.with_suffix(".engine") in engines.values():
             continue
         try:
-            of = built.card(stem)
+            of = engine_store.read_info(stem)
             stale = of["library"] == name or of["graph"] not in graphs
         except (OSError, ValueError, KeyError):
             stale = True
         for path in folder.glob(f"{stem.name}.*") if stale else ():
             path.unlink()
-    cards = {stage: built.card(engine) for stage, engine in engines.items()}
-    shares = {stage: card["half_share"] for stage, card in cards.items()}
-    version = next(iter(cards.values()))["version"]
+    infos = {stage: engine_store.read_info(engine) for stage, engine in engines.items()}
+    shares = {stage: info["half_share"] for stage, info in infos.items()}
+    version = next(iter(infos.values()))["version"]
     report = {**manifest.report, name: {"version": version, "half_share": shares}}
     return replace(manifest, report=report).write(bundle)
 
@@ -110,39 +110,30 @@ def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", ta
     if name != "tensorrt-rtx" and targets and tuple(targets) != found:
         raise BuildError(f"tensorrt builds for the GPU at hand ({found[0]}), not for {', '.join(targets)}")
     profile = (batch.min, batch.opt, batch.max)
-    card = Card(built.digest(file), name, trt.__version__, found, profile, ("STRONGLY_TYPED", "NO_TF32"))
-    return cached(file, folder, card, lambda: _build(trt, file, card, folder))
+    info = EngineInfo(engine_store.digest(file), name, trt.__version__, found, profile, ("STRONGLY_TYPED", "NO_TF32"))
+    return cached(file, folder, info, lambda: _build(trt, file, info, folder))
 
 
-def cached(file: Path, folder: Path, card: Card, build: Callable[[], tuple[bytes, float | None]], **names: Any) -> Path:
-    """The engine of ``file`` in ``folder`` that ``card`` describes; if it is not there undamaged, it is built first.
+def cached(
+    file: Path, folder: Path, info: EngineInfo, build: Callable[[], tuple[bytes, float | None]], **names: Any
+) -> Path:
+    """The engine of ``file`` in ``folder`` that ``info`` describes; if it is not there undamaged, it is built first.
 
     Args:
         build: gives the engine and its share of half products.
         names: what else the runtime must know.
     """
-    engine = folder / f"{file.stem}-{card.key}.engine"
-    if _is_intact(engine, card):
+    engine = folder / f"{file.stem}-{info.key}.engine"
+    if engine_store.is_intact(engine, asdict(info)):
         return engine
     folder.mkdir(parents=True, exist_ok=True)
     plan, share = build()
-    content = {**asdict(card), **names, "engine": hashlib.sha256(plan).hexdigest(), "half_share": share}
     engine.write_bytes(plan)
-    engine.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    engine_store.write_info(engine, {**asdict(info), **names, "half_share": share})
     return engine
 
 
-def _is_intact(engine: Path, card: Card) -> bool:
-    try:
-        content = built.card(engine)
-        known = {key: content[key] for key in asdict(card)}
-        same = known == json.loads(json.dumps(asdict(card)))
-        return same and hashlib.sha256(engine.read_bytes()).hexdigest() == content["engine"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes, float | None]:
+def _build(trt: ModuleType, file: Path, info: EngineInfo, folder: Path) -> tuple[bytes, float | None]:
     """The serialised engine, and its share of half products (None for a graph without half tensors)."""
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -150,8 +141,8 @@ def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise BuildError(f"{file}: {card.library} cannot parse it: {'; '.join(errors)[:500]}")
-    tensors = _tensors(trt, network, card.profile[1])
+        raise BuildError(f"{file}: {info.library} cannot parse it: {'; '.join(errors)[:500]}")
+    tensors = _tensors(trt, network, info.profile[1])
     wants_half = any(half for _, half, _ in tensors)  # a user's own ONNX classifier keeps its precision
     parsed = half_share(tensors)
     if wants_half and parsed < HALF_SHARE:
@@ -160,26 +151,26 @@ def _build(trt: ModuleType, file: Path, card: Card, folder: Path) -> tuple[bytes
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: ten bits for what is fp32 because it needs them
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector names no types
-    if card.library == "tensorrt-rtx":
-        config.num_compute_capabilities = len(card.targets)
-        for i, target in enumerate(card.targets):
+    if info.library == "tensorrt-rtx":
+        config.num_compute_capabilities = len(info.targets)
+        for i, target in enumerate(info.targets):
             config.set_compute_capability(_capability_of(trt, target), i)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         if -1 in tuple(tensor.shape):
-            profile.set_shape(tensor.name, *([b if n < 0 else n for n in tensor.shape] for b in card.profile))
+            profile.set_shape(tensor.name, *([b if n < 0 else n for n in tensor.shape] for b in info.profile))
     config.add_optimization_profile(profile)
-    timings = folder / f"timing-{card.version}-{card.targets[0]}.cache"
-    if card.library == "tensorrt":  # TensorRT-RTX tunes on the user's machine, and keeps no timings
+    timings = folder / f"timing-{info.version}-{info.targets[0]}.cache"
+    if info.library == "tensorrt":  # TensorRT-RTX tunes on the user's machine, and keeps no timings
         use_timings(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(f"{file}: {card.library} cannot build it: {'; '.join(logger.errors)[:500]}")
-    if card.library == "tensorrt":
+        raise BuildError(f"{file}: {info.library} cannot build it: {'; '.join(logger.errors)[:500]}")
+    if info.library == "tensorrt":
         timings.write_bytes(bytes(config.get_timing_cache().serialize()))
     plan = bytes(plan)
-    share = proven_half(trt, file, plan) if wants_half and card.library == "tensorrt" else None
+    share = proven_half(trt, file, plan) if wants_half and info.library == "tensorrt" else None
     return plan, (parsed if share is None else share) if wants_half else None
 
 

@@ -12,9 +12,9 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from export.engines import tensorrt
-from export.engines.tensorrt import BuildError, Card
+from export.engines.tensorrt import BuildError, EngineInfo
 from handlers.manifest import Batch, Manifest, StageSpec
-from handlers.runtimes import RuntimeMissing, built, pt2
+from handlers.runtimes import RuntimeMissing, engine_store, pt2
 from handlers.runtimes.tensorrt import library
 from handlers.runtimes.torch import SUFFIX, version
 
@@ -22,7 +22,7 @@ NAME = "torch-tensorrt"
 
 
 def build_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None) -> Manifest:
-    """Compile the programs of every stage of ``bundle`` for the GPU at hand, and seal it again.
+    """Compile the programs of every stage of ``bundle`` for the GPU at hand, and write its manifest again.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -36,7 +36,7 @@ def build_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None)
     for stage in manifest.stages:
         progress(f"building {stage.name} with {NAME}")
         engines[stage.name] = _build(compiler, bundle, stage, manifest.batch)
-    return tensorrt.sealed(bundle, manifest, NAME, engines)
+    return tensorrt.with_engines(bundle, manifest, NAME, engines)
 
 
 def _compiler() -> Any:
@@ -48,10 +48,10 @@ def _compiler() -> Any:
 
 def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:
     file, trt = bundle / stage.file, library("tensorrt")
-    archive = built.find(file, "torch", version(), suffix=SUFFIX)
+    archive = engine_store.find(file, "torch", version(), suffix=SUFFIX)
     rows = (batch.min, batch.opt, batch.max)
     flags = ("STRONGLY_TYPED", "NO_TF32", f"{NAME} {compiler.__version__}")
-    card = Card(built.digest(file), NAME, trt.__version__, (tensorrt.capability(),), rows, flags)
+    info = EngineInfo(engine_store.digest(file), NAME, trt.__version__, (tensorrt.capability(),), rows, flags)
 
     def compiled() -> tuple[bytes, float | None]:
         program = move_to_device_pass(pt2.read(archive), "cuda")
@@ -68,7 +68,7 @@ def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:
         return bytes(plan), tensorrt.proven_half(trt, file, bytes(plan)) if half else None
 
     names = {"inputs": [t.name for t in stage.inputs], "outputs": [t.name for t in stage.outputs]}
-    return tensorrt.cached(file, bundle / built.FOLDER, card, compiled, **names)
+    return tensorrt.cached(file, bundle / engine_store.FOLDER, info, compiled, **names)
 
 
 def _input(compiler: Any, shape: tuple[int | str, ...], rows: tuple[int, int, int]) -> Any:

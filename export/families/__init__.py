@@ -3,7 +3,7 @@
 What a family's layers are in half precision is registered by a module of its own, which is imported here for that.
 """
 
-from export.families import nvae, nvae_half, stylegan2, stylegan2_half  # noqa: F401
+from export.families import nvae, nvae_fp16, stylegan2, stylegan2_fp16  # noqa: F401
 from export.stage import Stage
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from export.families.preprocess import Preprocess
 from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
-from export.stage import Named, Stage
+from export.stage import Stage
+from handlers.manifest import TensorSpec
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae import NVAEConfig, NVAEPurifier
 from mlvgm.nvae_cells import BRANCH_SCALE, ResidualCell, SqueezeExcite, soft_clamp
@@ -29,12 +30,11 @@ Parts = Any
 
 def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
     """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
-    shapes: list[tuple[int | str, ...]] = [("B", *shape) for shape in purifier.noise_shapes]
     n, side = purifier.n_latents, purifier.image_size
-    images: Named = ("images", ("B", 3, side, side))
-    noisy: tuple[Named, ...] = (("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
-    features = tuple((f"feature_{i}", shape) for i, shape in enumerate(shapes))
-    noise = tuple((f"noise_{i}", shape) for i, shape in enumerate(shapes))
+    images = TensorSpec("images", ("B", 3, side, side))
+    noisy = (TensorSpec("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
+    features = tuple(TensorSpec(f"feature_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
+    noise = tuple(TensorSpec(f"noise_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
 
     def published_encode(images: Tensor, input_noise: Tensor | None = None) -> list[Tensor]:
         images = blur_images(images) if blur else images
@@ -59,7 +59,7 @@ def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[S
             "decode",
             lambda: Decode(without_weight_norm(purifier.network), purifier.temperature),
             published_decode,
-            (*features, *noise, ("alphas", (n,))),
+            (*features, *noise, TensorSpec("alphas", (n,))),
             (images,),
         ),
     )
@@ -106,13 +106,13 @@ class Decode(nn.Module):
         self.config: NVAEConfig = network.config
         self.temperature = temperature
         self.cells, self.priors, self.posteriors = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.joins, self.flows = nn.ModuleDict(), nn.ModuleDict()
+        self.combiners, self.flows = nn.ModuleDict(), nn.ModuleDict()
         for s, g in self.config.latents():
             name = f"{s}:{g}"
             if self.config.flow_cells:
                 self.flows[name] = network.nf_cells[f"nf_{name}"]
             if (s, g) == (0, 0):
-                self.start = FirstJoin(network)
+                self.start = FirstCombiner(network)
                 continue
             cells = [FoldedDecoderCell(c) for c in network.decoder_tower[f"scale_{s}"][f"group_{g}"]]
             if g == 0:
@@ -120,7 +120,7 @@ class Decode(nn.Module):
             self.cells[name] = nn.Sequential(*cells)
             self.priors[name] = Prior(network.dec_sampler[f"sampler_{name}"])
             self.posteriors[name] = Posterior(network, name, self.config.side(s))
-            self.joins[name] = network.decoder_combiners[f"combiner_{name}"]
+            self.combiners[name] = network.decoder_combiners[f"combiner_{name}"]
         blocks = [FoldedDecoderCell(cell) for block in network.postprocessing_block for cell in block]
         self.after = nn.Sequential(*blocks)
         self.mixture = MixtureMean(network)
@@ -137,7 +137,7 @@ class Decode(nn.Module):
             code = soft_clamp(mu + features[i] + self.posteriors[name](x))
             fresh = soft_clamp(mu) + self.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
             z = (1.0 - alphas[i]) * code + alphas[i] * fresh
-            x = self.joins[name](x, self._flow(name, z))
+            x = self.combiners[name](x, self._flow(name, z))
         return (self.mixture(self.after(x)) + 1.0) / 2.0
 
     def _flow(self, name: str, z: Tensor) -> Tensor:
@@ -216,8 +216,8 @@ class FoldedDecoderCell(nn.Module):
         return skip + self.project(self.depthwise(branch))
 
 
-class FirstJoin(nn.Module):
-    """The first latent joins a constant, so the constant's half of that convolution is a constant too."""
+class FirstCombiner(nn.Module):
+    """The first latent combiners a constant, so the constant's half of that convolution is a constant too."""
 
     constant: Tensor
 

@@ -2,7 +2,7 @@
 
 - Modulated convolutions have static weights: the style scales their input channels, and the demodulation, one small
   matrix product, their output channels. Equalised learning rates, activation gains and noise strengths are folded.
-- Colour layers scale the feature map and convolve it. As a matrix product with per-sample weights they would save that
+- ToRGB layers scale the feature map and convolve it. As a matrix product with per-sample weights they would save that
   copy, but runtimes that keep channels last would turn the whole map around for it.
 - The published image is pooled at the end. Pooling is linear, and so is everything after the last activation: the last
   feature map is pooled instead, and the skip image goes to its final size in one filter.
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from export.families.preprocess import Preprocess
 from export.families.stylegan2_encoders import E4eEncoder, TransformerEncoder, plain_linear
-from export.stage import Named, Stage
+from export.stage import Stage
+from handlers.manifest import TensorSpec
 from mlvgm.e4e import E4ePurifier
 from mlvgm.preprocess import add_noise, blur_images
 from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier
@@ -35,9 +36,9 @@ GAIN = math.sqrt(2)
 def stages(purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
     """``encode``, ``resample`` and ``decode`` of an e4e or Style Transformer purifier."""
     side, n, d = purifier.image_size, purifier.n_latents, purifier.decoder.style_dim
-    images: Named = ("images", ("B", 3, side, side))
-    noisy: tuple[Named, ...] = (("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
-    codes, noise, mixed = ((name, ("B", n, d)) for name in ("codes", "noise", "mixed"))
+    images = TensorSpec("images", ("B", 3, side, side))
+    noisy = (TensorSpec("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
+    codes, noise, mixed = (TensorSpec(name, ("B", n, d)) for name in ("codes", "noise", "mixed"))
 
     def published_encode(images: Tensor, input_noise: Tensor | None = None) -> Tensor:
         images = blur_images(images) if blur else images
@@ -46,7 +47,13 @@ def stages(purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> tu
 
     return (
         Stage("encode", lambda: Encode(purifier, blur, input_noise_l2), published_encode, (images, *noisy), (codes,)),
-        Stage("resample", lambda: Resample(purifier), purifier.resample, (codes, noise, ("alphas", (n,))), (mixed,)),
+        Stage(
+            "resample",
+            lambda: Resample(purifier),
+            purifier.resample,
+            (codes, noise, TensorSpec("alphas", (n,))),
+            (mixed,),
+        ),
         Stage("decode", lambda: Decode(purifier), purifier.decode, (mixed,), (images,)),
     )
 
@@ -124,8 +131,8 @@ class StaticConv(nn.Module):
         return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
 
 
-class Colour(nn.Module):
-    """A colour layer's own part: x (B, in, H, W), style (B, d) -> (B, 3, H, W), times ``gain``, plus ``shift``."""
+class StaticToRGB(nn.Module):
+    """A ToRGB layer without the skip: x (B, in, H, W), style (B, d) -> (B, 3, H, W), times ``gain``, plus ``shift``."""
 
     weight: Tensor
     bias: Tensor
@@ -141,7 +148,7 @@ class Colour(nn.Module):
         return image + self.bias
 
 
-class Enlarge(nn.Module):
+class SkipUpsample(nn.Module):
     """Doubles the skip image, or goes from there to the pooled size in one filter: (B, 3, H, W) -> side 2H / ``pool``.
 
     Zero insertion, the 4x4 filter and a mean of ``pool`` x ``pool`` pixels are one filter of ``pool / 2 + 2`` taps.
@@ -172,16 +179,16 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, up: StaticConv, conv: StaticConv, layer: ToRGB, colour: Colour, pool: int = 1, cut: int = 0
+        self, up: StaticConv, conv: StaticConv, layer: ToRGB, to_rgb: StaticToRGB, pool: int = 1, cut: int = 0
     ) -> None:
         super().__init__()
         self.up, self.conv, self.pool, self.cut = up, conv, pool, cut
-        self.colour, self.enlarge = colour, Enlarge(layer.upsample.kernel, pool)
+        self.to_rgb, self.upsample_skip = to_rgb, SkipUpsample(layer.upsample.kernel, pool)
 
     def forward(self, x: Tensor, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         x = self.conv(self.up(trim(x, self.cut), codes[:, 0]), codes[:, 1])
         seen = F.avg_pool2d(x, self.pool) if self.pool > 1 else x
-        return x, self.colour(seen, codes[:, 2]) + self.enlarge(trim(image, self.cut))
+        return x, self.to_rgb(seen, codes[:, 2]) + self.upsample_skip(trim(image, self.cut))
 
 
 def trim(images: Tensor, rows: int) -> Tensor:
@@ -202,7 +209,7 @@ class Decode(nn.Module):
         noise = generator.noises.images()
         self.register_buffer("start", generator.input.input)
         self.first = StaticConv(generator.conv1, noise[0])
-        self.first_colour = Colour(generator.to_rgb1, gain=0.5, shift=0.0)
+        self.first_to_rgb = StaticToRGB(generator.to_rgb1, gain=0.5, shift=0.0)
 
         self.blocks, last, row = nn.ModuleList(), len(generator.to_rgbs) - 1, 0
         for i, start in enumerate(first_rows(generator.size, self.band * pool // self.repeat, pool)):
@@ -212,13 +219,13 @@ class Decode(nn.Module):
             )
             layer = cast(ToRGB, generator.to_rgbs[i])
             # Images go from [-1, 1] to [0, 1] by halved weights, and a shift in the last bias.
-            colour = Colour(layer, gain=0.5, shift=0.5 if i == last else 0.0)
-            self.blocks.append(Block(up, conv, layer, colour, pool if i == last else 1, cut))
+            to_rgb = StaticToRGB(layer, gain=0.5, shift=0.5 if i == last else 0.0)
+            self.blocks.append(Block(up, conv, layer, to_rgb, pool if i == last else 1, cut))
         self.cut = self.band - row // pool * self.repeat
 
     def forward(self, mixed: Tensor) -> Tensor:
         x = self.first(self.start, mixed[:, 0])
-        image: Tensor = self.first_colour(x, mixed[:, 1])
+        image: Tensor = self.first_to_rgb(x, mixed[:, 1])
         for i, block in enumerate(self.blocks):
             x, image = block(x, image, mixed[:, 2 * i + 1 : 2 * i + 4])
         if self.repeat > 1:

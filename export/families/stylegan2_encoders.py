@@ -96,21 +96,21 @@ class TransformerEncoder(nn.Module):
         encoder = purifier.encoder
         self.pyramid = FoldedPyramid(encoder)
         layers = (encoder.transformerlayer_coarse, encoder.transformerlayer_medium, encoder.transformerlayer_fine)
-        self.readings = nn.ModuleList(Reading(layer) for layer in layers)
-        self.exchanges = nn.ModuleList(Exchange(layer) for layer in layers[1:])
+        self.cross_attentions = nn.ModuleList(CrossAttention(layer) for layer in layers)
+        self.self_attentions = nn.ModuleList(SelfAttention(layer) for layer in layers[1:])
         with torch.no_grad():
-            self.register_buffer("queries", Exchange(layers[0])(purifier.decoder.map(encoder.z)))
+            self.register_buffer("queries", SelfAttention(layers[0])(purifier.decoder.map(encoder.z)))
         self.register_buffer("mean", purifier.latent_avg)
 
     def forward(self, images: Tensor) -> Tensor:
         coarse, medium, fine = self.pyramid(resize(images, CANVAS)[:, :, BAND:-BAND])
-        codes: Tensor = self.readings[0](self.queries, coarse)
-        codes = self.readings[1](self.exchanges[0](codes), medium)
-        codes = self.readings[2](self.exchanges[1](codes), fine)
+        codes: Tensor = self.cross_attentions[0](self.queries, coarse)
+        codes = self.cross_attentions[1](self.self_attentions[0](codes), medium)
+        codes = self.cross_attentions[2](self.self_attentions[1](codes), fine)
         return codes + self.mean
 
 
-class Exchange(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention of the queries, residual and norm: (B, n, d) -> (B, n, d)."""
 
     def __init__(self, layer: QueryLayer) -> None:
@@ -128,7 +128,7 @@ class Exchange(nn.Module):
         return out
 
 
-class Reading(nn.Module):
+class CrossAttention(nn.Module):
     """Attention of the queries (B, n, d) to a map (B, d, H, W), then the feed-forward part: -> (B, n, d)."""
 
     def __init__(self, layer: QueryLayer) -> None:
@@ -139,11 +139,11 @@ class Reading(nn.Module):
         q_bias, _, v_bias = bias.chunk(3)
         out = attention.out_proj.weight.double()
         temperature = math.sqrt(d / HEADS)
-        self.ask = linear(
+        self.q_proj = linear(
             torch.einsum("hij,hik->hkj", q, k).flatten(0, 1) / temperature,
             torch.einsum("hi,hik->hk", q_bias.view(HEADS, -1), k).flatten() / temperature,
         )
-        self.tell = linear(
+        self.out_proj = linear(
             torch.einsum("ohi,hij->ohj", out.view(d, HEADS, -1), v).flatten(1),
             out @ v_bias + attention.out_proj.bias,
         )
@@ -152,10 +152,10 @@ class Reading(nn.Module):
 
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
         pixels, (n, d) = features.flatten(2), queries.shape[1:]
-        asked = self.ask(queries).view(-1, n * HEADS, d)
+        asked = self.q_proj(queries).view(-1, n * HEADS, d)
         weights = torch.softmax(asked @ pixels, dim=-1)
         seen = (weights @ pixels.transpose(1, 2)).view(-1, n, HEADS * d)
-        queries = self.norm_1(queries + self.tell(seen))
+        queries = self.norm_1(queries + self.out_proj(seen))
         out: Tensor = self.norm_2(queries + self.feed(queries))
         return out
 

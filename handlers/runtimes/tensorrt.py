@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from handlers.runtimes import Engine, EngineError, Options, RuntimeMissing, built
+from handlers.runtimes import Engine, EngineError, Options, RuntimeMissing, engine_store
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -42,12 +42,12 @@ def load(file: Path, options: Options, name: str = "tensorrt", compiler: str = "
 
     with torch.cuda.device(options.device):
         target = ".".join(map(str, torch.cuda.get_device_capability()))
-        path = built.find(file, compiler or name, trt.__version__, target)
+        path = engine_store.find(file, compiler or name, trt.__version__, target)
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         plan = runtime.deserialize_cuda_engine(path.read_bytes())
         if plan is None:
             raise EngineError(f"{path}: {name} cannot load it; build it again on this machine")
-        return engine_of(trt, runtime, plan, built.card(path), torch.device("cuda", options.device))
+        return engine_of(trt, runtime, plan, engine_store.read_info(path), torch.device("cuda", options.device))
 
 
 def _torch(name: str) -> Any:

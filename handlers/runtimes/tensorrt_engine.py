@@ -11,9 +11,9 @@ from handlers.runtimes import EngineError
 from handlers.runtimes.cuda_graphs import CudaGraphs, Tensors
 
 
-def engine_of(trt: ModuleType, runtime: Any, plan: Any, card: Mapping[str, Any], device: torch.device) -> CudaGraphs:
+def engine_of(trt: ModuleType, runtime: Any, plan: Any, info: Mapping[str, Any], device: torch.device) -> CudaGraphs:
     """The engine ``plan``, which stays loaded as long as ``runtime`` does."""
-    names = _names(trt, plan, card)
+    names = _names(trt, plan, info)
     scratch = torch.empty(max(plan.device_memory_size_v2, 1), dtype=torch.uint8, device=device)
 
     def prepare(inputs: Tensors) -> Execution:
@@ -22,14 +22,14 @@ def engine_of(trt: ModuleType, runtime: Any, plan: Any, card: Mapping[str, Any],
     return CudaGraphs(prepare, device, owner=runtime)
 
 
-def _names(trt: ModuleType, plan: Any, card: Mapping[str, Any]) -> dict[str, str]:
-    """Ours for each tensor of ``plan``: a compiler that names them anew keeps their order, which the card has."""
+def _names(trt: ModuleType, plan: Any, info: Mapping[str, Any]) -> dict[str, str]:
+    """Ours for each tensor of ``plan``: a compiler that names them anew keeps their order, which the info has."""
     tensors = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
     names = {tensor: tensor for tensor in tensors}
     for key, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
-        if key in card:
+        if key in info:
             of_mode = [tensor for tensor in tensors if plan.get_tensor_mode(tensor) == mode]
-            names |= dict(zip(of_mode, card[key], strict=True))
+            names |= dict(zip(of_mode, info[key], strict=True))
     return names
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from handlers.runtimes import Array, Engine, EngineError, Options, built, pt2
+from handlers.runtimes import Array, Engine, EngineError, Options, engine_store, pt2
 from handlers.runtimes.cuda_graphs import CudaGraphs, Tensors
 
 SUFFIX = ".pt2"
@@ -30,17 +30,17 @@ def load(file: Path, options: Options) -> Engine:
     Raises:
         EngineError: there is none of this graph and PyTorch, or it is not plain.
     """
-    path = built.find(file, "torch", version(), suffix=SUFFIX)
-    card = built.card(path)
+    path = engine_store.find(file, "torch", version(), suffix=SUFFIX)
+    info = engine_store.read_info(path)
     program = pt2.read(path)
     if not torch.cuda.is_available():
         if options.threads:
             torch.set_num_threads(options.threads)
-        return CpuProgram(Function(program.module(check_guards=False), card["inputs"], card["outputs"]))
+        return CpuProgram(Function(program.module(check_guards=False), info["inputs"], info["outputs"]))
     without_tf32()
     device = torch.device("cuda", options.device)
     module = move_to_device_pass(program, str(device)).module(check_guards=False)
-    function = Function(module, card["inputs"], card["outputs"])
+    function = Function(module, info["inputs"], info["outputs"])
     return CudaGraphs(lambda inputs: OnDevice(function, inputs), device)
 
 

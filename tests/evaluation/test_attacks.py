@@ -97,7 +97,7 @@ def test_a_perturbation_that_falls_short_is_prolonged_up_to_a_limit(share: float
     labels = torch.from_numpy(predict(classifier, images))
     step = (-distance[:, None] * normal / normal.norm()).view(-1, 3, 8, 8)
     clean = to_float(images)
-    result = attacks._hold(classifier, clean, clean + share * step, labels)
+    result = attacks._survive_rounding(classifier, clean, clean + share * step, labels)
     if held:
         assert (predict(classifier, result) != labels.numpy()).all()
     else:

@@ -1,4 +1,4 @@
-"""An exported bundle computes, through the server's own pipeline, what the eager twin computes."""
+"""An exported bundle computes, through the server's own pipeline, what the reference computes."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from export.bundle import ExportError, export_bundle
-from export.parity import Comparison, ParityError, check
+from export.compare import Comparison, ParityError, check
 from export.precision import LIMITS
 from export.trace import TraceError
 from handlers.pipeline import Pipeline
@@ -35,11 +35,11 @@ def test_pipeline_agrees_with_the_eager_twin(bundle: Path, runtime: str, batch: 
     torch.manual_seed(batch)
     images, copies = torch.rand(batch, 3, 32, 32), 2
     noise = [torch.randn(batch * copies, *shape) for shape in purifier.noise_shapes]
-    twin = purifier.purify(images.repeat_interleave(copies, dim=0), noise, models.recipe().effective_alphas("linear"))
-    logits = classifier(twin.images).unflatten(0, (batch, copies)).mean(dim=1)
+    eager = purifier.purify(images.repeat_interleave(copies, dim=0), noise, models.recipe().effective_alphas("linear"))
+    logits = classifier(eager.images).unflatten(0, (batch, copies)).mean(dim=1)
     with Pipeline.load(bundle, runtime=runtime) as pipeline:
         result = pipeline.run(images.numpy(), samples=copies, noise=[tensor.numpy() for tensor in noise])
-    assert relative_error(result.purified.reshape(-1, 3, 32, 32), twin.images) < 1e-4
+    assert relative_error(result.purified.reshape(-1, 3, 32, 32), eager.images) < 1e-4
     assert relative_error(result.logits, logits) < 1e-4
     assert relative_error(result.unpurified_logits, classifier(images)) < 1e-4
 
@@ -51,12 +51,12 @@ def test_input_noise_is_an_input(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images, input_noise = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
     noise = [torch.randn(2, *shape) for shape in purifier.noise_shapes]
-    twin = purifier.purify(images, noise, recipe.effective_alphas(), True, input_noise, 1.0)
+    eager = purifier.purify(images, noise, recipe.effective_alphas(), True, input_noise, 1.0)
     with Pipeline.load(tmp_path / "noisy", runtime="onnxruntime") as pipeline:
         result = pipeline.run(
             images.numpy(), samples=1, noise=[t.numpy() for t in noise], input_noise=input_noise.numpy()
         )
-    assert relative_error(result.purified[:, 0], twin.images) < 1e-4
+    assert relative_error(result.purified[:, 0], eager.images) < 1e-4
 
 
 def test_manifest_carries_the_parity_report(bundle: Path) -> None:
@@ -76,7 +76,7 @@ def test_graphs_draw_no_random_numbers_and_have_no_batch_norm_left_to_fold(bundl
 
 def test_over_the_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIMITS, "fp32", 1e-12)
-    with pytest.raises(ParityError, match=r"is .* off its eager twin at batch"):
+    with pytest.raises(ParityError, match=r"is .* off its reference at batch"):
         export_bundle(models.recipe(), models.purifier(), models.classifier(), tmp_path / "tiny")
     assert list(tmp_path.iterdir()) == []
 

@@ -64,12 +64,12 @@ def test_removing_weight_norm_leaves_the_original_usable() -> None:
 def test_every_nvae_stage_computes_what_its_twin_computes() -> None:
     for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):
         for stage in stages(models.purifier(), blur, input_noise_l2):
-            inputs = [example(named, 3, seed=i) for i, named in enumerate(stage.inputs)]
+            inputs = [example(spec, 3, seed=i) for i, spec in enumerate(stage.inputs)]
             module = stage.module()
             assert isinstance(module, Encode | Decode)
             with torch.no_grad():
-                pairs = zip(as_tuple(module.eval()(*inputs)), as_tuple(stage.twin(*inputs)), strict=True)
-            assert all(relative_error(found, twin) < 1e-5 for found, twin in pairs)
+                pairs = zip(as_tuple(module.eval()(*inputs)), as_tuple(stage.reference(*inputs)), strict=True)
+            assert all(relative_error(found, eager) < 1e-5 for found, eager in pairs)
 
 
 def test_chained_nvae_stages_purify() -> None:
@@ -81,5 +81,5 @@ def test_chained_nvae_stages_purify() -> None:
     alphas = torch.tensor([0.2, 0.5, 1.0])
     with torch.no_grad():
         found = decode.module()(*encode.module()(images, input_noise), *noise, alphas)
-    twin = purifier.purify(images, noise, alphas, blur=True, input_noise=input_noise, input_noise_l2=1.0)
-    assert relative_error(found, twin.images) < 1e-5
+    eager = purifier.purify(images, noise, alphas, blur=True, input_noise=input_noise, input_noise_l2=1.0)
+    assert relative_error(found, eager.images) < 1e-5

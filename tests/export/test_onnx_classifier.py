@@ -46,7 +46,7 @@ def outputs(wrapped: Stage, folder: Path, images: torch.Tensor) -> tuple[np.ndar
     checker.check_model(str(folder / "classify.onnx"))
     session = ort.InferenceSession(str(folder / "classify.onnx"))
     (found,) = session.run(["logits"], {"images": images.numpy()})
-    reference = wrapped.twin(images)
+    reference = wrapped.reference(images)
     assert isinstance(reference, torch.Tensor)
     return found, reference
 

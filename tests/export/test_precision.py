@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from export import families
 from export.bundle import export_bundle
 from export.families.stylegan2 import Decode, Resample, StaticConv
-from export.families.stylegan2_encoders import FoldedUnit, Reading
-from export.precision import Affine, Excite, half_layer, half_stage
+from export.families.stylegan2_encoders import CrossAttention, FoldedUnit
+from export.precision import Affine, Excite, fp16_layer, fp16_stage
 from export.stage import Stage, as_tuple
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -55,7 +55,7 @@ def test_no_size_of_styles_or_weights_overflows(styles: float, weights: float, u
     conv = StaticConv(layer, 0.1 * torch.randn(1, 1, side, side))
     x, style = 20.0 * torch.randn(2, 64, 8, 8), torch.randn(2, 16)
     expected = conv(x, style)
-    assert relative_error(half_layer(conv)(x.half(), style).float(), expected) < CLOSE
+    assert relative_error(fp16_layer(conv)(x.half(), style).float(), expected) < CLOSE
     if styles * weights > 1:  # or else the test tests nothing
         assert not relative_error(naive(conv, x, style), expected) < 0.5
 
@@ -70,7 +70,7 @@ def test_a_generator_with_outsized_styles(family: str, tmp_path: Path) -> None:
             parameter.mul_(1e4)
     decode = Decode(model)
     expected = decode(mixed)
-    found = half_stage(decode)(mixed)
+    found = fp16_stage(decode)(mixed)
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < CLOSE
     assert not relative_error(naive(decode, mixed), expected) < 0.5
@@ -83,7 +83,7 @@ def test_small_noise_does_not_vanish_in_its_own_norm(tmp_path: Path) -> None:
     codes, noise, alphas = small.draw("codes", shape), 2e-4 * small.draw("noise", shape), torch.ones(shape[1])
     resample = Resample(model)
     expected = resample(codes, noise, alphas)
-    assert relative_error(half_stage(resample)(codes, noise, alphas), expected) < CLOSE
+    assert relative_error(fp16_stage(resample)(codes, noise, alphas), expected) < CLOSE
     assert not relative_error(naive(resample, codes, noise, alphas), expected) < 0.02
 
 
@@ -94,10 +94,10 @@ def test_attention_with_large_scores_stays_fp32(tmp_path: Path) -> None:
         if "multihead_attn.in_proj" in name:
             parameter.mul_(3e3)
     encode = module(families.stages(model, False, 0.0)[0])
-    half = half_stage(encode)
+    half = fp16_stage(encode)
     seen: list[torch.dtype] = []
     for part in half.modules():
-        if isinstance(part, Reading):
+        if isinstance(part, CrossAttention):
             part.register_forward_hook(lambda _, given, out: seen.extend(t.dtype for t in (*given, out)))
     images = small.images("half", 2, model.image_size)
     assert bool(torch.isfinite(half(images)).all())
@@ -129,7 +129,7 @@ def test_batch_norms_become_affine_maps_of_fp32_statistics() -> None:
     norm.running_mean = torch.zeros(16)
     norm.weight.mul_(1e-3)
     folded = FoldedUnit(unit)
-    half = half_layer(folded)
+    half = fp16_layer(folded)
     assert any(isinstance(part, Affine) for part in half.modules())
     x = torch.randn(2, 16, 8, 8)
     assert relative_error(half(x.half()).float(), folded(x)) < CLOSE
@@ -142,17 +142,17 @@ def test_nvae_keeps_its_distributions_in_fp32() -> None:
     encode, decode = families.stages(model, False, 0.0)
     images, alphas = torch.rand(2, 3, 32, 32), torch.tensor([0.2, 0.5, 1.0])
     noise = [torch.randn(2, *shape) for shape in model.noise_shapes]
-    features = as_tuple(encode.twin(images))
-    for found, expected in zip(half_stage(module(encode))(images), features, strict=True):
+    features = as_tuple(encode.reference(images))
+    for found, expected in zip(fp16_stage(module(encode))(images), features, strict=True):
         assert found.dtype == torch.float32
         assert relative_error(found, expected) < CLOSE
-    half = half_stage(module(decode))
+    half = fp16_stage(module(decode))
     seen: dict[str, torch.dtype] = {}
     for name, part in half.named_modules():
-        if name.startswith(("flows.", "joins.")) and name.count(".") == 1:
+        if name.startswith(("flows.", "combiners.")) and name.count(".") == 1:
             part.register_forward_hook(lambda _, given, __, name=name: seen.update({name: given[-1].dtype}))
     found = half(*features, *noise, alphas)
-    assert relative_error(found, decode.twin(*features, *noise, alphas)) < CLOSE
+    assert relative_error(found, decode.reference(*features, *noise, alphas)) < CLOSE
     assert set(seen.values()) == {torch.float32}
     assert len(seen) == 5
 
@@ -161,7 +161,7 @@ def test_the_twin_is_left_as_it_was() -> None:
     model = models.purifier()
     before = copy.deepcopy(model.state_dict())
     for stage in families.stages(model, False, 0.0):
-        half_stage(module(stage))
+        fp16_stage(module(stage))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -183,11 +183,11 @@ def test_a_bundle_in_half_precision_says_so_and_answers_alike(bundle: Path) -> N
     assert 1e-6 < worst < 5e-3  # it is half precision, and it holds
     model = models.purifier()
     images, noise = torch.rand(3, 3, 32, 32), [torch.randn(3, *shape) for shape in model.noise_shapes]
-    twin = model.purify(images, noise, models.recipe().effective_alphas())
+    eager = model.purify(images, noise, models.recipe().effective_alphas())
     with Pipeline.load(bundle, runtime="onnxruntime") as pipeline:
         result = pipeline.run(images.numpy(), samples=1, noise=[t.numpy() for t in noise])
     assert result.logits.dtype == np.float32
-    assert relative_error(result.purified[:, 0], twin.images) < CLOSE
+    assert relative_error(result.purified[:, 0], eager.images) < CLOSE
 
 
 def test_its_graphs_travel_in_fp32_too(bundle: Path) -> None:

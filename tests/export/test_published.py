@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deploy.torchserve import TorchServe
 from export import classifier, families
 from export.engines.tensorrt import HALF_SHARE, build
-from export.precision import in_half
+from export.precision import to_fp16
 from export.trace import trace
 from handlers import runtimes
 from handlers.image import encode_png
@@ -97,7 +97,7 @@ def test_exported_stages_agree_with_the_official_modules(
     purifier = load_purifier(published.family, reference.checkpoint(published.purifier))
     first = families.stages(purifier, blur, meta["initial_noise_eps"] if l2 is None else l2)[0]
     trace(first, tmp_path / "encode.onnx")
-    takes = [name for name, _ in first.inputs]
+    takes = [spec.name for spec in first.inputs]
     del purifier, first
     known |= _execute(tmp_path / "encode.onnx", takes, known)
     for stage in Manifest.read(bundle).stages[1:]:
@@ -132,7 +132,7 @@ def test_every_graph_becomes_an_engine_of_half_precision(published: Published, t
     model = load_classifier(recipe.classifier.architecture, reference.checkpoint(published.classifier), classes)
     for stage in (*families.stages(purifier, False, 0.0), classifier.stage(model, size, classes)):
         file = tmp_path / f"{stage.name}.onnx"
-        trace(in_half(stage), file)
+        trace(to_fp16(stage), file)
         begun = time.monotonic()
         engine = build(file, tmp_path / "engines", Batch(recipe.batch.min, recipe.batch.opt, recipe.batch.max))
         share = json.loads(engine.with_suffix(".json").read_text())["half_share"]

@@ -17,13 +17,13 @@ import torch
 from export import classifier, families
 from export.bundle import ExportError, export_bundle
 from export.engines import programs
-from export.precision import in_half
+from export.precision import to_fp16
 from export.stage import Stage
 from export.trace import example, trace
 from handlers import runtimes
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from handlers.runtimes import EngineError, Options, RuntimeMissing, built
+from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store
 from handlers.runtimes import torch as runtime
 from handlers.runtimes.cuda_graphs import CudaGraphs
 from mlvgm.resnet import read_resnet50
@@ -51,7 +51,7 @@ def test_programs_and_graphs_agree_in_every_batch(
     """Also as they run on a GPU, recorded for each number of rows, with recordings on the CPU."""
     record_on_cpu(monkeypatch)
     for stage in stages_of(family, tmp_path):
-        made = in_half(stage) if precision == "fp16" else stage
+        made = to_fp16(stage) if precision == "fp16" else stage
         file = tmp_path / f"{stage.name}.onnx"
         trace(made, file)
         programs.write(made, file)
@@ -60,7 +60,7 @@ def test_programs_and_graphs_agree_in_every_batch(
         function = program._function
         recorded = CudaGraphs(lambda inputs, f=function: runtime.OnDevice(f, inputs), torch.device("cpu"))  # type: ignore[misc]
         for rows in (1, 3):
-            feeds = {named[0]: example(named, rows, seed=i).numpy() for i, named in enumerate(stage.inputs)}
+            feeds = {spec.name: example(spec, rows, seed=i).numpy() for i, spec in enumerate(stage.inputs)}
             expected = graph.run(feeds)
             for found in (program.run(feeds), recorded.run(feeds)):
                 for name, array in expected.items():
@@ -169,7 +169,7 @@ def test_nothing_in_an_archive_is_executed(
 ) -> None:
     change, reason = ATTACKS[name]
     file, trap = bundle / "decode.onnx", tmp_path / "trap"
-    archive = built.find(file, "torch", runtime.version(), suffix=".pt2")
+    archive = engine_store.find(file, "torch", runtime.version(), suffix=".pt2")
     with zipfile.ZipFile(archive) as source:
         root = source.namelist()[0].partition("/")[0]
         records = {info.filename.removeprefix(f"{root}/"): source.read(info) for info in source.infolist()}
@@ -185,7 +185,7 @@ def test_nothing_in_an_archive_is_executed(
     writer.write_end_of_file()
     changed = tmp_path / "engines" / archive.name
     changed.write_bytes(buffer.getvalue())
-    sealed = {**built.card(archive), "engine": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    sealed = {**engine_store.read_info(archive), "engine": hashlib.sha256(buffer.getvalue()).hexdigest()}
     changed.with_suffix(".json").write_text(json.dumps(sealed))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match=reason):
@@ -197,7 +197,7 @@ def test_nothing_in_an_archive_is_executed(
 def test_a_damaged_archive_is_one_error(bundle: Path, tmp_path: Path) -> None:
     from handlers.runtimes import pt2
 
-    archive = built.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
+    archive = engine_store.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
     for size in (0, 10, archive.stat().st_size // 2):
         broken = tmp_path / "broken.pt2"
         broken.write_bytes(archive.read_bytes()[:size])
@@ -210,7 +210,7 @@ def test_archives_are_read_without_what_older_pytorch_lacks(bundle: Path, monkey
     from handlers.runtimes import pt2
 
     monkeypatch.delattr(torch._C.PyTorchFileReader, "get_record_size", raising=False)
-    archive = built.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
+    archive = engine_store.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
     pt2._check(archive)
 
 

@@ -13,12 +13,12 @@ from export import classifier, families
 from export.bundle import export_bundle
 from export.engines import tensorrt
 from export.engines.tensorrt import HALF_SHARE, BuildError, build, build_bundle, inspected_share
-from export.precision import in_half
+from export.precision import to_fp16
 from export.trace import trace
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
 from handlers.runtimes import EngineError, Options, RuntimeMissing
-from handlers.runtimes.built import digest, find
+from handlers.runtimes.engine_store import digest, find
 from handlers.runtimes.tensorrt import load
 from mlvgm.resnet import read_resnet50
 from tests.export import models
@@ -68,15 +68,15 @@ def test_every_graph_becomes_an_engine_in_its_own_precision(family: str, precisi
         stages = [stage for stage in stages if stage.name in ("encode", "decode")]
     for stage in stages:
         file = tmp_path / f"{stage.name}.onnx"
-        trace(in_half(stage) if precision == "fp16" else stage, file)
+        trace(to_fp16(stage) if precision == "fp16" else stage, file)
         engine = build(file, tmp_path / "engines", BATCH)
-        card = json.loads(engine.with_suffix(".json").read_text())
-        assert card["targets"] == ["8.6", "8.9", "12.0"]
+        info = json.loads(engine.with_suffix(".json").read_text())
+        assert info["targets"] == ["8.6", "8.9", "12.0"]
         assert engine.stat().st_size > 10_000
         if precision == "fp16":
-            assert card["half_share"] >= HALF_SHARE
+            assert info["half_share"] >= HALF_SHARE
         else:
-            assert card["half_share"] is None
+            assert info["half_share"] is None
 
 
 def test_an_engine_that_is_there_is_taken_and_every_other_is_built_anew(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_an_engine_that_is_there_is_taken_and_every_other_is_built_anew(tmp_path
     build(file, folder, BATCH, targets=["8.9"])
     assert engine.stat().st_mtime_ns != stamp
     assert engine.read_bytes()[-1:] == good[-1:]
-    card = json.loads(engine.with_suffix(".json").read_text())
+    info = json.loads(engine.with_suffix(".json").read_text())
     stamp = engine.stat().st_mtime_ns
-    engine.with_suffix(".json").write_text(json.dumps({**card, "version": "1.0"}))  # of another version
+    engine.with_suffix(".json").write_text(json.dumps({**info, "version": "1.0"}))  # of another version
     build(file, folder, BATCH, targets=["8.9"])
     assert engine.stat().st_mtime_ns != stamp
     convolution(file, half=False)  # another graph under the same name

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.families.stylegan2 import Decode, Encode, Enlarge, StaticConv, first_rows, stages
-from export.families.stylegan2_encoders import Exchange, FoldedUnit, Reading
-from export.parity import compare_stages
+from export.compare import compare_stages
+from export.families.stylegan2 import Decode, Encode, SkipUpsample, StaticConv, first_rows, stages
+from export.families.stylegan2_encoders import CrossAttention, FoldedUnit, SelfAttention
 from export.stage import Stage
 from export.trace import trace
 from handlers import runtimes
@@ -59,17 +59,17 @@ def test_stages_keep_the_numbers(family: str, blur: bool, l2: float, tmp_path: P
     parts = by_name(stages(model, blur, l2))
     images = small.images("stages", 2, model.image_size)
     given = [images, small.draw("input noise", tuple(images.shape))] if l2 else [images]
-    codes = parts["encode"].twin(*given)
+    codes = parts["encode"].reference(*given)
     assert isinstance(codes, Tensor)
     assert relative_error(parts["encode"].module()(*given), codes) < CLOSE
     noise, alphas = small.draw("noise", (2, n, d)), torch.linspace(0, 1, n)
-    mixed = parts["resample"].twin(codes, noise, alphas)
+    mixed = parts["resample"].reference(codes, noise, alphas)
     assert isinstance(mixed, Tensor)
     assert relative_error(parts["resample"].module()(codes, noise, alphas), mixed) < CLOSE
-    assert relative_error(parts["decode"].module()(mixed), parts["decode"].twin(mixed)) < CLOSE
-    # The twins in a row are the purifier.
+    assert relative_error(parts["decode"].module()(mixed), parts["decode"].reference(mixed)) < CLOSE
+    # The references in a row are the purifier.
     whole = model.purify(images, noise.unbind(1), alphas, blur, given[1] if l2 else None, l2)
-    torch.testing.assert_close(parts["decode"].twin(mixed), whole.images)
+    torch.testing.assert_close(parts["decode"].reference(mixed), whole.images)
 
 
 def test_the_purifier_is_left_as_it_was(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_rows_that_nothing_depends_on() -> None:
 
 @pytest.mark.parametrize("pool", [1, 2, 4, 8])
 def test_enlarging_and_pooling_are_one_filter(pool: int) -> None:
-    image, kernel = small.draw("skip", (2, 3, 16, 8)), lopsided("enlarge")
+    image, kernel = small.draw("skip", (2, 3, 16, 8)), lopsided("upsample_skip")
     expected = F.avg_pool2d(upfirdn(image, kernel, up=2, pad=(2, 1)), pool)
-    assert relative_error(Enlarge(kernel, pool)(image), expected) < CLOSE
+    assert relative_error(SkipUpsample(kernel, pool)(image), expected) < CLOSE
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -134,7 +134,7 @@ def test_attention_without_projected_pixels() -> None:
     layer = QueryLayer(16, 24)
     layer.load_state_dict(small.weights(layer))
     queries, features = small.draw("queries", (2, 5, 16)), small.draw("map", (2, 16, 3, 4))
-    found = Reading(layer)(Exchange(layer)(queries), features)
+    found = CrossAttention(layer)(SelfAttention(layer)(queries), features)
     assert relative_error(found, layer.eval()(queries, features)) < CLOSE
 
 
@@ -188,7 +188,7 @@ def test_onnx_files_agree_with_the_official_modules(name: str, tmp_path: Path) -
         file = tmp_path / f"{stage.name}.onnx"
         trace(stage, file)
         engine = runtimes.load("onnxruntime", file, runtimes.Options())
-        known |= engine.run({key: known[key] for key, _ in stage.inputs})
+        known |= engine.run({key: known[key] for key in [spec.name for spec in stage.inputs]})
         engine.close()
         for path in tmp_path.iterdir():
             path.unlink()

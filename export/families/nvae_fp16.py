@@ -8,52 +8,52 @@ import torch
 from torch import Tensor, nn
 
 from export.families.nvae import Decode, Encode, Gate, MixtureMean, Prior
-from export.precision import HALF, Cast, Excite, copied, half_layer, half_stage, rounded
+from export.precision import FP16, Cast, Excite, copied, fp16_layer, fp16_stage, rounded
 from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
 
 
-@half_stage.register
+@fp16_stage.register
 def _encode(module: Encode) -> nn.Module:
     made = rounded(copied(module), "preprocess", "before", "means")
-    made.before = nn.Sequential(Cast(HALF), half_layer(module.before))
+    made.before = nn.Sequential(Cast(FP16), fp16_layer(module.before))
     made.means = nn.ModuleList(_to_single(mean) for mean in module.means)
     return made
 
 
-@half_stage.register
+@fp16_stage.register
 def _decode(module: Decode) -> nn.Module:
     made = rounded(copied(module), "start", "flows", "posteriors")
-    made.start = nn.Sequential(Cast(HALF), half_layer(module.start))
+    made.start = nn.Sequential(Cast(FP16), fp16_layer(module.start))
     made.posteriors = nn.ModuleDict({name: _to_single(part) for name, part in module.posteriors.items()})
     return made
 
 
-@half_layer.register
+@fp16_layer.register
 def _prior(module: Prior) -> nn.Module:
     made = rounded(copied(module), "mean", "log_sigma")
     made.mean, made.log_sigma = _to_single(module.mean), _to_single(module.log_sigma)
     return made
 
 
-@half_layer.register
+@fp16_layer.register
 def _mixture(module: MixtureMean) -> nn.Module:
     made = copied(module)
     made.conv = _to_single(module.conv)  # type: ignore[assignment]
     return made
 
 
-@half_layer.register
+@fp16_layer.register
 def _gate(module: Gate) -> nn.Module:
     return Excite(_GateOfMeans(module))
 
 
-@half_layer.register
-def _join(module: DecoderCombiner) -> nn.Module:
-    return _Join(rounded(copied(module)))
+@fp16_layer.register
+def _combiner(module: DecoderCombiner) -> nn.Module:
+    return _Fp16Combiner(rounded(copied(module)))
 
 
 def _to_single(module: nn.Module) -> nn.Module:
-    return nn.Sequential(half_layer(module), Cast(torch.float32))
+    return nn.Sequential(fp16_layer(module), Cast(torch.float32))
 
 
 class _GateOfMeans(nn.Module):
@@ -68,7 +68,7 @@ class _GateOfMeans(nn.Module):
         return BRANCH_SCALE * gate[:, :, None, None]
 
 
-class _Join(nn.Module):
+class _Fp16Combiner(nn.Module):
     """A combiner whose latent comes in fp32."""
 
     def __init__(self, combiner: nn.Module) -> None:

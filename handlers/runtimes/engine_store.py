@@ -1,11 +1,12 @@
-"""Engines that were built beforehand: they lie in the folder ``engines`` of a bundle, each with a JSON card.
+"""Engines that were built beforehand: they lie in the folder ``engines`` of a bundle, each with a JSON info.
 
-A card says what its engine is: of which graph, by which version of which library, for which GPUs. An engine that is of
+A info says what its engine is: of which graph, by which version of which library, for which GPUs. An engine that is of
 another graph or version, or for another GPU, is never loaded.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def find(file: Path, name: str, version: str, target: str = ANY, suffix: str = "
     graph = digest(file)
     for path in sorted((file.parent / FOLDER).glob(f"{file.stem}-*.json")):
         try:
-            found, engine = card(path), path.with_suffix(suffix)
-            fits = (found["graph"], found["library"], found["version"]) == (graph, name, version)
-            if fits and target in found["targets"] and _sha256(engine).hexdigest() == found["engine"]:
+            found, engine = read_info(path), path.with_suffix(suffix)
+            wanted = {"graph": graph, "library": name, "version": version}
+            if target in found["targets"] and is_intact(engine, wanted):
                 return engine
         except (OSError, ValueError, KeyError, TypeError):
             continue  # half written or not ours: as good as none
@@ -45,7 +46,7 @@ def find(file: Path, name: str, version: str, target: str = ANY, suffix: str = "
     raise EngineError(f"{file}: no engine of it by {name} {version}{where}; mlvgm export --engines {name} builds one")
 
 
-def card(engine: Path) -> dict[str, Any]:
+def read_info(engine: Path) -> dict[str, Any]:
     """What is written beside an engine.
 
     Raises:
@@ -53,8 +54,24 @@ def card(engine: Path) -> dict[str, Any]:
     """
     content = json.loads(engine.with_suffix(".json").read_text())
     if not isinstance(content, dict):
-        raise ValueError(f"{engine}: its card is no JSON object")
+        raise ValueError(f"{engine}: its info is no JSON object")
     return content
+
+
+def write_info(engine: Path, info: Mapping[str, Any]) -> None:
+    """Write beside ``engine`` what it is, with its SHA-256."""
+    content = {**info, "engine": _sha256(engine).hexdigest()}
+    engine.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def is_intact(engine: Path, info: Mapping[str, Any]) -> bool:
+    """Whether ``engine`` is there, undamaged, and what is written beside it has all of ``info``."""
+    try:
+        found, wanted = read_info(engine), json.loads(json.dumps(info))
+        same = all(found[key] == value for key, value in wanted.items())
+        return same and _sha256(engine).hexdigest() == found["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _sha256(path: Path) -> "hashlib._Hash":

@@ -1,7 +1,7 @@
 """The half-precision form of both StyleGAN2 families.
 
 fp32: input transforms, attention, the mapping network's normalisation, the interpolation, styles and demodulation, and
-the image that the colour layers add to. A modulated convolution is normalised before it multiplies, which no size of
+the image that the ToRGB layers add to. A modulated convolution is normalised before it multiplies, which no size of
 styles or weights can make overflow: a style is divided by its largest magnitude, an output channel's weights by theirs
 times the square root of their count; the demodulation, in fp32, multiplies both back (StyleGAN2-ADA does the same).
 """
@@ -12,62 +12,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.families.stylegan2 import GAIN, Block, Colour, Decode, Encode, Resample, StaticConv
+from export.families.stylegan2 import GAIN, Block, Decode, Encode, Resample, StaticConv, StaticToRGB
 from export.families.stylegan2_encoders import TransformerEncoder
-from export.precision import HALF, Excite, Inside, copied, half_layer, half_stage, rounded, to_half
+from export.precision import FP16, Excite, Fp16Region, copied, fp16_layer, fp16_stage, fp16_tensor, rounded
 from mlvgm.irse import SqueezeExcite
 from mlvgm.stylegan2 import EPSILON
 
-LARGEST = torch.finfo(HALF).max
+LARGEST = torch.finfo(FP16).max
 
 
-@half_stage.register
+@fp16_stage.register
 def _encode(module: Encode) -> nn.Module:
     made = copied(module)
     encoder = module.encoder
     if isinstance(encoder, TransformerEncoder):
         # All but the pyramid is attention between a few queries and one map: little work, and large scores.
         encoder = copied(encoder)
-        encoder.pyramid = Inside(half_layer(module.encoder.pyramid))  # type: ignore[arg-type]
+        encoder.pyramid = Fp16Region(fp16_layer(module.encoder.pyramid))  # type: ignore[arg-type]
         made.encoder = encoder
     else:
-        made.encoder = Inside(half_layer(encoder))
+        made.encoder = Fp16Region(fp16_layer(encoder))
     return made
 
 
-@half_stage.register
+@fp16_stage.register
 def _resample(module: Resample) -> nn.Module:
     made = copied(module)
-    made.layers = nn.ModuleList(Inside(half_layer(layer)) for layer in module.layers)
+    made.layers = nn.ModuleList(Fp16Region(fp16_layer(layer)) for layer in module.layers)
     return made
 
 
-@half_stage.register
+@fp16_stage.register
 def _decode(module: Decode) -> nn.Module:
     return rounded(copied(module))
 
 
-@half_layer.register
+@fp16_layer.register
 def _block(module: Block) -> nn.Module:
-    return rounded(copied(module), "enlarge")
+    return rounded(copied(module), "upsample_skip")
 
 
-@half_layer.register
+@fp16_layer.register
 def _conv(module: StaticConv) -> nn.Module:
-    return HalfConv(module)
+    return Fp16Conv(module)
 
 
-@half_layer.register
-def _colour(module: Colour) -> nn.Module:
-    return HalfColour(module)
+@fp16_layer.register
+def _to_rgb(module: StaticToRGB) -> nn.Module:
+    return Fp16ToRGB(module)
 
 
-@half_layer.register
+@fp16_layer.register
 def _excite(module: SqueezeExcite) -> nn.Module:
     return Excite(nn.Sequential(module.fc1, nn.ReLU(), module.fc2, nn.Sigmoid()))
 
 
-class HalfConv(nn.Module):
+class Fp16Conv(nn.Module):
     """A styled convolution: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, out, ., .) in half."""
 
     weight: Tensor
@@ -86,12 +86,12 @@ class HalfConv(nn.Module):
         # All in one factor, so the squares are those of the normalised weights, which no scale can make overflow.
         self.register_buffer("squares", (layer.squares / size.square().T).contiguous())
         self.register_buffer("size", size[:, 0])
-        self.register_buffer("bias", to_half(layer.bias))
-        self.register_buffer("noise", to_half(layer.noise))
+        self.register_buffer("bias", fp16_tensor(layer.bias))
+        self.register_buffer("noise", fp16_tensor(layer.noise))
         if layer.upsample:
             weight = weight.transpose(0, 1)
-            self.register_buffer("blur", to_half(layer.blur))
-        self.register_buffer("weight", to_half(weight.contiguous()))
+            self.register_buffer("blur", fp16_tensor(layer.blur))
+        self.register_buffer("weight", fp16_tensor(weight.contiguous()))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         scale, peak = normalised_style(self.modulation(style))
@@ -107,8 +107,8 @@ class HalfConv(nn.Module):
         return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
 
 
-class HalfColour(nn.Module):
-    """A colour layer: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, 3, H, W) in fp32.
+class Fp16ToRGB(nn.Module):
+    """A ToRGB layer: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, 3, H, W) in fp32.
 
     There is no demodulation here: what was divided out comes back in fp32.
     """
@@ -117,11 +117,11 @@ class HalfColour(nn.Module):
     size: Tensor
     bias: Tensor
 
-    def __init__(self, layer: Colour) -> None:
+    def __init__(self, layer: StaticToRGB) -> None:
         super().__init__()
         self.modulation = layer.modulation
         weight, size = normalised(layer.weight.flatten(1))
-        self.register_buffer("weight", to_half(weight)[:, :, None, None])
+        self.register_buffer("weight", fp16_tensor(weight)[:, :, None, None])
         self.register_buffer("size", size[:, 0])
         self.register_buffer("bias", layer.bias)
 

@@ -51,7 +51,10 @@ class ClassifierRecipe:
             return
         if self.architecture not in ARCHITECTURES:
             known = none_of(self.architecture, ARCHITECTURES)
-            raise RecipeError(f"architecture is {known}, or a callable module:function that returns a torch.nn.Module")
+            module, _, function = self.architecture.rpartition(".")
+            hint = f" (did you mean {module}:{function}?)" if module else ""
+            known = f"{known}, or a callable module:function that returns a torch.nn.Module{hint}"
+            raise RecipeError(f"architecture is {known}")
 
 
 _BATCH, _SAMPLES = Batch(1, 8, 32), Samples(8, 32)

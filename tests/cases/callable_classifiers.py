@@ -167,7 +167,7 @@ with tempfile.TemporaryDirectory() as scratch:
 
     refused("no such module, as without PYTHONPATH", "no_such_module:build", "no_such_module")
     refused("a package that is not there", "no.such.module:build", "no.such")
-    refused("a dot in the place of the colon", "own_classifiers.plain", "module:function")
+    refused("a dot in the place of the colon", "own_classifiers.plain", "own_classifiers:plain")
     refused("a module whose import fails", "own_faulty:build", "zerodivision")
     refused("a module that ends the program", "own_script:build", "systemexit")
     refused("a module that needs one that is not installed", "own_needy:build", "no_such_library")

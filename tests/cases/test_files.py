@@ -22,7 +22,7 @@ def run(script: str, *arguments: object) -> None:
     assert "ok    control: " in done.stdout
 
 
-@pytest.mark.parametrize("script", ["checkpoints_in_the_wild"])
+@pytest.mark.parametrize("script", ["checkpoints_in_the_wild", "callable_classifiers", "onnx_classifiers"])
 def test_no_case_is_a_fault(script: str) -> None:
     run(script)
 

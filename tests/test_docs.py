@@ -48,14 +48,14 @@ def test_every_verb_in_the_documents_exists() -> None:
             assert verb in verbs, f"{document.name} shows mlvgm {verb}"
 
 
-def test_the_worked_family_exports_and_agrees_with_its_twin(tmp_path: Path) -> None:
+def test_the_worked_family_exports_and_agrees_with_its_reference(tmp_path: Path) -> None:
     import onnxruntime as ort
 
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-family.md").read_text(), re.DOTALL)
     names: dict[str, object] = {"__name__": "worked_family"}
     exec(compile(code, "new-family.md", "exec"), names)
     family = names["MeanColour"]()  # type: ignore[operator]
-    for stage in names["stages"](family, False, 0.0):  # type: ignore[operator]
+    for stage in names["stages"](family):  # type: ignore[operator]
         file = tmp_path / f"{stage.name}.onnx"
         trace(stage, file)
         inputs = [example(spec, 3) for spec in stage.inputs]

@@ -4,6 +4,7 @@ What a family's layers are in half precision is registered by a module of its ow
 """
 
 from export.families import nvae, nvae_fp16, stylegan2, stylegan2_fp16  # noqa: F401
+from export.families.preprocess import with_preprocessing
 from export.stage import Stage
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier
@@ -13,11 +14,17 @@ from mlvgm.stylegan2 import StyleGan2Purifier
 def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
     """The stages in front of ``classify``, in the order they run.
 
+    Args:
+        blur: whether images are blurred first.
+        input_noise_l2: norm of the noise that is added to them, 0 for none; it is an input of the first stage.
+
     Raises:
         ValueError: no family knows how to export this purifier.
     """
     if isinstance(purifier, NVAEPurifier):
-        return nvae.stages(purifier, blur, input_noise_l2)
-    if isinstance(purifier, StyleGan2Purifier):
-        return stylegan2.stages(purifier, blur, input_noise_l2)
-    raise ValueError(f"no export for a {type(purifier).__name__} (A-VAE and ND-VAE are for comparison alone)")
+        first, *others = nvae.stages(purifier)
+    elif isinstance(purifier, StyleGan2Purifier):
+        first, *others = stylegan2.stages(purifier)
+    else:
+        raise ValueError(f"no export for a {type(purifier).__name__} (A-VAE and ND-VAE are for comparison alone)")
+    return with_preprocessing(first, purifier.image_size, blur, input_noise_l2), *others

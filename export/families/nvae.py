@@ -15,30 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.families.preprocess import Preprocess
 from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
 from export.stage import Stage
 from handlers.manifest import TensorSpec
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae import NVAEConfig, NVAEPurifier
 from mlvgm.nvae_cells import BRANCH_SCALE, ResidualCell, SqueezeExcite, soft_clamp
-from mlvgm.preprocess import add_noise, blur_images
 
 Parts = Any
 """A network or cell whose parts are reached by name, which torch's types do not follow."""
 
 
-def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
+def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
     """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
     n, side = purifier.n_latents, purifier.image_size
     images = TensorSpec("images", ("B", 3, side, side))
-    noisy = (TensorSpec("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
     features = tuple(TensorSpec(f"feature_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
     noise = tuple(TensorSpec(f"noise_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
 
-    def published_encode(images: Tensor, input_noise: Tensor | None = None) -> list[Tensor]:
-        images = blur_images(images) if blur else images
-        images = images if input_noise is None else add_noise(images, input_noise, input_noise_l2)
+    def published_encode(images: Tensor) -> list[Tensor]:
         return [
             purifier.network.enc_sampler[f"sampler_{s}:{g}"](feature).chunk(2, dim=1)[0]
             for (s, g), feature in zip(purifier.network.config.latents(), purifier.encode(images), strict=True)
@@ -50,9 +45,9 @@ def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[S
     return (
         Stage(
             "encode",
-            lambda: Encode(without_weight_norm(purifier.network), blur, input_noise_l2),
+            lambda: Encode(without_weight_norm(purifier.network)),
             published_encode,
-            (images, *noisy),
+            (images,),
             features,
         ),
         Stage(
@@ -68,9 +63,8 @@ def stages(purifier: NVAEPurifier, blur: bool, input_noise_l2: float) -> tuple[S
 class Encode(nn.Module):
     """images (B, 3, H, W) in [0, 1] -> for each latent the encoder's part of its posterior mean, (B, z, h, w)."""
 
-    def __init__(self, network: Parts, blur: bool, input_noise_l2: float) -> None:
+    def __init__(self, network: Parts) -> None:
         super().__init__()
-        self.preprocess = Preprocess(network.config.resolution, blur, input_noise_l2)
         self.config = network.config
         self.before = nn.Sequential(*_fold_cells(network.preprocessing_block))
         self.groups = nn.ModuleDict()
@@ -85,8 +79,8 @@ class Encode(nn.Module):
             _half(network.enc_sampler[f"sampler_{s}:{g}"], bias=True) for s, g in self.config.latents()
         )
 
-    def forward(self, images: Tensor, *input_noise: Tensor) -> tuple[Tensor, ...]:
-        x = self.before(2.0 * self.preprocess(images, *input_noise) - 1.0)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = self.before(2.0 * images - 1.0)
         features: dict[tuple[int, int], Tensor] = {}
         for s in reversed(range(len(self.config.groups))):
             for g in range(self.config.groups[s]):

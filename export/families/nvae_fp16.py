@@ -1,6 +1,6 @@
 """The half-precision form of NVAE: towers and samplers in fp16, all arithmetic of distributions in fp32.
 
-fp32: input transforms, gates, means and deviations once the samplers gave them, soft clamps, noise, interpolation,
+fp32: gates, means and deviations once the samplers gave them, soft clamps, noise, interpolation,
 flows (they act on the few channels of a code), and the mixture behind its convolution.
 """
 
@@ -14,7 +14,7 @@ from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
 
 @fp16_stage.register
 def _encode(module: Encode) -> nn.Module:
-    made = rounded(copied(module), "preprocess", "before", "means")
+    made = rounded(copied(module), "before", "means")
     made.before = nn.Sequential(Cast(FP16), fp16_layer(module.before))
     made.means = nn.ModuleList(_to_single(mean) for mean in module.means)
     return made

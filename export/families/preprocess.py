@@ -1,29 +1,62 @@
-"""The input transforms of `mlvgm.preprocess` as part of a graph."""
+"""The input transforms of `mlvgm.preprocess` in front of a family's first stage, as part of its graph."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from export.precision import copied, fp16_stage
+from export.stage import Stage
+from handlers.manifest import TensorSpec
 from mlvgm.preprocess import add_noise, blur_images, blur_kernel_size, gaussian_taps
 
 MAX_TAPS = 15
 """Beyond 7 sigma the taps of the blur are below 1e-10: cutting them changes nothing in fp32."""
 
 
-class Preprocess(nn.Module):
-    """Blur, then input noise, each where the recipe has it: images (B, 3, H, W) [, noise] -> images."""
+def with_preprocessing(stage: Stage, image_size: int, blur: bool, input_noise_l2: float) -> Stage:
+    """``stage``, which takes images, with a blur and noise in front of it, each where it is wanted."""
+    if not blur and not input_noise_l2:
+        return stage
+    (images,) = stage.inputs
+
+    def reference(images: Tensor, *noise: Tensor) -> Tensor | Sequence[Tensor]:
+        images = blur_images(images) if blur else images
+        return stage.reference(add_noise(images, noise[0], input_noise_l2) if noise else images)
+
+    return replace(
+        stage,
+        module=lambda: Preprocessed(cast(nn.Module, stage.module()), image_size, blur, input_noise_l2),
+        reference=reference,
+        inputs=(images, TensorSpec("input_noise", images.shape)) if input_noise_l2 else (images,),
+    )
+
+
+class Preprocessed(nn.Module):
+    """images (B, 3, H, W) in [0, 1] [, noise of that shape] -> what ``stage`` gives for them, blurred and noisy."""
 
     taps: Tensor
 
-    def __init__(self, image_size: int, blur: bool, input_noise_l2: float) -> None:
+    def __init__(self, stage: nn.Module, image_size: int, blur: bool, input_noise_l2: float) -> None:
         super().__init__()
-        self.blur, self.input_noise_l2 = blur, input_noise_l2
+        self.stage, self.blur, self.input_noise_l2 = stage, blur, input_noise_l2
         taps = gaussian_taps(blur_kernel_size(image_size)) if blur else torch.ones(1)
         cut = max(len(taps) - MAX_TAPS, 0) // 2
         self.register_buffer("taps", taps[cut : len(taps) - cut])
 
-    def forward(self, images: Tensor, *input_noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *input_noise: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.blur:
             images = blur_images(images, self.taps)
         if input_noise:
             images = add_noise(images, input_noise[0], self.input_noise_l2)
-        return images
+        result: Tensor | tuple[Tensor, ...] = self.stage(images)
+        return result
+
+
+@fp16_stage.register
+def _preprocessed(module: Preprocessed) -> nn.Module:
+    made = copied(module)
+    made.stage = fp16_stage(module.stage)  # blur and noise stay in fp32
+    return made

@@ -20,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.families.preprocess import Preprocess
 from export.families.stylegan2_encoders import E4eEncoder, TransformerEncoder, plain_linear
 from export.stage import Stage
 from handlers.manifest import TensorSpec
 from mlvgm.e4e import E4ePurifier
-from mlvgm.preprocess import add_noise, blur_images
 from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier
 from mlvgm.stylegan2 import EPSILON, EqualLinear, StyledConv, StyleGan2Purifier, ToRGB
 
@@ -33,37 +31,23 @@ GAIN = math.sqrt(2)
 """Of the activation. Leaky ReLU commutes with positive factors, so the gain moves in front of it, into constants."""
 
 
-def stages(purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
+def stages(purifier: StyleGan2Purifier) -> tuple[Stage, ...]:
     """``encode``, ``resample`` and ``decode`` of an e4e or Style Transformer purifier."""
     side, n, d = purifier.image_size, purifier.n_latents, purifier.decoder.style_dim
-    images = TensorSpec("images", ("B", 3, side, side))
-    noisy = (TensorSpec("input_noise", ("B", 3, side, side)),) if input_noise_l2 else ()
+    images, alphas = TensorSpec("images", ("B", 3, side, side)), TensorSpec("alphas", (n,))
     codes, noise, mixed = (TensorSpec(name, ("B", n, d)) for name in ("codes", "noise", "mixed"))
-
-    def published_encode(images: Tensor, input_noise: Tensor | None = None) -> Tensor:
-        images = blur_images(images) if blur else images
-        images = images if input_noise is None else add_noise(images, input_noise, input_noise_l2)
-        return purifier.encode(images)[0]
-
     return (
-        Stage("encode", lambda: Encode(purifier, blur, input_noise_l2), published_encode, (images, *noisy), (codes,)),
-        Stage(
-            "resample",
-            lambda: Resample(purifier),
-            purifier.resample,
-            (codes, noise, TensorSpec("alphas", (n,))),
-            (mixed,),
-        ),
+        Stage("encode", lambda: Encode(purifier), lambda x: purifier.encode(x)[0], (images,), (codes,)),
+        Stage("resample", lambda: Resample(purifier), purifier.resample, (codes, noise, alphas), (mixed,)),
         Stage("decode", lambda: Decode(purifier), purifier.decode, (mixed,), (images,)),
     )
 
 
 class Encode(nn.Module):
-    """images (B, 3, H, W) in [0, 1] [, input_noise] -> codes (B, n, d)."""
+    """images (B, 3, H, W) in [0, 1] -> codes (B, n, d)."""
 
-    def __init__(self, purifier: StyleGan2Purifier, blur: bool, input_noise_l2: float) -> None:
+    def __init__(self, purifier: StyleGan2Purifier) -> None:
         super().__init__()
-        self.preprocess = Preprocess(purifier.image_size, blur, input_noise_l2)
         self.encoder: nn.Module
         if isinstance(purifier, E4ePurifier):
             self.encoder = E4eEncoder(purifier)
@@ -72,8 +56,8 @@ class Encode(nn.Module):
         else:
             raise TypeError(f"{type(purifier).__name__} is not a StyleGAN2 purifier that can be rewritten")
 
-    def forward(self, images: Tensor, *input_noise: Tensor) -> Tensor:
-        codes: Tensor = self.encoder(2.0 * self.preprocess(images, *input_noise) - 1.0)
+    def forward(self, images: Tensor) -> Tensor:
+        codes: Tensor = self.encoder(2.0 * images - 1.0)
         return codes
 
 

@@ -1,6 +1,6 @@
 """The half-precision form of both StyleGAN2 families.
 
-fp32: input transforms, attention, the mapping network's normalisation, the interpolation, styles and demodulation, and
+fp32: attention, the mapping network's normalisation, the interpolation, styles and demodulation, and
 the image that the ToRGB layers add to. A modulated convolution is normalised before it multiplies, which no size of
 styles or weights can make overflow: a style is divided by its largest magnitude, an output channel's weights by theirs
 times the square root of their count; the demodulation, in fp32, multiplies both back (StyleGAN2-ADA does the same).

@@ -29,7 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_pipeline_agrees_with_the_eager_twin(bundle: Path, runtime: str, batch: int) -> None:
+def test_pipeline_agrees_with_the_reference(bundle: Path, runtime: str, batch: int) -> None:
     pytest.importorskip(runtime)
     purifier, classifier = models.purifier(), models.classifier()
     torch.manual_seed(batch)

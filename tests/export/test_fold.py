@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from export.families.nvae import Decode, Encode, stages
+from export.families import stages
+from export.families.nvae import Decode, Encode
+from export.families.preprocess import Preprocessed
 from export.fold import fold_batch_norms, norm_then_pointwise, without_weight_norm
 from export.stage import as_tuple
 from export.trace import example
@@ -61,12 +63,12 @@ def test_removing_weight_norm_leaves_the_original_usable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, purifier.encode(images), strict=True))
 
 
-def test_every_nvae_stage_computes_what_its_twin_computes() -> None:
+def test_every_nvae_stage_computes_what_its_reference_computes() -> None:
     for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):
         for stage in stages(models.purifier(), blur, input_noise_l2):
             inputs = [example(spec, 3, seed=i) for i, spec in enumerate(stage.inputs)]
             module = stage.module()
-            assert isinstance(module, Encode | Decode)
+            assert isinstance(module, Encode | Decode | Preprocessed)
             with torch.no_grad():
                 pairs = zip(as_tuple(module.eval()(*inputs)), as_tuple(stage.reference(*inputs)), strict=True)
             assert all(relative_error(found, eager) < 1e-5 for found, eager in pairs)

@@ -157,7 +157,7 @@ def test_nvae_keeps_its_distributions_in_fp32() -> None:
     assert len(seen) == 5
 
 
-def test_the_twin_is_left_as_it_was() -> None:
+def test_the_reference_is_left_as_it_was() -> None:
     model = models.purifier()
     before = copy.deepcopy(model.state_dict())
     for stage in families.stages(model, False, 0.0):

@@ -22,9 +22,9 @@ from handlers.settings import HandlerSettings
 from handlers.torchserve import BUNDLE
 
 QUEUED_CALLS = 4
-"""Full calls of an engine that may wait: a request that is let in waits for these, and for what is being answered."""
+"""Length of TorchServe's queue, in full engine calls: an accepted request waits for these and the running one."""
 ROWS_ON_CPU = 16
-"""Of a batch: more bring little there, and all answers wait for the last of them (docs/metrics.md)."""
+"""Rows per batch on a CPU: more gain little throughput, and all answers of a batch wait for its last row."""
 
 FORMATS = {"zip-store": ".mar", "default": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 
@@ -35,18 +35,18 @@ class ArchiveError(MlvgmError):
 
 @dataclass(frozen=True)
 class Settings(HandlerSettings):
-    """What goes into the model's yaml file, the handler's own settings among it.
+    """The content of the model's YAML file: TorchServe's settings, and those of the handler.
 
     Attributes:
-        batch_size: requests that are answered together; 0 takes as many as fill an engine with their default samples,
-            or make `ROWS_ON_CPU` rows.
-        batch_delay_ms: how long a request waits for others to join its batch. It is a floor under every answer of a
-            quiet server; requests that arrive while a batch runs are batched anyway. TorchServe takes 0 for its default
-            of 100 ms.
-        queue: requests that may wait; one more is answered 503 at once. 0 takes what fills an engine
-            `QUEUED_CALLS` times with their default samples.
-        response_timeout_s: a batch that takes longer costs its worker the life.
-        startup_timeout_s: for checking, loading and warming up.
+        batch_size: requests per batch; 0 for as many as fill an engine call with their default samples, or on a CPU
+            make `ROWS_ON_CPU` rows.
+        batch_delay_ms: how long a request waits for others to join its batch. On an idle server every answer takes at
+            least this long; requests that arrive while a batch runs are batched anyway. TorchServe reads 0 as its
+            default of 100 ms.
+        queue: requests that may wait; when the queue is full, further ones get 503 at once. 0 for as many as fill
+            `QUEUED_CALLS` engine calls with their default samples.
+        response_timeout_s: a worker whose batch takes longer is killed and started again.
+        startup_timeout_s: time to check, load and warm up the model.
     """
 
     batch_size: Annotated[int, Range(0, 65_536)] = 0
@@ -74,7 +74,7 @@ def build_archive(
     if settings.suspicious != "pass" and manifest.score is None:
         raise ArchiveError(f"{bundle}: has no threshold of the attack score: run mlvgm tune --score 0.01 first")
     out.mkdir(parents=True, exist_ok=True)
-    # The archiver deletes $TMPDIR/<model name> before it begins: give it a folder where nothing else can be.
+    # The archiver first deletes $TMPDIR/<model name>: give it an empty folder of its own.
     with tempfile.TemporaryDirectory(prefix=".archive-", dir=out) as scratch:
         work = Path(scratch)
         _gather(manifest, bundle, work / "content")
@@ -91,18 +91,18 @@ def build_archive(
 
 
 def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
-    """Requests of one image, with its default samples, that are worth answering together; more would only wait."""
+    """Requests of one image, with default samples, per batch; see `Settings.batch_size`."""
     full = _full_call(manifest, runtime)
     return min(full, -(-ROWS_ON_CPU // manifest.samples.typical)) if _on_cpu(manifest, runtime) else full
 
 
 def fitting_queue(manifest: Manifest, runtime: str = "auto", batch_size: int = 0) -> int:
-    """Requests that may wait: what fills `QUEUED_CALLS` calls of an engine, or batches of ``batch_size`` if larger."""
+    """Requests that may wait: `QUEUED_CALLS` full engine calls, or batches of ``batch_size`` if these are larger."""
     return QUEUED_CALLS * max(batch_size, _full_call(manifest, runtime))
 
 
 def _full_call(manifest: Manifest, runtime: str) -> int:
-    """Requests of one image, with its default samples, that fill a call of an engine."""
+    """Requests of one image, with default samples, that fill an engine call."""
     return -(-manifest.batch.most(_on_cpu(manifest, runtime)) // manifest.samples.typical)
 
 
@@ -111,7 +111,7 @@ def _on_cpu(manifest: Manifest, runtime: str) -> bool:
 
 
 def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
-    """Lay out what the archive holds. Large files are only linked: the archiver follows links."""
+    """Lay out the content of the archive. Files of the bundle are symlinks, which the archiver follows."""
     source = Path(next(iter(handlers.__path__)))
     shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__", "client.py"))
     for name in (FILE_NAME, *manifest.files):

@@ -5,7 +5,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ def export_bundle(
 
     Args:
         classifier: a module that takes images in [0, 1], or an ONNX file that takes normalised ones.
-        progress: is told in one line what comes next.
-        with_programs: also write every stage as a program of PyTorch, compared like the graphs.
-        keep_engines: keep what was built for the bundle that is replaced: those who build anew know what still fits.
+        progress: called with one line of text before each step.
+        with_programs: also write every stage as an exported program of PyTorch, compared like the graphs.
+        keep_engines: keep the engines of the bundle that is replaced; a later build reuses those that still fit.
 
     Raises:
         ExportError: the models do not fit the recipe, or ``out`` holds something else.
         TraceError: a stage cannot be traced.
-        ParityError: a stage is further from its reference than its precision allows; nothing is written then.
+        ParityError: a stage is further from its reference than its precision allows. Nothing is written then.
     """
     _check_fit(recipe, purifier, out)
     if with_programs and isinstance(classifier, Path | OnnxClassifier):
@@ -63,84 +64,160 @@ def export_bundle(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
-        draft = Path(draft_name) / out.name
-        draft.mkdir()
-        files = {stage.name: draft / f"{stage.name}.onnx" for stage in stages}
-        if recipe.precision == "fp16":
-            report = _write_half(stages, files, recipe.batch.max, progress)
-        else:
-            report = _write(stages, files, recipe, progress)
-        runtime = _served_by(stages, files, recipe, progress)
+        draft = _Draft(recipe, stages, Path(draft_name) / out.name, progress)
+        draft.folder.mkdir()
+        report = draft.write_fp16() if recipe.precision == "fp16" else draft.write_fp32()
+        runtime = draft.runtime()
         if with_programs:
-            report["parity_torch"] = _write_programs(stages, files, recipe, report, progress)
+            report["parity_torch"] = draft.write_programs(report["parity"].get("fp32_stages", ()))
         if keep_engines and out.exists():
-            _move_engines(out / engine_store.FOLDER, draft / engine_store.FOLDER)
-        written = _manifest(recipe, purifier, stages, runtime, report, draft).write(draft)
+            _move_engines(out / engine_store.FOLDER, draft.folder / engine_store.FOLDER)
+        written = draft.manifest(purifier, runtime, report).write(draft.folder)
         if out.exists():
             shutil.rmtree(out)
-        draft.rename(out)
+        draft.folder.rename(out)
     return written
 
 
-def _write(
-    stages: Sequence[Stage], files: Mapping[str, Path], recipe: Recipe, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Trace in fp32; the report has the graphs as they are and, for bf16, as OpenVINO computes them if it is there."""
-    for stage in stages:
-        _trace(stage, files[stage.name], progress)
-    batches = _batches(recipe.batch.max)
-    report = {"parity": _compare(stages, files, batches, "fp32", "onnxruntime", progress)}
-    if recipe.precision == "bf16" and "openvino" in runtimes.installed():
-        report["parity_bf16"] = _compare(stages, files, batches[:2], "bf16", "openvino", progress)
-    return report
+@dataclass(frozen=True)
+class _Draft:
+    """A bundle in a temporary folder, until all of it is written and compared."""
 
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    folder: Path
+    progress: Callable[[str], None]
 
-def _write_half(
-    stages: Sequence[Stage], files: Mapping[str, Path], largest: int, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Trace in fp16, but in fp32 what cannot be halved or, on drawn images, is too far from its reference then.
+    def write_fp32(self) -> dict[str, Any]:
+        """Trace all stages, and compare the graphs; for bf16 also what OpenVINO, if installed, computes of them."""
+        for stage in self.stages:
+            self._trace(stage, self._file(stage))
+        report = {"parity": self._compare("fp32")}
+        if self.recipe.precision == "bf16" and "openvino" in runtimes.installed():
+            report["parity_bf16"] = self._compare("bf16", "openvino", largest=2)
+        return report
 
-    The parity report has those stages as ``fp32_stages``, each with the reason. The others are traced in fp32 as well:
-    their fallbacks, for images on which half precision overflows.
-    """
-    single = {}
-    for stage in stages:
+    def write_fp16(self) -> dict[str, Any]:
+        """Trace in fp16, and in fp32 each stage that has no fp16 form or whose fp16 form is over the error limit.
+
+        The parity report lists the latter as ``fp32_stages``, with the reason. The others are traced in fp32 as well,
+        as fallbacks for images on which fp16 overflows.
+        """
+        in_fp32 = {}
+        for stage in self.stages:
+            try:
+                self._trace(to_fp16(stage), self._file(stage))
+            except TraceError as error:
+                in_fp32[stage.name] = str(error)
+                self._trace(stage, self._file(stage))
+        stages = {stage.name: stage for stage in self.stages}
+        for c in self._run("fp16", largest=2):
+            if c.stage in stages.keys() - in_fp32.keys() and c.relative_error > c.limit:
+                in_fp32[c.stage] = f"{c.output} is {c.relative_error:.1e} off its reference in fp16"
+                self.progress(f"{c.stage} stays in fp32: {in_fp32[c.stage]}")
+                self._trace(stages[c.stage], self._file(stages[c.stage]))
+        report = self._compare("fp16")
+        for stage in self.stages:
+            if stage.name not in in_fp32 and not stage.is_graph:
+                self._trace(stage, self._fallback(stage))
+        fallback = self._compare("fp32", fallback=True)
+        return {"parity": {**report, "fp32_stages": in_fp32}, "parity_fallback": fallback}
+
+    def write_programs(self, in_fp32: Collection[str]) -> dict[str, Any]:
+        """Write each stage as a program, in the precision of its graph, and compare it with its reference."""
+        fp16 = self.recipe.precision == "fp16"
+        for stage in self.stages:
+            self.progress(f"writing the program of {stage.name}")
+            programs.write(to_fp16(stage) if fp16 and stage.name not in in_fp32 else stage, self._file(stage))
+            memory.release()
+        return self._compare("fp16" if fp16 else "fp32", "torch")
+
+    def runtime(self) -> str:
+        """The recipe's runtime, or "onnxruntime" where "auto" would choose a runtime that cannot run the stages.
+
+        Raises:
+            ExportError: the recipe names a CPU runtime that cannot run them.
+        """
+        recipe = self.recipe
+        name = runtimes.choose("auto") if recipe.runtime == "auto" else recipe.runtime
+        if name not in runtimes.ON_CPU or name == "onnxruntime" or (recipe.precision, name) == ("bf16", "openvino"):
+            return recipe.runtime
         try:
-            _trace(to_fp16(stage), files[stage.name], progress)
-        except TraceError as error:
-            single[stage.name] = str(error)
-            _trace(stage, files[stage.name], progress)
-    drawn = compare.compare_stages(stages, files, _batches(min(largest, 2)), progress=progress, precision="fp16")
-    for c in drawn:
-        if c.stage != compare.END_TO_END and c.stage not in single and c.relative_error > c.limit:
-            single[c.stage] = f"{c.output} is {c.relative_error:.1e} off its reference in fp16"
-            progress(f"{c.stage} stays in fp32: {single[c.stage]}")
-            _trace(next(stage for stage in stages if stage.name == c.stage), files[c.stage], progress)
-    report = _compare(stages, files, _batches(largest), "fp16", "onnxruntime", progress)
-    fallbacks = dict(files)
-    for stage in stages:
-        if stage.name not in single and not stage.is_graph:
-            fallbacks[stage.name] = _fallback(files[stage.name])
-            _trace(stage, fallbacks[stage.name], progress)
-    in_single = _compare(stages, fallbacks, _batches(largest), "fp32", "onnxruntime", progress)
-    return {"parity": {**report, "fp32_stages": single}, "parity_fallback": in_single}
+            self._compare(recipe.precision, name, largest=2)
+        except (EngineError, compare.ParityError) as error:
+            reason = f"{name} cannot serve these models ({' '.join(str(error).split())[:300]})"
+            if recipe.runtime != "auto":
+                raise ExportError(f"recipe {recipe.name}: {reason}") from None
+            self.progress(f"{reason}: the bundle is for onnxruntime")
+            return "onnxruntime"
+        return recipe.runtime
 
+    def manifest(self, purifier: Purifier, runtime: str, report: dict[str, Any]) -> manifest.Manifest:
+        """The bundle's manifest, without digests."""
+        recipe = self.recipe
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript")}
+        versions = {"python": platform.python_version(), "packages": packages}
+        return manifest.Manifest(
+            name=recipe.name,
+            version="1.0",
+            family=recipe.family,
+            image_size=(recipe.image_size, recipe.image_size),
+            noise_shapes=purifier.noise_shapes,
+            alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
+            default_alphas=recipe.schedule,
+            samples=recipe.samples,
+            classes=recipe.classes,
+            batch=recipe.batch,
+            stages=tuple(
+                manifest.StageSpec(
+                    stage.name,
+                    self._file(stage).name,
+                    stage.inputs,
+                    stage.outputs,
+                    self._fallback(stage).name if self._fallback(stage).is_file() else "",
+                )
+                for stage in self.stages
+            ),
+            input_noise_l2=recipe.input_noise_l2,
+            precision=recipe.precision,
+            runtime=runtime,
+            report=report,
+            source={"recipe": recipe.name, "blur": recipe.blur, **versions},
+        )
 
-def _write_programs(
-    stages: Sequence[Stage],
-    files: Mapping[str, Path],
-    recipe: Recipe,
-    report: Mapping[str, Any],
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Write the programs, in the precision that each graph has, and compare them with the references."""
-    for stage in stages:
-        progress(f"writing the program of {stage.name}")
-        in_single = recipe.precision != "fp16" or stage.name in report["parity"]["fp32_stages"]
-        programs.write(stage if in_single else to_fp16(stage), files[stage.name])
+    def _file(self, stage: Stage) -> Path:
+        return self.folder / f"{stage.name}.onnx"
+
+    def _fallback(self, stage: Stage) -> Path:
+        """Where the fp32 graph of a stage in fp16 lies."""
+        return self.folder / f"{stage.name}.fp32.onnx"
+
+    def _trace(self, stage: Stage, file: Path) -> None:
+        begun = time.monotonic()
+        self.progress(f"tracing {stage.name}")
+        trace(stage, file)
         memory.release()
-    precision = "fp16" if recipe.precision == "fp16" else "fp32"
-    return _compare(stages, files, _batches(recipe.batch.max), precision, "torch", progress)
+        self.progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
+
+    def _run(self, precision: str, runtime: str = "onnxruntime", **options: Any) -> list[compare.Comparison]:
+        """Compare the graphs, or with ``fallback`` those in fp32, with the references; ``largest`` is a batch size."""
+        largest = min(self.recipe.batch.max, options.get("largest", self.recipe.batch.max))
+        batches = sorted({batch for batch in (1, 2, 3, 5, largest) if batch <= largest})
+        files = {stage.name: self._file(stage) for stage in self.stages}
+        if options.get("fallback"):
+            files |= {stage.name: file for stage in self.stages if (file := self._fallback(stage)).is_file()}
+        return compare.compare_stages(self.stages, files, batches, runtime, self.progress, precision)
+
+    def _compare(self, precision: str, runtime: str = "onnxruntime", **options: Any) -> dict[str, Any]:
+        """As `_run`, for the report.
+
+        Raises:
+            ParityError: a stage is too far from its reference.
+        """
+        self.progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
+        found = self._run(precision, runtime, **options)
+        compare.check(found)
+        return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **compare.report(found)}
 
 
 def _move_engines(source: Path, target: Path) -> None:
@@ -148,59 +225,6 @@ def _move_engines(source: Path, target: Path) -> None:
     for path in source.glob("*"):
         if not (target / path.name).exists():
             path.rename(target / path.name)
-
-
-def _fallback(file: Path) -> Path:
-    """Where the fp32 graph of a stage in half precision lies."""
-    return file.with_suffix(".fp32.onnx")
-
-
-def _trace(stage: Stage, file: Path, progress: Callable[[str], None]) -> None:
-    begun = time.monotonic()
-    progress(f"tracing {stage.name}")
-    trace(stage, file)
-    memory.release()
-    progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
-
-
-def _batches(largest: int) -> list[int]:
-    return sorted({b for b in (1, 2, 3, 5, largest) if b <= largest})
-
-
-def _compare(
-    stages: Sequence[Stage],
-    files: Mapping[str, Path],
-    batches: Sequence[int],
-    precision: str,
-    runtime: str,
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
-    found = compare.compare_stages(stages, files, batches, runtime, progress, precision)
-    compare.check(found)
-    return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **compare.report(found)}
-
-
-def _served_by(
-    stages: Sequence[Stage], files: Mapping[str, Path], recipe: Recipe, progress: Callable[[str], None]
-) -> str:
-    """The bundle's runtime: the recipe's, or "onnxruntime" where "auto" would choose one that cannot run these stages.
-
-    Raises:
-        ExportError: the recipe names a runtime for CPUs that cannot.
-    """
-    name = runtimes.choose("auto") if recipe.runtime == "auto" else recipe.runtime
-    if name not in runtimes.ON_CPU or name == "onnxruntime" or (recipe.precision, name) == ("bf16", "openvino"):
-        return recipe.runtime
-    try:
-        _compare(stages, files, _batches(min(recipe.batch.max, 2)), recipe.precision, name, progress)
-    except (EngineError, compare.ParityError) as error:
-        reason = f"{name} cannot serve these models ({' '.join(str(error).split())[:300]})"
-        if recipe.runtime != "auto":
-            raise ExportError(f"recipe {recipe.name}: {reason}") from None
-        progress(f"{reason}: the bundle is for onnxruntime")
-        return "onnxruntime"
-    return recipe.runtime
 
 
 def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
@@ -214,33 +238,3 @@ def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:
         )
     if out.exists() and not (out / manifest.FILE_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out}: is there already and is no bundle; give another --out")
-
-
-def _manifest(
-    recipe: Recipe, purifier: Purifier, stages: tuple[Stage, ...], runtime: str, report: dict[str, Any], draft: Path
-) -> manifest.Manifest:
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
-    return manifest.Manifest(
-        name=recipe.name,
-        version="1.0",
-        family=recipe.family,
-        image_size=(recipe.image_size, recipe.image_size),
-        noise_shapes=purifier.noise_shapes,
-        alphas={name: tuple(recipe.effective_alphas(name)) for name in recipe.alphas},
-        default_alphas=recipe.schedule,
-        samples=recipe.samples,
-        classes=recipe.classes,
-        batch=recipe.batch,
-        stages=tuple(_stage(stage, draft) for stage in stages),
-        input_noise_l2=recipe.input_noise_l2,
-        precision=recipe.precision,
-        runtime=runtime,
-        report=report,
-        source={"recipe": recipe.name, "blur": recipe.blur, "python": platform.python_version(), "packages": packages},
-    )
-
-
-def _stage(stage: Stage, draft: Path) -> manifest.StageSpec:
-    file = draft / f"{stage.name}.onnx"
-    fallback = _fallback(file).name if _fallback(file).is_file() else ""
-    return manifest.StageSpec(stage.name, file.name, stage.inputs, stage.outputs, fallback)

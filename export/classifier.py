@@ -1,4 +1,4 @@
-"""The ``classify`` stage: any classifier, published, one's own module, or an ONNX file."""
+"""The ``classify`` stage, of any classifier: a published architecture, a user's module, or an ONNX file."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from export.fold import fold_batch_norms
 from export.onnx_classifier import OnnxClassifier
-from export.probe import SMALLEST, Habits, probe
+from export.probe import PROBABILITIES, SMALLEST, Habits, probe
 from export.stage import Stage
 from handlers.manifest import TensorSpec
 
@@ -16,10 +16,10 @@ def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[
     """``classify`` of a module that takes images (B, 3, H, W) in [0, 1] and returns logits (B, n_classes).
 
     Args:
-        say: is told in one line what was adapted, if anything was.
+        say: called with one line that says what was adapted, if anything.
 
     Raises:
-        ClassifierError: it does not give such logits.
+        ClassifierError: the classifier does not return such logits.
     """
     inputs = (TensorSpec("images", ("B", 3, image_size, image_size)),)
     outputs = (TensorSpec("logits", ("B", n_classes)),)
@@ -28,8 +28,8 @@ def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[
         made = Stage("classify", classifier.graph, classifier, inputs, outputs, True, classifier.tolerance)
     else:
         habits = probe(classifier, image_size, n_classes, "the classifier")
-        adapted = [*["works in place on its input: gets a copy"] * habits.in_place]
-        adapted += ["gives probabilities, as of a softmax: their logarithms are the logits"] * habits.probabilities
+        adapted = [*["modifies its input, so it gets a copy"] * habits.in_place]
+        adapted += [PROBABILITIES] * habits.probabilities
         module = AdaptedClassifier(classifier, habits) if adapted else classifier
         made = Stage("classify", lambda: fold_batch_norms(module), module, inputs, outputs)
     if adapted:
@@ -38,7 +38,7 @@ def stage(classifier: nn.Module, image_size: int, n_classes: int, say: Callable[
 
 
 class AdaptedClassifier(nn.Module):
-    """A classifier whose input is a copy, and whose probabilities become logits, each where its ``habits`` want it."""
+    """A classifier that is given a copy of its input, and whose probabilities are turned into logits, as needed."""
 
     def __init__(self, classifier: nn.Module, habits: Habits) -> None:
         super().__init__()

@@ -26,18 +26,18 @@ FloatArray = NDArray[np.floating[Any]]
 
 
 END_TO_END = "end to end"
-"""Stands for a stage where all of them ran in a chain."""
+"""Stage name of a comparison in which all stages ran in a chain."""
 
 _REFERENCE_ROWS = 4
 
 
 class ParityError(MlvgmError):
-    """An exported stage does not compute what its reference computes."""
+    """An exported stage is further from its reference than its precision allows."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one batch size against its reference: relative L2 error, largest difference, error allowed."""
+    """One output at one batch size against its reference: relative L2 error, largest difference, error limit."""
 
     stage: str
     output: str
@@ -64,8 +64,8 @@ def compare_stages(
 ) -> list[Comparison]:
     """Run each stage's file at each batch size, and all of them in a chain at the largest; compare with references.
 
-    A stage on its own gets what the *references* of the stages before it gave, so that an error is reported where it
-    arises. One engine is in memory at a time.
+    A single stage gets the outputs of the *references* of the stages before it, so that an error is reported for the
+    stage that causes it. One engine is in memory at a time.
     """
     largest = max(batches)
     known: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def compare_stages(
 
 
 def run_reference(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the reference gives, a few rows at a time: the published operators keep large maps in memory."""
+    """Outputs of the stage's reference, a few rows at a time: the published operators need much memory per row."""
     count = next(len(known[spec.name]) for spec in stage.inputs if spec.batched)
     with torch.inference_mode():
         parts = [
@@ -112,7 +112,7 @@ def run_reference(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Tensor], batch: int) -> dict[str, FloatArray]:
-    """What ``engine``, the exported form of ``stage``, gives, ``batch`` rows at a time."""
+    """Outputs of ``engine``, the exported form of ``stage``, ``batch`` rows at a time."""
     count = next(len(known[spec.name]) for spec in stage.inputs if spec.batched)
     parts = []
     for start in range(0, count, batch):
@@ -122,7 +122,7 @@ def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Tensor], batch:
 
 
 class ReferenceEngine:
-    """A function of tensors in the place of an engine, so that a pipeline runs it: a stage's reference, or a module."""
+    """Lets a pipeline run a function of tensors (a stage's reference, or a module) as if it were an engine."""
 
     def __init__(self, stage: Stage, function: Callable[..., Tensor | Sequence[Tensor]]) -> None:
         self._stage, self._function = stage, function
@@ -138,12 +138,12 @@ class ReferenceEngine:
 
 
 def slice_batch(stage: Stage, known: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The inputs of ``stage``, in their order, with these rows of those that have a batch axis."""
+    """The inputs of ``stage``, in order; those with a batch axis are cut to ``rows``."""
     return {spec.name: known[spec.name][rows] if spec.batched else known[spec.name] for spec in stage.inputs}
 
 
 def check(comparisons: Sequence[Comparison]) -> None:
-    """Raises ParityError naming the worst output, where one is over its limit."""
+    """Raises ParityError, naming the worst output, if any output is over its limit."""
     worst = max(comparisons, key=lambda c: c.relative_error / c.limit)
     if worst.relative_error > worst.limit:
         raise ParityError(
@@ -153,7 +153,7 @@ def check(comparisons: Sequence[Comparison]) -> None:
 
 
 def report(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """The comparisons as the manifest keeps them: the worst per stage and output, over all batch sizes."""
+    """The comparisons as the manifest stores them: the worst per stage and output, over all batch sizes."""
     worst: dict[tuple[str, str], Comparison] = {}
     for c in comparisons:
         key = (c.stage, c.output)

@@ -1,68 +1,61 @@
 """Rewrites that remove work and keep the numbers: batch norms and weight norms become part of a convolution."""
 
 import copy
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def without_weight_norm(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose weight-normed convolutions are plain ones."""
     module = copy.deepcopy(module)
-    # Replaced, not un-parametrised: a deep copy shares the class that holds the parametrisation with its original.
+    # Replaced, not `remove_parametrizations`: that changes the class of the copy, which the original shares.
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and parametrize.is_parametrized(child):
-                setattr(parent, name, _plain(child))
+                plain = conv(child.weight, child.bias, stride=child.stride, padding=child.padding, groups=child.groups)
+                setattr(parent, name, plain)
     return module
 
 
-def _plain(conv: nn.Conv2d) -> nn.Conv2d:
-    plain = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        groups=conv.groups,
-        bias=conv.bias is not None,
-    )
-    with torch.no_grad():
-        plain.weight.copy_(conv.weight)
-        if plain.bias is not None and conv.bias is not None:
-            plain.bias.copy_(conv.bias)
-    return plain.requires_grad_(False)
+def conv(weight: Tensor, bias: Tensor | None, **options: Any) -> nn.Conv2d:
+    """A convolution with these weights (out, in / groups, h, w) and biases (out,), in float32."""
+    outputs, inputs, *kernel = weight.shape
+    inputs *= options.get("groups", 1)
+    layer = nn.Conv2d(inputs, outputs, (kernel[0], kernel[1]), bias=bias is not None, device="meta", **options)
+    return _filled(layer, weight, bias)
 
 
-def conv_then_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with these weights (out, in) and biases (out,), in float32."""
+    return _filled(nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta"), weight, bias)
+
+
+def _filled(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    values = {"weight": weight, "bias": bias}
+    floats = {name: values.detach().float().contiguous() for name, values in values.items() if values is not None}
+    layer.load_state_dict(floats, assign=True)
+    return layer.requires_grad_(False)
+
+
+def conv_then_norm(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
     """One convolution that does what ``conv`` and then ``norm`` do in eval mode."""
-    return fuse_conv_bn_eval(conv.eval(), norm.eval())
+    return fuse_conv_bn_eval(cast(nn.Conv2d, conv).eval(), cast(nn.BatchNorm2d, norm).eval())
 
 
-def linear_then_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
-    """One linear layer that does what ``linear`` and then ``norm`` do in eval mode."""
-    scale, shift = scale_and_shift(norm)
-    folded = nn.Linear(linear.in_features, linear.out_features, device="meta")  # no weights to be thrown away
-    folded.weight = nn.Parameter(linear.weight.detach() * scale[:, None], requires_grad=False)
-    bias = shift if linear.bias is None else shift + linear.bias.detach() * scale
-    folded.bias = nn.Parameter(bias, requires_grad=False)
-    return folded
-
-
-def norm_then_pointwise(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
-    """One 1x1 convolution that does what ``norm`` and then ``conv`` do in eval mode. Exact: there is no padding."""
-    if conv.kernel_size != (1, 1):
+def norm_then_pointwise(norm: nn.BatchNorm2d, pointwise: nn.Conv2d) -> nn.Conv2d:
+    """One 1x1 convolution that does what ``norm`` and then ``pointwise`` do: exactly, for there is no padding."""
+    if pointwise.kernel_size != (1, 1):
         raise ValueError("a norm in front of a padded convolution cannot be folded exactly")
     scale, shift = scale_and_shift(norm)
-    folded = nn.Conv2d(conv.in_channels, conv.out_channels, 1)
-    matrix = conv.weight.flatten(1)
-    with torch.no_grad():
-        folded.weight.copy_((matrix * scale)[:, :, None, None])
-        bias = matrix @ shift
-        folded.bias.copy_(bias if conv.bias is None else bias + conv.bias)  # type: ignore[union-attr]
-    return folded
+    bias = pointwise.weight.flatten(1) @ shift
+    return conv(pointwise.weight * scale[:, None, None], bias if pointwise.bias is None else bias + pointwise.bias)
 
 
 def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -77,31 +70,10 @@ def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tens
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """``model`` with every batch norm folded that directly follows a convolution or a linear layer.
 
-    Folded layers are new ones; all others are shared with ``model``, which is in eval mode and stays as it is: the head
-    of a large classifier is gigabytes. A model that cannot be traced symbolically comes back as it is: folding only
-    saves time.
+    ``model``, which must be in eval mode, is not changed; layers that are not folded are shared with it. A model that
+    cannot be traced symbolically is returned unfolded: folding only saves time.
     """
     try:
-        graph = fx.symbolic_trace(model)
+        return fuse(model, inplace=True)  # in place of the traced module, not of ``model``
     except Exception:  # tracing runs the user's own code, which may raise anything
         return model
-    modules = dict(graph.named_modules())
-    for node in list(graph.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm1d | nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) > 1:
-            continue
-        layer, norm = modules[before.target], modules[node.target]
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            folded: nn.Module = fuse_conv_bn_eval(layer, norm)
-        elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-            folded = linear_then_norm(layer, norm)
-        else:
-            continue
-        graph.set_submodule(before.target, folded)
-        node.replace_all_uses_with(before)
-        graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph

@@ -1,13 +1,13 @@
-"""Memory that is free goes back to the system: stages hold gigabytes each, and there is a next one."""
+"""Return freed memory to the operating system between stages, each of which may hold gigabytes."""
 
 import ctypes
 import gc
 
 
 def release() -> None:
-    """Collect what only cycles keep alive, and have glibc return the pages that it keeps for itself."""
+    """Collect reference cycles, and let glibc return its free pages to the system."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # another C library, which keeps its own counsel
+    except (OSError, AttributeError):  # another C library
         return

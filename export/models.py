@@ -1,4 +1,4 @@
-"""The two models that a recipe names, from its own files or the user's."""
+"""Load the two models that a recipe names, from its own files or the user's."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from mlvgm.recipe import Recipe
 
 
 def load_models(recipe: Recipe, purifier: Path | None, classifier: Path | None) -> tuple[Purifier, nn.Module]:
-    """Purifier and classifier of ``recipe``; the arguments, where given, replace the files it names.
+    """Purifier and classifier of ``recipe``; files given as arguments replace those that the recipe names.
 
     Raises:
-        ExportError: neither the recipe nor the arguments name a file that is there.
+        ExportError: neither the recipe nor the arguments name an existing file.
         CheckpointError, ModelError, ClassifierError: a file or callable cannot be used.
     """
     file = _file(recipe, "purifier", purifier or recipe.purifier)
@@ -27,7 +27,7 @@ def recipe_classifier(recipe: Recipe, file: Path | None = None) -> nn.Module:
     """The classifier of ``recipe``, from ``file`` if given: images (B, 3, H, W) in [0, 1] -> logits (B, C).
 
     Raises:
-        ExportError: neither the recipe nor the argument names a file that is there.
+        ExportError: neither the recipe nor the argument names an existing file.
         CheckpointError, ModelError, ClassifierError: a file or callable cannot be used.
     """
     architecture = recipe.classifier.architecture

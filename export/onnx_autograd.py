@@ -1,17 +1,16 @@
-"""ONNX graphs in PyTorch, so that gradients can be taken: the operators of image classifiers, one function each.
+"""ONNX graphs in PyTorch, to get gradients: the operators of image classifiers, one function each.
 
-Rounding passes gradients straight through (Bengio, Léonard and Courville, "Estimating or propagating gradients through
-stochastic neurons", 2013). What this computes is only used where it agrees with ONNX Runtime.
+Rounding uses the straight-through estimator (Bengio, Léonard and Courville, "Estimating or propagating gradients
+through stochastic neurons", 2013). The result is used only if it agrees with ONNX Runtime.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
-from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 
@@ -22,34 +21,35 @@ class TorchGraph(nn.Module):
         KeyError: the graph has an operator that is not among `OPERATORS`.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, graph: ir.Graph) -> None:
         super().__init__()
-        graph = model.graph
-        self.constants = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
-        self.nodes = [(OPERATORS[node.op_type], node, _attributes(node)) for node in graph.node]
-        self.input, self.output = graph.input[0].name, graph.output[0].name
+        self.constants: dict[ir.Value | None, Tensor] = {
+            value: _tensor(value.const_value) for value in graph.initializers.values()
+        }
+        self.nodes = [(OPERATORS[node.op_type], node, _attributes(node)) for node in graph]
+        self.input, self.output = graph.inputs[0], graph.outputs[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        known = {**self.constants, "": None, self.input: images}
+        known: dict[ir.Value | None, Any] = self.constants | {None: None, self.input: images}
         for function, node, attributes in self.nodes:
-            result = function(*(known[name] for name in node.input), **attributes)
-            known |= zip(node.output, result if isinstance(result, tuple) else (result,), strict=False)
-        output = known[self.output]
-        assert output is not None
+            result = function(*(known[value] for value in node.inputs), **attributes)
+            known |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False)
+        output: Tensor = known[self.output]
         return output
 
 
-def _tensor(tensor: TensorProto) -> Tensor:
-    return torch.from_numpy(numpy_helper.to_array(tensor).copy())
+def _tensor(tensor: Any) -> Tensor:
+    return torch.from_numpy(np.array(tensor.numpy()))
 
 
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return {name: _tensor(value) if isinstance(value, TensorProto) else value for name, value in values.items()}
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {
+        a.name: _tensor(a.value) if a.type == ir.AttributeType.TENSOR else a.value for a in node.attributes.values()
+    }
 
 
 def _numbers(values: Any) -> list[int]:
-    """Axes, shapes and the like: attributes in old graphs, tensors in new ones."""
+    """Axes or shapes as integers: they are attributes in old opsets, and tensors in new ones."""
     return [int(value) for value in values]
 
 
@@ -58,16 +58,16 @@ def _straight_through(rounded: Callable[[Tensor], Tensor]) -> Callable[..., Tens
 
 
 def _pads(x: Tensor, kernel: list[int], a: dict[str, Any]) -> list[int]:
-    """As `F.pad` wants them: of the last axis first."""
+    """Padding in the order of `F.pad`: the last axis first."""
     n = len(kernel)
     strides, dilations = a.get("strides", [1] * n), a.get("dilations", [1] * n)
-    mode = a.get("auto_pad", b"NOTSET")
+    mode = a.get("auto_pad", "NOTSET")
     pads = list(a.get("pads", [0] * 2 * n))
-    if mode in (b"SAME_UPPER", b"SAME_LOWER"):
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
         for i, (k, s, d) in enumerate(zip(kernel, strides, dilations, strict=True)):
             size = x.shape[i - n]
             total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            before = total // 2 if mode == b"SAME_UPPER" else total - total // 2
+            before = total // 2 if mode == "SAME_UPPER" else total - total // 2
             pads[i], pads[i + n] = before, total - before
     return [side for i in reversed(range(n)) for side in (pads[i], pads[i + n])]
 
@@ -132,9 +132,7 @@ def _slice(x: Tensor, starts: Any, ends: Any, axes: Any = None, steps: Any = Non
     axes = _numbers(axes) if axes is not None else range(len(starts))
     for i, axis in enumerate(axes):
         start, end, step = int(starts[i]), int(ends[i]), 1 if steps is None else int(steps[i])
-        x = x.index_select(
-            axis, torch.arange(x.shape[axis])[slice(start, end, step) if step > 0 else slice(start, end)]
-        )
+        x = x.index_select(axis, torch.arange(x.shape[axis])[start:end:step])
     return x
 
 
@@ -142,14 +140,14 @@ def _split(x: Tensor, split: Any = None, axis: int = 0, num_outputs: int = 2) ->
     return x.split(_numbers(split), axis) if split is not None else x.chunk(num_outputs, axis)
 
 
-def _pad(x: Tensor, pads: Any, value: Any = None, mode: bytes = b"constant", **_: Any) -> Tensor:
+def _pad(x: Tensor, pads: Any, value: Any = None, mode: str = "constant", **_: Any) -> Tensor:
     sides, n = _numbers(pads), x.ndim
     flat = [side for i in reversed(range(n)) for side in (sides[i], sides[i + n])]
-    if mode == b"constant":
+    if mode == "constant":
         return F.pad(x, flat, value=float(value) if value is not None else 0.0)
     while flat and flat[-2:] == [0, 0]:
         del flat[-2:]
-    return F.pad(x, flat, "reflect" if mode == b"reflect" else "replicate")
+    return F.pad(x, flat, "reflect" if mode == "reflect" else "replicate")
 
 
 def _clip(x: Tensor, low: Any = None, high: Any = None, **a: Any) -> Tensor:
@@ -157,7 +155,7 @@ def _clip(x: Tensor, low: Any = None, high: Any = None, **a: Any) -> Tensor:
 
 
 def _cast(x: Tensor, to: int, **_: Any) -> Tensor:
-    dtype = torch.from_numpy(np.empty(0, helper.tensor_dtype_to_np_dtype(to))).dtype
+    dtype = torch.from_numpy(np.empty(0, ir.DataType(to).numpy())).dtype
     if x.requires_grad and not dtype.is_floating_point:
         return _straight_through(torch.trunc)(x)
     return x.to(dtype)
@@ -179,13 +177,15 @@ def _dequantize(x: Tensor, scale: Tensor, zero: Any = None, axis: int = 1, **_: 
     return steps * _scales(x, scale, axis)
 
 
+# Of the same name and meaning in PyTorch.
+_SAME = "Abs Add Erf Exp Log MatMul Mul Neg Pow Reciprocal Relu Selu Sigmoid Sqrt Sub Tanh Where"
+
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "Abs": torch.abs,
-    "Add": torch.add,
+    **{name: getattr(torch, name.lower()) for name in _SAME.split()},
+    **{name: _straight_through(getattr(torch, name.lower())) for name in ("Ceil", "Floor", "Round")},
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
-    "Ceil": _straight_through(torch.ceil),
     "Clip": _clip,
     "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Constant": lambda **a: next(iter(a.values())) if "value" in a else torch.tensor(next(iter(a.values()))),
@@ -194,15 +194,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Div": lambda a, b: a / b if a.is_floating_point() else a // b,
     "Dropout": lambda x, *_, **__: x,
     "Elu": lambda x, alpha=1.0: F.elu(x, alpha),
-    "Erf": torch.erf,
-    "Exp": torch.exp,
     "Expand": lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, _numbers(shape))),
     "Flatten": lambda x, axis=1: x.reshape(int(np.prod(x.shape[:axis])), -1),
-    "Floor": _straight_through(torch.floor),
     "Gather": lambda x, i, axis=0: x.index_select(axis, i.flatten() % x.shape[axis]).reshape(
         *x.shape[:axis], *i.shape, *x.shape[axis:][1:]
     ),
-    "Gelu": lambda x, approximate=b"none": F.gelu(x, approximate=approximate.decode()),
+    "Gelu": F.gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean(list(range(2, x.ndim)), True),
     "GlobalMaxPool": lambda x: x.amax(list(range(2, x.ndim)), True),
@@ -211,41 +208,27 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Identity": lambda x: x,
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
-    "Log": torch.log,
     "LogSoftmax": lambda x, axis=-1: F.log_softmax(x, axis),
     "LRN": lambda x, size, alpha=1e-4, beta=0.75, bias=1.0: F.local_response_norm(x, size, alpha, beta, bias),
-    "MatMul": torch.matmul,
     "Max": lambda *parts: torch.stack(torch.broadcast_tensors(*parts)).amax(0),
     "MaxPool": _max_pool,
     "Min": lambda *parts: torch.stack(torch.broadcast_tensors(*parts)).amin(0),
-    "Mul": torch.mul,
-    "Neg": torch.neg,
     "Pad": _pad,
-    "Pow": torch.pow,
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
     "QuantizeLinear": _quantize,
-    "Reciprocal": torch.reciprocal,
     "ReduceL2": _reduce(lambda x, axes, keep: x.square().sum(axes, keep).sqrt()),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
-    "Relu": F.relu,
     "Reshape": _reshape,
-    "Round": _straight_through(torch.round),
-    "Selu": F.selu,
     "Shape": lambda x, **_: torch.tensor(x.shape),
-    "Sigmoid": torch.sigmoid,
     "Slice": _slice,
     "Softmax": lambda x, axis=-1: F.softmax(x, axis),
     "Softplus": F.softplus,
     "Split": _split,
-    "Sqrt": torch.sqrt,
     "Squeeze": lambda x, axes=None: x.squeeze() if axes is None else x.squeeze(_numbers(axes)),
-    "Sub": torch.sub,
     "Sum": lambda *parts: sum(parts[1:], parts[0]),
-    "Tanh": torch.tanh,
     "Transpose": lambda x, perm=None: x.permute(perm or list(reversed(range(x.ndim)))),
     "Unsqueeze": _unsqueeze,
-    "Where": torch.where,
 }

@@ -1,9 +1,10 @@
-"""A classifier that is an ONNX file: a new graph around its own, for whatever it takes and gives.
+"""A classifier in an ONNX file, adapted to the pipeline's images and logits by operators added to its graph.
 
-What can be adapted with certainty is: another side of the images, channels last, another type, a fixed batch, and
-probabilities in the place of logits. The rest is refused in one line.
+Adapted are another image size, channels last, another element type, a fixed batch, and probabilities instead of
+logits. Anything else is refused with an error of one line.
 """
 
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable
@@ -12,32 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, version_converter
 from torch import Tensor, nn
 
 from export.onnx_autograd import TorchGraph
-from export.onnx_graph import free_batch, graphs, load_graph, nodes, rename, save_graph
+from export.onnx_graph import free_batch, load_graph, nodes, save_graph
 from export.precision import LIMITS, ROUNDED
-from export.probe import SMALLEST, ClassifierError, first_line, probe
+from export.probe import PROBABILITIES, SMALLEST, ClassifierError, first_line, probe
 from handlers.manifest import FileDigest
 from mlvgm.checkpoint import kind_of
 from mlvgm.recipe import ClassifierRecipe
 
-_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.DOUBLE: "float64",
-    TensorProto.UINT8: "uint8",
-}
-_OLDEST_OPSET = 8  # the first in which all operators that are added here broadcast
+_LOGITS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+_IMAGES = (*_LOGITS, ir.DataType.UINT8)
 _ROUNDING = ("Round", "Floor", "Ceil", "QuantizeLinear", "DynamicQuantizeLinear")  # as does QLinear...
 _DIRECTIONS, _STEP = 64, 0.02  # of an estimated gradient; the step in units of the [0, 1] image
-_NAMES = ("images", "logits")  # of the new graph's input and output
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +41,13 @@ Floats = NDArray[np.float32]
 class OnnxClassifier(nn.Module):
     """The file as it is, run by ONNX Runtime: images (B, 3, H, W) in [0, 1] -> logits (B, C).
 
-    What it takes and gives otherwise is adapted here outside of the graph: the reference for `graph`, which has it
-    inside.
+    Images and logits are adapted outside of the graph, in PyTorch: the reference of `graph`, which has the same steps
+    as operators.
 
     Attributes:
-        adapted: what was, each as the end of "the classifier is adapted: it ...".
-        tolerance: relative error that `graph` may have: a file that computes in half precision, or rounds to whole
-            numbers, makes small differences larger.
+        adapted: what was adapted, each as the end of "the classifier is adapted: it ...".
+        tolerance: relative error allowed to `graph`: a file that computes in half precision or quantises amplifies
+            rounding errors.
 
     Raises:
         ClassifierError: naming the file and what is wrong with it.
@@ -64,17 +58,15 @@ class OnnxClassifier(nn.Module):
     def __init__(self, file: Path, recipe: ClassifierRecipe, image_size: int, n_classes: int) -> None:
         super().__init__()
         self.file, self.image_size, self.n_classes = file, image_size, n_classes
-        self._model = _load(file)
-        self._takes = _Signature.of(self._model, file, image_size, n_classes)
+        model = _load(file)
+        self._takes = _Signature.of(model.graph, file, image_size, n_classes)
         self.adapted = self._takes.differences(image_size)
         mean, std = recipe.mean, recipe.std
         if len(mean) != 3 or len(std) != 3 or 0 in std:
             raise ClassifierError(f"{file}: mean and std must be three numbers each, std not 0: {mean}, {std}")
         if self._takes.dtype == "uint8":
             if (mean, std) not in (((0.0,) * 3, (1.0,) * 3), ((0.0,) * 3, (1 / 255,) * 3)):
-                raise ClassifierError(
-                    f"{file}: takes pixels of 0 to 255, which mean and std cannot normalise: leave both out"
-                )
+                raise ClassifierError(f"{file}: takes uint8 pixels, which are never normalised: leave out mean and std")
             std = (1 / 255,) * 3
         self._mean, self._std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
         self._session = _session(str(file), str(file))
@@ -84,8 +76,9 @@ class OnnxClassifier(nn.Module):
         self._autograd: tuple[TorchGraph | None] | None = None
         self._probabilities = probe(self, image_size, n_classes, str(file)).probabilities
         if self._probabilities:
-            self.adapted.append("gives probabilities, as of a softmax: their logarithms are the logits")
-        self.tolerance = _tolerance(self._model, self._takes.dtype)
+            self.adapted.append(PROBABILITIES)
+        self.tolerance = _tolerance(model, self._takes.dtype)
+        self._shapes_name_batch = False
         if self._takes.batch:
             self._free_batch()
 
@@ -110,46 +103,62 @@ class OnnxClassifier(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxClassifier":
         return self  # it never changes, and a session cannot be copied
 
-    def graph(self) -> onnx.ModelProto:
-        """images (B, 3, H, W) in [0, 1] -> logits (B, C), with what was adapted inside."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
-        rename(model, {name: _own(name) for name in _NAMES})
-        graph, takes = model.graph, self._takes
-        source, result = _Chain("images"), _Chain(_own(takes.output))
-        if takes.side != self.image_size:
-            rows = _resampling(self.image_size, takes.side)
-            source.add("MatMul", constant=rows, first=True).add("MatMul", constant=rows.T)
+    def graph(self) -> ir.Model:
+        """images (B, 3, H, W) in [0, 1] -> logits (B, C), with the adaptations as operators."""
+        model, takes, side = _load(self.file), self._takes, self.image_size
+        if self._shapes_name_batch:
+            free_batch(model, takes.batch)
+        graph = model.graph
+        (given,), (logits,) = _inputs(graph), graph.outputs
+        own = [value for part in model.graphs() for value in (*part.inputs, *part.initializers.values())]
+        for value in [*own, *(output for node in graph.all_nodes() for output in node.outputs)]:
+            if value.name in ("images", "logits"):
+                value.name = f"mlvgm/own/{value.name}"
+            if value.producer():
+                value.shape = None  # it may be that of the fixed batch
+        tape, number = ir.tape.Tape(graph), itertools.count()
+
+        def add(operator: str, *inputs: Any, **attributes: Any) -> ir.Value:
+            constants = {
+                i: ir.tensor(np.asarray(x, np.float32)) for i, x in enumerate(inputs) if not isinstance(x, ir.Value)
+            }
+            named = {i: tape.initializer(tensor, f"mlvgm/{next(number)}") for i, tensor in constants.items()}
+            values = [named.get(i, value) for i, value in enumerate(inputs)]
+            return tape.op(operator, values, attributes, output=ir.val(f"mlvgm/{next(number)}"))
+
+        images = x = ir.val("images", ir.DataType.FLOAT, ("B", 3, side, side))
+        if takes.side != side:
+            rows = _resampling(side, takes.side)
+            x = add("MatMul", add("MatMul", rows, x), rows.T)
         if self._mean.any():
-            source.add("Sub", constant=self._mean.numpy())
+            x = add("Sub", x, self._mean)
         if (self._std != 1).any():
-            source.add("Div", constant=self._std.numpy())
+            x = add("Div", x, self._std)
         if takes.dtype == "uint8":
-            source.add("Add", constant=np.float32(0.5)).add("Floor")
-            source.add("Max", constant=np.float32(0)).add("Min", constant=np.float32(255))
+            x = add("Min", add("Max", add("Floor", add("Add", x, 0.5)), 0), 255)
         if takes.channels_last:
-            source.add("Transpose", perm=[0, 2, 3, 1])
+            x = add("Transpose", x, perm=[0, 2, 3, 1])
         if takes.dtype != "float32":
-            source.add("Cast", to=helper.np_dtype_to_tensor_dtype(np.dtype(takes.dtype)))
-        given = graph.output[0].type.tensor_type.elem_type
-        if given != TensorProto.FLOAT:
-            result.add("Cast", to=TensorProto.FLOAT)
+            x = add("Cast", x, to=given.dtype)
+        ir.convenience.replace_all_uses_with(given, x)
+        if logits.dtype != ir.DataType.FLOAT:
+            logits = add("Cast", logits, to=ir.DataType.FLOAT)
         if self._probabilities:
-            result.add("Max", constant=np.float32(SMALLEST)).add("Log")
-        all_nodes = [*source.end(_own(takes.input)), *graph.node, *result.end("logits")]
-        del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
-        graph.node.extend(all_nodes)
-        graph.initializer.extend([*source.constants, *result.constants])
-        side = self.image_size
-        graph.input.append(helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", 3, side, side]))
-        graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", self.n_classes]))
-        model.ir_version = max(model.ir_version, 4)  # before, weights had to be inputs too
+            logits = add("Log", add("Max", logits, SMALLEST))
+        logits.name, logits.type, logits.shape = (
+            "logits",
+            ir.TensorType(ir.DataType.FLOAT),
+            ir.Shape(("B", self.n_classes)),
+        )
+        graph.inputs[:], graph.outputs[:] = [images], [logits]
+        graph.sort()
+        model.ir_version = max(model.ir_version or 0, 4)  # before, weights had to be inputs too
         return model
 
     def vjp(self, images: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient (B, 3, H, W) at ``images`` of what has the ``gradient`` (B, C) at their logits.
+        """Vector-Jacobian product: ``gradient`` (B, C) with respect to the logits -> (B, 3, H, W) to ``images``.
 
-        Exact where all operators have derivatives here (`export.onnx_autograd`), else estimated from the logits.
+        Exact if `export.onnx_autograd` has all operators of the graph, otherwise estimated from logits.
         """
         if self._autograd is None:
             self._autograd = (self._differentiable(),)
@@ -163,23 +172,26 @@ class OnnxClassifier(nn.Module):
     def _differentiable(self) -> TorchGraph | None:
         images = torch.rand(2, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(2))
         try:
-            module = TorchGraph(self.graph())
+            module = TorchGraph(self.graph().graph)
             found, expected = module(images), self(images)
             error = float((found - expected).norm() / expected.norm())
             if error <= max(10 * LIMITS["fp32"], self.tolerance):
                 return module
-            reason = f"another result in PyTorch, {error:.0e} off"
-        except Exception as error:  # whatever an operator of somebody's graph makes PyTorch raise
+            reason = f"in PyTorch its logits differ by {error:.0e}"
+        except Exception as error:  # an unknown graph can make PyTorch raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
         logger.warning("%s: gradients are estimated, which is slow and makes attacks weaker (%s)", self.file, reason)
         return None
 
     def _free_batch(self) -> None:
-        """Take the fixed batch out of the graph, if it then gives for any number of images what it gave for its own."""
+        """Make the fixed batch dynamic, and check that the logits stay the same at every batch size.
+
+        Raises:
+            ClassifierError: they do not.
+        """
         images = torch.rand(3, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(1))
         expected = self(images).numpy()
-        for attempt in (lambda: None, lambda: free_batch(self._model, self._takes.batch)):
-            attempt()
+        for self._shapes_name_batch in (False, True):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "classify.onnx"
                 save_graph(self.graph(), file)
@@ -192,8 +204,8 @@ class OnnxClassifier(nn.Module):
             if all(a.shape == b.shape and np.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in pairs):
                 return
         raise ClassifierError(
-            f"{self.file}: takes a fixed batch of {self._takes.batch}, which is written all over its graph: "
-            "export it with a dynamic batch axis"
+            f"{self.file}: takes a fixed batch of {self._takes.batch}, which cannot be made dynamic: export it with a "
+            "dynamic batch axis"
         )
 
     def _run(self, array: NDArray[Any], rows: int) -> Floats:
@@ -207,7 +219,7 @@ class OnnxClassifier(nn.Module):
 
 
 class _Differentiable(torch.autograd.Function):
-    """The logits of an `OnnxClassifier`, and its ``vjp`` as their derivative."""
+    """The logits of an `OnnxClassifier`, differentiable by its ``vjp``."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, classifier: OnnxClassifier) -> Tensor:
@@ -222,7 +234,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _estimated(classify: Callable[[Tensor], Tensor], images: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient from differences along random directions (Ilyas et al., ICML 2018, section 2)."""
+    """A gradient estimated from differences along random directions (Ilyas et al., ICML 2018, section 2)."""
     total, generator = torch.zeros_like(images), torch.Generator().manual_seed(0)
     for _ in range(_DIRECTIONS):
         step = _STEP * torch.randn(images.shape, generator=generator)
@@ -233,37 +245,34 @@ def _estimated(classify: Callable[[Tensor], Tensor], images: Tensor, gradient: T
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a file takes.
+    """The input of a classifier.
 
     Attributes:
-        input, output: names of its two tensors.
-        dtype: of its input, as numpy calls it.
-        channels_last: whether it takes (B, H, W, 3).
-        side: of its square images, in pixels.
-        batch: the only number of images that it takes at once; 0 for any.
+        input: its name in the graph.
+        dtype: numpy's name of its element type.
+        channels_last: whether it is (B, H, W, 3).
+        side: height and width in pixels.
+        batch: its fixed batch size; 0 for a dynamic one.
     """
 
     input: str
-    output: str
     dtype: str
     channels_last: bool
     side: int
     batch: int
 
     @classmethod
-    def of(cls, model: onnx.ModelProto, file: Path, image_size: int, n_classes: int) -> "_Signature":
-        graph = model.graph
-        weights = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
-        inputs, outputs = [value for value in graph.input if value.name not in weights], list(graph.output)
+    def of(cls, graph: ir.Graph, file: Path, image_size: int, n_classes: int) -> "_Signature":
+        inputs, outputs = _inputs(graph), list(graph.outputs)
         if len(inputs) != 1 or len(outputs) != 1:
             raise ClassifierError(
                 f"{file}: has {len(inputs)} inputs and {len(outputs)} outputs; it must have one of each"
             )
         (given, shape), (result, gives) = (_type_of(value) for value in (inputs[0], outputs[0]))
-        if given not in _TYPES:
+        if given not in _IMAGES:
             raise ClassifierError(f"{file}: its input {inputs[0].name!r} is {_name(given)}, not float32 or uint8")
-        if result not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
-            raise ClassifierError(f"{file}: its output {outputs[0].name!r} is {_name(result)}: no logits")
+        if result not in _LOGITS:
+            raise ClassifierError(f"{file}: its output {outputs[0].name!r} is {_name(result)}, not float32 logits")
         shape = [None] * 4 if shape is None else shape
         channels_last = len(shape) == 4 and shape[3] == 3 and shape[1] != 3
         sides = shape[1:3] if channels_last else shape[2:]
@@ -278,50 +287,25 @@ class _Signature:
                 f"{n_classes} classes"
             )
         side = next((size for size in sides if size), image_size)
-        return cls(inputs[0].name, outputs[0].name, _TYPES[given], channels_last, side, shape[0] or 0)
+        return cls(inputs[0].name or "", given.numpy().name, channels_last, side, shape[0] or 0)
 
     def differences(self, image_size: int) -> list[str]:
-        """From (B, 3, H, W) in float32 at the purifier's size."""
+        """How it differs from float32 (B, 3, H, W) of the purifier's size; see `OnnxClassifier.adapted`."""
         found = {
             f"takes {self.side} px: images of {image_size} px are resized, bilinearly": self.side != image_size,
             "takes channels last": self.channels_last,
             f"takes {self.dtype}": self.dtype != "float32",
-            f"takes a fixed batch of {self.batch}, which is made free": self.batch > 0,
+            f"takes a fixed batch of {self.batch}, which is made dynamic": self.batch > 0,
         }
         return [words for words, holds in found.items() if holds]
 
 
-class _Chain:
-    """Nodes one behind the other, with the constants they take."""
-
-    def __init__(self, start: str) -> None:
-        self.last, self.nodes, self.constants = start, list[NodeProto](), list[TensorProto]()
-        self.prefix = f"mlvgm/{start}"
-
-    def add(self, operator: str, constant: Any = None, first: bool = False, **attributes: Any) -> "_Chain":
-        """``operator`` on what came last, and on ``constant``, which stands in front of that with ``first``."""
-        inputs, name = [self.last], f"{self.prefix}/{len(self.nodes)}"
-        if constant is not None:
-            self.constants.append(numpy_helper.from_array(np.asarray(constant, np.float32), f"{name}/constant"))
-            inputs.insert(0 if first else 1, f"{name}/constant")
-        self.nodes.append(helper.make_node(operator, inputs, [name], **attributes))
-        self.last = name
-        return self
-
-    def end(self, name: str) -> list[NodeProto]:
-        """The nodes, whose last tensor is ``name``."""
-        if not self.nodes:
-            self.add("Identity")
-        self.nodes[-1].output[0] = name
-        return self.nodes
+def _inputs(graph: ir.Graph) -> list[ir.Value]:
+    """The inputs without the weights, which old exporters listed among them."""
+    return [value for value in graph.inputs if value.name not in graph.initializers]
 
 
-def _own(name: str) -> str:
-    """The name that a tensor of the file has in the new graph."""
-    return f"mlvgm/own/{name}" if name in _NAMES else name
-
-
-def _load(file: Path) -> onnx.ModelProto:
+def _load(file: Path) -> ir.Model:
     try:
         kind = kind_of(file)
     except OSError as error:
@@ -329,42 +313,40 @@ def _load(file: Path) -> onnx.ModelProto:
     if kind:
         raise ClassifierError(f"{file}: is {kind}: not a valid ONNX file")
     try:
-        model = load_graph(file)
-        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-        return version_converter.convert_version(model, 13) if 0 < opset < _OLDEST_OPSET else model
+        return load_graph(file)
     except Exception as error:  # onnx raises whatever protobuf raises
         raise ClassifierError(f"{file}: not a valid ONNX file ({first_line(error)})") from None
 
 
-def _tolerance(model: onnx.ModelProto, dtype: str) -> float:
+def _tolerance(model: ir.Model, dtype: str) -> float:
     operators = {node.op_type for node in nodes(model)}
     if dtype == "uint8" or any(name.startswith("QLinear") or name in _ROUNDING for name in operators):
         return ROUNDED
-    weights = {tensor.data_type for graph in graphs(model.graph) for tensor in graph.initializer}
-    return LIMITS["fp16"] if dtype == "float16" or TensorProto.FLOAT16 in weights else 0.0
+    weights = {weight.dtype for graph in model.graphs() for weight in graph.initializers.values()}
+    return LIMITS["fp16"] if dtype == "float16" or ir.DataType.FLOAT16 in weights else 0.0
 
 
 def _session(path: str, name: str) -> Any:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is told by an exception
+    options.log_severity_level = 4  # errors come as exceptions
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise ClassifierError(f"{name}: ONNX Runtime cannot run it ({first_line(error)})") from None
 
 
-def _type_of(value: ValueInfoProto) -> tuple[int, list[int | None] | None]:
-    """Element type, and shape with None for what is not fixed; None for a shape that is not told."""
-    tensor = value.type.tensor_type
-    shape = [dim.dim_value or None for dim in tensor.shape.dim] if tensor.HasField("shape") else None
-    return tensor.elem_type, shape
+def _type_of(value: ir.Value) -> tuple[ir.DataType | None, list[int | None] | None]:
+    """Element type (None for what is no tensor) and shape (None if unknown, with None for each dynamic size)."""
+    if not isinstance(value.type, ir.TensorType):
+        return None, None
+    return value.dtype, None if value.shape is None else [n if isinstance(n, int) and n else None for n in value.shape]
 
 
-def _name(kind: int) -> str:
-    return TensorProto.DataType.Name(kind).lower() if kind else "no tensor"
+def _name(kind: ir.DataType | None) -> str:
+    return kind.name.lower() if kind else "no tensor"
 
 
 def _resampling(size: int, to: int) -> Floats:
-    """(to, size): what bilinear resampling does to a row of pixels, as a matrix; without aliasing where it shrinks."""
+    """(to, size): bilinear resampling of a row of pixels as a matrix, antialiased where it shrinks the row."""
     rows: Floats = F.interpolate(torch.eye(size)[None, None], (to, size), mode="bilinear", antialias=True)[0, 0].numpy()
     return rows

@@ -1,118 +1,59 @@
-"""ONNX graphs that others wrote: read, changed and saved, with weights of any size in files of their own."""
+"""Read and save ONNX graphs with weights of any size, without loading external weights into memory."""
 
-from collections.abc import Iterator, Mapping
-from io import BufferedWriter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, numpy_helper
+import onnx_ir as ir
+from onnx import external_data_helper, version_converter
 
 INLINE_BYTES = 1_500_000_000
-"""Weights of more lie in a file of their own: one protocol-buffer file holds at most 2 GB."""
+"""Larger weights are saved as external data: one protocol-buffer file holds at most 2 GB."""
 
-_BLOCK = 1 << 24
+_OLDEST_OPSET = 8  # the first in which all operators broadcast alike
 
 
-def load_graph(file: Path) -> ModelProto:
-    """The graph in ``file``, checked. External weights of `INLINE_BYTES` or more stay where they are, by absolute path.
+def load_graph(file: Path) -> ir.Model:
+    """The graph in ``file``, checked, in opset 8 or later; external weights are memory-mapped.
 
     Raises:
-        Exception: whatever onnx and protobuf raise.
+        Exception: anything that onnx and protobuf raise.
     """
     onnx.checker.check_model(str(file))
     model = onnx.load(str(file), load_external_data=False)
-    external = list(_external(model))
-    if sum(_place(tensor, file.parent)[2] for tensor in external) < INLINE_BYTES:
+    if model.graph.sparse_initializer:
+        raise ValueError("it has sparse initializers")
+    if any(entry.domain in ("", "ai.onnx") and entry.version < _OLDEST_OPSET for entry in model.opset_import):
         external_data_helper.load_external_data_for_model(model, str(file.parent))
+        model = version_converter.convert_version(model, 13)
+    loaded = ir.from_proto(model)
+    ir.external_data.set_base_dir(loaded.graph, file.resolve().parent)
+    return loaded
+
+
+def save_graph(model: ir.Model, file: Path) -> None:
+    """Write ``model`` to ``file``; weights of more than `INLINE_BYTES` go to ``file``.data beside it."""
+    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    if sum(weight.nbytes for weight in weights if weight is not None) > INLINE_BYTES:
+        ir.save(model, file, external_data=f"{file.name}.data")
     else:
-        for tensor in external:
-            _put(tensor, *_place(tensor, file.parent))
-    return model
+        ir.save(ir.external_data.load_to_model(model), file)
 
 
-def save_graph(model: ModelProto, file: Path) -> None:
-    """Write ``model``; weights that lie in other files, or are too large for this one, go to ``file``.data."""
-    data = file.with_name(f"{file.name}.data")
-    if external := list(_external(model)):
-        with data.open("wb") as target:
-            for tensor in external:
-                _copy(tensor, target, data.name)
-    onnx.save(
-        model,
-        str(file),
-        save_as_external_data=not external and model.ByteSize() > INLINE_BYTES,
-        location=data.name,
-    )
+def nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node, including those of subgraphs and local functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
 
 
-def rename(model: ModelProto, names: Mapping[str, str]) -> None:
-    """Give tensors other names, in subgraphs too: these see the names around them."""
-    for graph in graphs(model.graph):
-        for node in graph.node:
-            for places in (node.input, node.output):
-                places[:] = [names.get(name, name) for name in places]
-        for value in (*graph.input, *graph.output, *graph.initializer, *(t.values for t in graph.sparse_initializer)):
-            value.name = names.get(value.name, value.name)
-
-
-def free_batch(model: ModelProto, batch: int) -> None:
-    """Write shapes that begin with the fixed ``batch`` so that they begin with whatever the batch is."""
-    graph = model.graph
-    shapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
-    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    for name, tensor in {**constants, **{tensor.name: tensor for tensor in graph.initializer}}.items():
-        if name in shapes and (shape := numpy_helper.to_array(tensor)).size and shape[0] == batch:
-            first = 0 if -1 in shape else -1  # 0 keeps that side as it is, -1 takes what is left
-            tensor.CopyFrom(numpy_helper.from_array(np.array([first, *shape[1:]], np.int64), tensor.name))
-
-
-def graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """``graph`` and all those within its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from graphs(inner)
-
-
-def nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node, those of subgraphs and local functions too."""
-    for graph in graphs(model.graph):
-        yield from graph.node
-    for function in model.functions:
-        yield from function.node
-
-
-def _external(model: ModelProto) -> Iterator[TensorProto]:
-    for graph in graphs(model.graph):
-        for tensor in graph.initializer:
-            if external_data_helper.uses_external_data(tensor):
-                yield tensor
-
-
-def _place(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
-    """Where a tensor's bytes lie: the file, the first of them, and how many."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    path, offset = folder.resolve() / entries["location"], int(entries.get("offset", 0))
-    return path, offset, int(entries.get("length", path.stat().st_size - offset))
-
-
-def _put(tensor: TensorProto, location: Path, offset: int, length: int) -> None:
-    tensor.raw_data = b""  # which `set_external_data` asks for
-    external_data_helper.set_external_data(tensor, str(location), offset, length)
-    tensor.ClearField("raw_data")
-
-
-def _copy(tensor: TensorProto, target: BufferedWriter, location: str) -> None:
-    """Append the tensor's bytes to ``target``, whose name is ``location``, and let the tensor say so."""
-    path, offset, length = _place(tensor, Path("/"))
-    begun, left = target.tell(), length
-    with path.open("rb") as source:
-        source.seek(offset)
-        while left and (block := source.read(min(left, _BLOCK))):
-            target.write(block)
-            left -= len(block)
-    if left:
-        raise OSError(f"{path}: {left} bytes are missing: truncated")
-    _put(tensor, Path(location), begun, length)
+def free_batch(model: ir.Model, batch: int) -> None:
+    """Make the targets of Reshape operators independent of the fixed ``batch`` with which they begin."""
+    for node in list(model.graph):
+        shape = node.inputs[1] if node.op_type == "Reshape" else None
+        tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
+        if tensor is not None and (sizes := tensor.numpy()).size and sizes[0] == batch:
+            first = 0 if -1 in sizes else -1  # 0 keeps that side as it is, -1 takes what is left
+            freed = ir.tensor(np.array([first, *sizes[1:]], np.int64), name=f"{node.outputs[0].name}/shape")
+            node.replace_input_with(1, ir.tape.Tape(model.graph).initializer(freed))

@@ -1,10 +1,11 @@
-"""Half precision in the graph: layers in fp16, islands of fp32, and fp32 at the stage's inputs and outputs.
+"""Stages in fp16: most layers in fp16, some regions in fp32, and fp32 inputs and outputs.
 
-Layers are cast in PyTorch before they are traced, so every runtime gets the same types and nothing is left to a
-compiler's flags. What needs the range or the digits of fp32 stays there: statistics, attention, distributions,
-interpolation. A batch norm has its statistics at hand, so it becomes an affine map, computed in fp32 and then rounded.
+Layers are cast in PyTorch before they are traced, so every runtime gets the same types and nothing depends on a
+compiler's flags. What needs the range or precision of fp32 stays in fp32: statistics, attention, distributions,
+interpolation. A batch norm becomes an affine map, whose factors are computed in fp32 and then rounded.
 
-bf16 is no graph of its own: onnxruntime's CPU has no bf16 convolution, and OpenVINO computes the fp32 graph in bf16.
+bf16 needs no graph of its own: OpenVINO computes the fp32 graph in bf16, and ONNX Runtime has no bf16 convolution on
+CPUs.
 """
 
 import copy
@@ -12,7 +13,7 @@ import dataclasses
 from functools import singledispatch
 from typing import Any, cast
 
-import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -22,16 +23,16 @@ from export.stage import Stage
 FP16 = torch.float16
 
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Relative L2 error that a stage may have against its reference in eager fp32."""
+"""Largest relative L2 error of a stage against its reference in eager fp32, by precision."""
 
 ROUNDED = 5e-2
-"""The same where a classifier rounds to whole numbers by itself: there the smallest difference can be a step."""
+"""The same for a classifier that quantises by itself: there a rounding error can become a whole step."""
 
 
 def to_fp16(stage: Stage) -> Stage:
-    """``stage`` with its module in half precision; a stage that is an ONNX graph already keeps its own precision."""
+    """``stage`` with its module in half precision; a stage that came as an ONNX graph keeps its own precision."""
 
-    def module() -> nn.Module | onnx.ModelProto:
+    def module() -> nn.Module | ir.Model:
         made = stage.module()
         return fp16_stage(made) if isinstance(made, nn.Module) else made
 
@@ -40,18 +41,18 @@ def to_fp16(stage: Stage) -> Stage:
 
 @singledispatch
 def fp16_stage(module: nn.Module) -> nn.Module:
-    """The half-precision form of a stage, with fp32 inputs and outputs; a family's stage registers its own."""
+    """The half-precision form of a stage's module, with fp32 inputs and outputs; families register their own."""
     return Fp16Region(fp16_layer(module))
 
 
 @singledispatch
 def fp16_layer(module: nn.Module) -> nn.Module:
-    """The half-precision form of a layer: a copy with rounded tensors. ``module`` stays as it is."""
+    """The half-precision form of a layer: a copy with rounded tensors. ``module`` is not changed."""
     return rounded(copied(module))
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that shares its tensors and its parts, any of which may be replaced."""
+    """A shallow copy of ``module``: its tensors and submodules can be replaced without changing ``module``."""
     made = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         made.__dict__[name] = dict(module.__dict__[name])
@@ -59,7 +60,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def rounded(module: nn.Module, *but: str) -> nn.Module:
-    """Replace all tensors and parts of ``module`` by their half-precision form, but for those named."""
+    """Replace all tensors and submodules of ``module`` by their half-precision form, except those named ``but``."""
     for name, part in module.named_children():
         if name not in but:
             module._modules[name] = fp16_layer(part)
@@ -73,7 +74,7 @@ def rounded(module: nn.Module, *but: str) -> nn.Module:
 
 
 def fp16_tensor(tensor: Tensor) -> Tensor:
-    """Rounded where it is of floating point; what is too large for half precision becomes the largest number."""
+    """``tensor`` rounded to fp16 and clamped to its range; unchanged if it has no floating-point numbers."""
     if not tensor.is_floating_point():
         return tensor
     largest = torch.finfo(FP16).max
@@ -92,7 +93,7 @@ class Cast(nn.Module):
 
 
 class Fp16Region(nn.Module):
-    """A half-precision module among fp32 ones: takes and gives fp32."""
+    """A half-precision module among fp32 ones: fp32 inputs and outputs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class Fp16Region(nn.Module):
 
 
 class Fp32Island(nn.Module):
-    """An fp32 module among half-precision ones: takes and gives half."""
+    """An fp32 module among half-precision ones: fp16 input and output."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Fp32Island(nn.Module):
 
 
 class Affine(nn.Module):
-    """What a batch norm in eval mode is: x (B, C, ...) times a scale (C,), plus a shift (C,)."""
+    """A batch norm in eval mode: x (B, C, ...) times a scale (C,), plus a shift (C,)."""
 
     scale: Tensor
     shift: Tensor
@@ -131,14 +132,18 @@ class Affine(nn.Module):
 
 
 class Excite(nn.Module):
-    """A squeeze-and-excite gate: the means over thousands of pixels, and the gate itself, are an fp32 island."""
+    """Squeeze-and-excite; the means over thousands of pixels, and the ``gate`` computed from them, are in fp32.
+
+    Args:
+        gate: channel means (B, C) -> the factors that multiply the channels, (B, C, 1, 1).
+    """
 
     def __init__(self, gate: nn.Module) -> None:
         super().__init__()
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * cast(Tensor, self.gate(x.float().mean(dim=(2, 3), keepdim=True))).to(FP16)
+        return x * cast(Tensor, self.gate(x.float().mean(dim=(2, 3)))).to(FP16)
 
 
 @fp16_layer.register

@@ -1,4 +1,4 @@
-"""A classifier, asked about a few images of noise before any long work: what it cannot do shows in seconds."""
+"""Try a classifier on a few random images before any long work, so that a wrong one is refused within seconds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ from torch import Tensor
 from handlers.errors import MlvgmError
 
 SMALLEST = 1e-30
-"""Probabilities are at least this before a logarithm is taken."""
+"""Lower bound of probabilities before their logarithm is taken."""
+
+PROBABILITIES = "returns probabilities (a softmax), so their logarithms are taken as logits"
+"""The end of "the classifier is adapted: it ..."."""
 
 
 class ClassifierError(MlvgmError, ValueError):
@@ -19,11 +22,11 @@ class ClassifierError(MlvgmError, ValueError):
 
 @dataclass(frozen=True)
 class Habits:
-    """What a classifier does that is allowed for.
+    """Unusual behaviour of a classifier that an export can make up for.
 
     Attributes:
-        probabilities: its rows sum to one, so they are no logits; their logarithms are.
-        in_place: it works in place on its input.
+        probabilities: its outputs sum to one, so they are probabilities instead of logits.
+        in_place: it modifies its input.
     """
 
     probabilities: bool
@@ -31,10 +34,11 @@ class Habits:
 
 
 def probe(classify: Callable[[Tensor], Any], image_size: int, n_classes: int, name: str) -> Habits:
-    """Classify one image and three, (B, 3, H, W) in [0, 1].
+    """Classify one random image, then three, (B, 3, H, W) in [0, 1].
 
     Raises:
-        ClassifierError: beginning with ``name``: it raises, or does not give finite logits (B, ``n_classes``).
+        ClassifierError: the classifier raises, or does not return finite logits (B, ``n_classes``). The message begins
+            with ``name``.
     """
     images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     for batch in (1, 3):
@@ -52,17 +56,18 @@ def probe(classify: Callable[[Tensor], Any], image_size: int, n_classes: int, na
             raise ClassifierError(f"{name}: returns a {type(logits).__name__}; it must return one tensor of logits")
         if tuple(logits.shape) != (batch, n_classes):
             raise ClassifierError(
-                f"{name}: gives {tuple(logits.shape)} for {batch} images; {n_classes} classes want {(batch, n_classes)}"
+                f"{name}: returns shape {tuple(logits.shape)} for {batch} images; {n_classes} classes need "
+                f"{(batch, n_classes)}"
             )
         if not logits.is_floating_point():
-            raise ClassifierError(f"{name}: gives {logits.dtype}; logits are numbers of floating point")
+            raise ClassifierError(f"{name}: returns {logits.dtype}; logits must be floating-point numbers")
         if not torch.isfinite(logits).all():
-            raise ClassifierError(f"{name}: gives NaN or infinite logits for an image of noise")
+            raise ClassifierError(f"{name}: returns NaN or infinite logits for a random image")
     sums = logits.double().sum(dim=1)
     probabilities = bool((logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
     return Habits(probabilities, not torch.equal(given, images))
 
 
 def first_line(error: BaseException) -> str:
-    """Of an exception's text, or what it is called."""
+    """The first line of an exception's message, or its class name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,9 @@
-"""What an export consists of: stages, each with the reference it is compared with."""
+"""A stage of the pipeline: the module to export, and the reference it is compared with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import onnx
+import onnx_ir as ir
 from torch import Tensor, nn
 
 from handlers.manifest import TensorSpec
@@ -14,18 +14,18 @@ class Stage:
     """One graph of a pipeline.
 
     Attributes:
-        name: "encode", "resample", "decode" or "classify"; another name is as good, the order is what counts.
-        module: makes the form that is traced: rewritten for speed, a function of ``inputs`` in their order. Made only
-            when it is traced, for it may hold gigabytes. A stage that is an ONNX graph already is written as it is.
-        reference: the published operators, a function of the same inputs, with which the traced form must agree.
-        inputs, outputs: known names are ``images``, ``input_noise``, ``noise`` (all latents at once),
-            ``noise_0``, ``noise_1``, ... and ``alphas``; any other must be the output of a stage before.
-        is_graph: ``module`` makes an ONNX graph, whose precision is its own.
-        tolerance: relative error that it may have in any precision, because it makes small differences larger.
+        name: such as "encode", "resample", "decode", "classify". Stages run in the order of the list, not by name.
+        module: returns the module to trace, a function of ``inputs`` in their order, rewritten for speed; or an ONNX
+            graph, which is written as it is. A function, because the module may hold gigabytes.
+        reference: the published operators as a function of the same inputs; the traced module must agree with it.
+        inputs, outputs: the pipeline provides ``images``, ``input_noise``, ``noise`` (all latents at once),
+            ``noise_0``, ``noise_1``, ... and ``alphas``; any other input must be the output of an earlier stage.
+        is_graph: ``module`` returns an ONNX graph, which keeps its own precision.
+        tolerance: relative error allowed in any precision, for a stage that amplifies rounding errors.
     """
 
     name: str
-    module: Callable[[], nn.Module | onnx.ModelProto]
+    module: Callable[[], nn.Module | ir.Model]
     reference: Callable[..., Tensor | Sequence[Tensor]]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -34,5 +34,5 @@ class Stage:
 
 
 def as_tuple(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a stage as a tuple, even where there is one."""
+    """The outputs of a stage as a tuple, even if there is only one."""
     return (result,) if isinstance(result, Tensor) else tuple(result)

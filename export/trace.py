@@ -1,20 +1,25 @@
-"""A stage as an ONNX file, with a dynamic batch axis."""
+"""A stage as a program of `torch.export` and as an ONNX file, both with a dynamic batch axis."""
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from export.onnx_graph import INLINE_BYTES, save_graph
+from export.onnx_graph import save_graph
+from export.probe import first_line
 from export.stage import Stage
 from handlers.errors import MlvgmError
 from handlers.manifest import TensorSpec
 
-TRACE_BATCH = 7
-"""An odd size that no other axis has, so that nothing is mistaken for the batch. Tracing computes nothing."""
+_TRACE_BATCH = 7  # an odd size that no other axis has, so that nothing is mistaken for the batch
 
 
 class TraceError(MlvgmError):
@@ -22,63 +27,34 @@ class TraceError(MlvgmError):
 
 
 def example(spec: TensorSpec, batch: int, seed: int = 0) -> Tensor:
-    """A plausible value for an input: images in [0, 1], weights in (0, 1), everything else standard normal."""
+    """A plausible value for an input: images in [0, 1], alphas in (0, 1), everything else standard normal."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [batch if size == "B" else int(size) for size in spec.shape]
-    if spec.name in ("images", "alphas"):
-        return torch.rand(sizes, generator=generator)
-    return torch.randn(sizes, generator=generator)
+    draw = torch.rand if spec.name in ("images", "alphas") else torch.randn
+    return draw(sizes, generator=generator)
+
+
+def program(stage: Stage) -> ExportedProgram:
+    """``stage`` as a function of its inputs, in their order.
+
+    Raises:
+        TraceError: the stage came as an ONNX graph, or cannot be exported.
+    """
+    module = stage.module()
+    if isinstance(module, ir.Model):
+        raise TraceError(f"stage {stage.name} came as an ONNX graph, of which PyTorch cannot make a program")
+    inputs = tuple(example(spec, _TRACE_BATCH) for spec in stage.inputs)
+    with _errors_of(stage), torch.no_grad():
+        return torch.export.export(_Arguments(module).eval(), inputs, dynamic_shapes=_axes(stage))
 
 
 def trace(stage: Stage, file: Path) -> None:
-    """Write ``stage`` to ``file`` (and ``file``.data where the weights are too large for one file).
+    """Write the graph of ``stage`` to ``file`` (and to ``file``.data if its weights are too large for one file).
 
     Raises:
-        TraceError: the stage cannot be exported, or its graph has other inputs, outputs or a random operator.
+        TraceError: the stage cannot be exported, its graph has other inputs or outputs, or it has a random operator.
     """
-    module = stage.module()
-    if isinstance(module, onnx.ModelProto):
-        save_graph(module, file)
-        _check(stage, file)
-        return
-    inputs = tuple(example(spec, TRACE_BATCH) for spec in stage.inputs)
-    batch = torch.export.Dim("B", min=1)
-    axes = tuple({0: batch} if spec.batched else None for spec in stage.inputs)
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _OneArgument(module).eval(),
-                (inputs,),
-                dynamo=True,
-                input_names=[spec.name for spec in stage.inputs],
-                output_names=[spec.name for spec in stage.outputs],
-                dynamic_shapes=(axes,),
-                verbose=False,
-            )
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise TraceError(f"stage {stage.name} cannot be exported: {reason[0]}") from error
-    assert program is not None
-    weights = sum(p.numel() * p.element_size() for p in [*module.parameters(), *module.buffers()])
-    program.save(str(file), external_data=weights > INLINE_BYTES)
-    _check(stage, file)
-
-
-class _OneArgument(nn.Module):
-    """Takes all tensors as one tuple: the exporter then treats any number of them alike."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tensors: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        result: Tensor | tuple[Tensor, ...] = self.module(*tensors)
-        return result
-
-
-def _check(stage: Stage, file: Path) -> None:
+    save_graph(_graph(stage), file)
     onnx.checker.check_model(str(file))
     graph = onnx.load(str(file), load_external_data=False).graph
     for kind, wanted, found in (("input", stage.inputs, graph.input), ("output", stage.outputs, graph.output)):
@@ -91,12 +67,50 @@ def _check(stage: Stage, file: Path) -> None:
         raise TraceError(f"stage {stage.name}: its graph draws random numbers ({random[0]}); noise must be an input")
 
 
-class _quiet:
-    """The exporter logs its own progress; an export has a progress line of its own."""
+def _graph(stage: Stage) -> ir.Model:
+    if stage.is_graph:
+        return cast(ir.Model, stage.module())
+    traced = program(stage)
+    with _errors_of(stage), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            traced,
+            dynamo=True,
+            input_names=[spec.name for spec in stage.inputs],
+            output_names=[spec.name for spec in stage.outputs],
+            dynamic_shapes=_axes(stage),
+            verbose=False,
+        )
+    assert exported is not None
+    return exported.model
 
-    def __enter__(self) -> None:
-        self.level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
 
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self.level)
+def _axes(stage: Stage) -> tuple[tuple[dict[int, torch.export.Dim] | None, ...]]:
+    """The dynamic axes of the inputs: the batch, where there is one."""
+    batch = torch.export.Dim("B", min=1)
+    return (tuple({0: batch} if spec.batched else None for spec in stage.inputs),)
+
+
+class _Arguments(nn.Module):
+    """Takes any number of tensors, so that one structure of dynamic shapes fits every stage."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        result: Tensor | tuple[Tensor, ...] = self.module(*tensors)
+        return result
+
+
+@contextlib.contextmanager
+def _errors_of(stage: Stage) -> Iterator[None]:
+    """Turns what the exporter raises into a TraceError of one line, and silences what it logs."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except Exception as error:
+        raise TraceError(f"stage {stage.name} cannot be exported: {first_line(error.__cause__ or error)}") from error
+    finally:
+        logging.disable(level)

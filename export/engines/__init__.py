@@ -1,1 +1,1 @@
-"""What turns a bundle into engines for one GPU: TensorRT, Torch-TensorRT, and exported programs of PyTorch."""
+"""Build engines from a bundle: TensorRT, TensorRT-RTX, Torch-TensorRT, and exported programs of PyTorch."""

@@ -1,11 +1,12 @@
-"""From ONNX to TensorRT engines, strongly typed: the precision is the graph's, no flag changes it.
+"""Build TensorRT engines from ONNX graphs. Engines are strongly typed: their precision is that of the graph.
 
-``tensorrt`` builds for the GPU at hand, ``tensorrt-rtx`` without any for the compute capabilities that it is told.
-Each build is proven: a graph in half precision must come out with its convolutions and matrix products in half.
+``tensorrt`` builds for the GPU of this machine, ``tensorrt-rtx`` without a GPU for given compute capabilities. Every
+build is checked: in the engine of a graph in half precision, most convolutions and matrix products must be in fp16.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,26 +19,26 @@ from handlers.runtimes import engine_store
 from handlers.runtimes.tensorrt import library
 
 HALF_SHARE = 0.5
-"""Of the numbers that convolutions and matrix products give, what must be half in a stage of half precision."""
+"""Share of the outputs of convolutions and matrix products that must be fp16 in a stage in half precision."""
 
 TARGETS = ("8.6", "8.9", "12.0")
-"""Compute capabilities that tensorrt-rtx builds for where no others are named: Ampere, Ada, Blackwell workstations."""
+"""Default compute capabilities for tensorrt-rtx: workstation GPUs of Ampere, Ada and Blackwell."""
 
 _PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 
 class BuildError(MlvgmError):
-    """An engine cannot be built, or is not what was asked for."""
+    """An engine cannot be built, or is not in the precision of its graph."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine is: equal infos, equal engines.
+    """Everything that an engine depends on; an engine with equal info need not be built again.
 
     Attributes:
         graph: SHA-256 of the ONNX file and its weights.
         targets: compute capabilities of the GPUs that it runs on.
-        profile: rows: min, opt, max.
+        profile: batch sizes: min, opt, max.
     """
 
     graph: str
@@ -58,12 +59,12 @@ def build_bundle(
     targets: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Build engines of every stage of ``bundle`` into its folder ``engines``, and write its manifest again.
+    """Build an engine of every stage of ``bundle`` in its folder ``engines``, and update its manifest.
 
     Raises:
         BundleError: the bundle is damaged.
         RuntimeMissing: the library is not installed.
-        BuildError: a graph is refused, or an engine is not in the precision of its graph.
+        BuildError: the library refuses a graph, or an engine is not in the precision of its graph.
     """
     manifest = Manifest.read(bundle)
     engines = {}
@@ -74,7 +75,7 @@ def build_bundle(
 
 
 def with_engines(bundle: Path, manifest: Manifest, name: str, engines: Mapping[str, Path]) -> Manifest:
-    """Drop what is stale, and write the manifest again; its report tells which engines, by stage, ``name`` built."""
+    """Delete stale engines of ``bundle``, and update its manifest, whose report gets the entry ``name``."""
     folder = bundle / engine_store.FOLDER
     graphs = {engine_store.digest(bundle / stage.file) for stage in manifest.stages}
     for stem in {path.with_suffix("") for path in folder.glob("*-*.*") if path.suffix != ".cache"}:
@@ -95,20 +96,19 @@ def with_engines(bundle: Path, manifest: Manifest, name: str, engines: Mapping[s
 
 
 def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", targets: Sequence[str] = ()) -> Path:
-    """The engine of ``file`` in ``folder``: the one that is there if it is just that, else a new one.
+    """Path of the engine of ``file`` in ``folder``, which is built if there is none with the same `EngineInfo`.
 
     Args:
-        batch: rows per call: min, opt, max.
-        targets: compute capabilities such as "8.9"; only tensorrt-rtx can build for other GPUs than the one at hand.
+        targets: compute capabilities such as "8.9"; only tensorrt-rtx builds for other GPUs than that of this machine.
 
     Raises:
         RuntimeMissing: the library is not installed.
-        BuildError: the graph is refused, or the engine is not in the precision of its graph.
+        BuildError: the library refuses the graph, or the engine is not in the precision of its graph.
     """
     trt = library(name)
     found = (tuple(targets) or TARGETS) if name == "tensorrt-rtx" else (capability(),)
     if name != "tensorrt-rtx" and targets and tuple(targets) != found:
-        raise BuildError(f"tensorrt builds for the GPU at hand ({found[0]}), not for {', '.join(targets)}")
+        raise BuildError(f"tensorrt builds for this machine's GPU ({found[0]}), not for {', '.join(targets)}")
     profile = (batch.min, batch.opt, batch.max)
     info = EngineInfo(engine_store.digest(file), name, trt.__version__, found, profile, ("STRONGLY_TYPED", "NO_TF32"))
     return cached(file, folder, info, lambda: _build(trt, file, info, folder))
@@ -117,11 +117,11 @@ def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", ta
 def cached(
     file: Path, folder: Path, info: EngineInfo, build: Callable[[], tuple[bytes, float | None]], **names: Any
 ) -> Path:
-    """The engine of ``file`` in ``folder`` that ``info`` describes; if it is not there undamaged, it is built first.
+    """Path of the engine of ``file`` in ``folder`` that ``info`` describes, which is built if missing or damaged.
 
     Args:
-        build: gives the engine and its share of half products.
-        names: what else the runtime must know.
+        build: returns the serialised engine and its share of fp16 (see `HALF_SHARE`).
+        names: further entries of the engine's JSON file.
     """
     engine = folder / f"{file.stem}-{info.key}.engine"
     if engine_store.is_intact(engine, asdict(info)):
@@ -134,7 +134,7 @@ def cached(
 
 
 def _build(trt: ModuleType, file: Path, info: EngineInfo, folder: Path) -> tuple[bytes, float | None]:
-    """The serialised engine, and its share of half products (None for a graph without half tensors)."""
+    """The serialised engine, and its share of fp16 (None for a graph without fp16 tensors)."""
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -142,15 +142,12 @@ def _build(trt: ModuleType, file: Path, info: EngineInfo, folder: Path) -> tuple
     if not parser.parse_from_file(str(file)):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise BuildError(f"{file}: {info.library} cannot parse it: {'; '.join(errors)[:500]}")
-    tensors = _tensors(trt, network, info.profile[1])
-    wants_half = any(half for _, half, _ in tensors)  # a user's own ONNX classifier keeps its precision
-    parsed = half_share(tensors)
-    if wants_half and parsed < HALF_SHARE:
-        raise BuildError(_too_little(file, parsed, "parsed network"))
+    share = _network_share(trt, network, info.profile[1])
+    _check_half(file, share, "parsed network")
 
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: ten bits for what is fp32 because it needs them
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector names no types
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; too imprecise for the fp32 regions
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # otherwise the inspector gives no types
     if info.library == "tensorrt-rtx":
         config.num_compute_capabilities = len(info.targets)
         for i, target in enumerate(info.targets):
@@ -162,96 +159,83 @@ def _build(trt: ModuleType, file: Path, info: EngineInfo, folder: Path) -> tuple
             profile.set_shape(tensor.name, *([b if n < 0 else n for n in tensor.shape] for b in info.profile))
     config.add_optimization_profile(profile)
     timings = folder / f"timing-{info.version}-{info.targets[0]}.cache"
-    if info.library == "tensorrt":  # TensorRT-RTX tunes on the user's machine, and keeps no timings
+    if info.library == "tensorrt":  # TensorRT-RTX tunes when it loads the engine
         use_timings(config, timings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"{file}: {info.library} cannot build it: {'; '.join(logger.errors)[:500]}")
     if info.library == "tensorrt":
         timings.write_bytes(bytes(config.get_timing_cache().serialize()))
-    plan = bytes(plan)
-    share = proven_half(trt, file, plan) if wants_half and info.library == "tensorrt" else None
-    return plan, (parsed if share is None else share) if wants_half else None
+    if share is not None and info.library == "tensorrt":
+        share = proven_half(trt, file, bytes(plan)) or share
+    return bytes(plan), share
 
 
 def use_timings(config: Any, file: Path) -> None:
-    """Let the builder time no kernel twice: from the cache in ``file``, or a new one if that is of another GPU."""
+    """Give the builder the timing cache in ``file``, or a new one if that is missing, damaged or of another GPU."""
     known = file.read_bytes() if file.is_file() else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
+def _network_share(trt: ModuleType, network: Any, batch: int) -> float | None:
+    """Share of fp16 in the outputs of convolutions and matrix products of a network; None if no tensor is fp16."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    outputs = [(layer.type.name in _PRODUCTS, layer.get_output(0)) for layer in layers]
+    if not any(tensor is not None and tensor.dtype == trt.float16 for _, tensor in outputs):
+        return None  # an ONNX classifier, for example, keeps its precision
+    products = [tensor for product, tensor in outputs if product]
+    return half_share([(t.dtype == trt.float16, math.prod(batch if n < 0 else n for n in t.shape)) for t in products])
+
+
 def proven_half(trt: ModuleType, file: Path, plan: bytes) -> float | None:
-    """Share of half that the inspector finds in ``plan``, an engine of ``file``; None where it tells none.
+    """Share of fp16 in the layer outputs of ``plan``, an engine of ``file``, by TensorRT's inspector; None if unknown.
 
     Raises:
-        BuildError: it is too little.
+        BuildError: it is below `HALF_SHARE`.
     """
-    share = _inspected(trt, _logger(trt), plan)
-    if share is not None and share < HALF_SHARE:
-        raise BuildError(_too_little(file, share, "engine"))
+    engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine(plan)
+    if engine is None:  # no device
+        return None
+    layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    share = inspected_share(layers.get("Layers", []))
+    _check_half(file, share, "engine")
     return share
 
 
-def _too_little(file: Path, share: float, what: str) -> str:
-    return (
-        f"{file}: only {share:.0%} of the {what}'s products are half, {HALF_SHARE:.0%} are wanted: "
-        "the engine would run in fp32 under the name of fp16"
-    )
-
-
-def half_share(tensors: Sequence[tuple[bool, bool, int]]) -> float:
-    """Share of half among (product, half, size) of tensors of floating point: of the products, by size."""
-    products = [(half, size) for product, half, size in tensors if product]
-    return sum(size for half, size in products if half) / max(sum(size for _, size in products), 1)
-
-
-def _tensors(trt: ModuleType, network: Any, batch: int) -> list[tuple[bool, bool, int]]:
-    """(of a product, half, numbers at this batch) for each layer's first output of floating point."""
-    found = []
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        tensor = layer.get_output(0)
-        if tensor is None or tensor.dtype not in (trt.float16, trt.float32):
-            continue
-        size = 1
-        for n in tensor.shape if len(tensor.shape) else ():
-            size *= batch if n < 0 else n
-        found.append((layer.type.name in _PRODUCTS, tensor.dtype == trt.float16, size))
-    return found
-
-
-def _inspected(trt: ModuleType, logger: Any, plan: bytes) -> float | None:
-    """Share of half among the numbers that the engine's layers give, by its inspector; None without a device."""
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        return None
-    layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-    return inspected_share(layers.get("Layers", []))
-
-
 def inspected_share(layers: Sequence[Any]) -> float | None:
-    """Share of half among the numbers of floating point that an inspector's layers give; None where it tells none."""
+    """Share of fp16 among the floating-point outputs in the inspector's list of layers; None if it lists none."""
     tensors = []
     for layer in layers:
         for output in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
-            # TensorRT 11 writes "DataType", with the format apart; those before it one of the others.
+            # TensorRT 11 has "DataType", with the format in another field; earlier versions have one of the others.
             kind = " ".join(str(output.get(key, "")) for key in ("Format/Datatype", "Datatype", "DataType"))
             if any(word in kind for word in ("Half", "FP16", "Float", "FP32")):
-                size = 1
-                for n in output.get("Dimensions", ()):
-                    size *= max(int(n), 1)
-                tensors.append((True, "Half" in kind or "FP16" in kind, size))
+                size = math.prod(max(int(n), 1) for n in output.get("Dimensions", ()))
+                tensors.append(("Half" in kind or "FP16" in kind, size))
     return half_share(tensors) if tensors else None
 
 
+def half_share(tensors: Sequence[tuple[bool, int]]) -> float:
+    """Share of fp16 among tensors, each given as (whether it is fp16, number of elements)."""
+    return sum(size for half, size in tensors if half) / max(sum(size for _, size in tensors), 1)
+
+
+def _check_half(file: Path, share: float | None, what: str) -> None:
+    if share is not None and share < HALF_SHARE:
+        raise BuildError(
+            f"{file}: only {share:.0%} of the {what}'s convolutions and matrix products are fp16, at least "
+            f"{HALF_SHARE:.0%} must be: the engine would run in fp32 although its stage is fp16"
+        )
+
+
 def capability() -> str:
-    """Compute capability of the GPU at hand, such as "9.0"."""
+    """Compute capability of this machine's GPU, such as "9.0"."""
     import torch
 
     if not torch.cuda.is_available():
-        raise BuildError("tensorrt builds for the GPU at hand, and there is none; tensorrt-rtx builds without one")
+        raise BuildError("tensorrt builds for this machine's GPU, and there is none; tensorrt-rtx builds without one")
     return ".".join(map(str, torch.cuda.get_device_capability()))
 
 
@@ -265,7 +249,7 @@ def _capability_of(trt: ModuleType, target: str) -> Any:
 
 def _logger(trt: ModuleType) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps the errors for the exception, instead of printing them."""
+        """Collects errors for the exception instead of printing them."""
 
         def __init__(self) -> None:
             super().__init__()

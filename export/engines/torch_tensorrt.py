@@ -1,6 +1,6 @@
-"""Engines by Torch-TensorRT from the programs of `export.engines.programs`, without TensorRT's ONNX parser.
+"""TensorRT engines, built by Torch-TensorRT from the programs of `export.engines.programs` instead of ONNX.
 
-What comes out is a TensorRT engine like any other, which TensorRT alone runs. Never run: no GPU was at hand.
+The engines are run by TensorRT alone, without Torch-TensorRT.
 """
 
 import importlib
@@ -22,13 +22,13 @@ NAME = "torch-tensorrt"
 
 
 def build_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None) -> Manifest:
-    """Compile the programs of every stage of ``bundle`` for the GPU at hand, and write its manifest again.
+    """Compile the programs of every stage of ``bundle`` for this machine's GPU, and update its manifest.
 
     Raises:
         BundleError: the bundle is damaged.
         EngineError: it has no programs.
         RuntimeMissing: Torch-TensorRT or TensorRT is not installed.
-        BuildError: there is no GPU, or a program cannot be compiled or not in its precision.
+        BuildError: there is no GPU, a program cannot be compiled, or an engine is not in the program's precision.
     """
     compiler = _compiler()
     manifest = Manifest.read(bundle)
@@ -62,7 +62,7 @@ def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:
                 use_explicit_typing=True,  # the precision is the program's
                 disable_tf32=True,
             )
-        except Exception as error:  # an operator that it cannot convert, most likely: it logs which, then fails anyhow
+        except Exception as error:  # most likely an operator without a converter
             raise BuildError(f"{file}: {NAME} cannot compile its program: {error}") from error
         half = any(tensor.dtype == torch.float16 for tensor in program.state_dict.values())
         return bytes(plan), tensorrt.proven_half(trt, file, bytes(plan)) if half else None
@@ -72,7 +72,7 @@ def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:
 
 
 def _input(compiler: Any, shape: tuple[int | str, ...], rows: tuple[int, int, int]) -> Any:
-    """The range of shapes that an input may have."""
+    """The range of shapes of an input."""
     least, usual, most = (tuple(n if size == "B" else int(size) for size in shape) for n in rows)
     if least == most:
         return compiler.Input(shape=most, dtype=torch.float32)

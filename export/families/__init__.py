@@ -1,6 +1,6 @@
-"""The purifier families that can be exported. A new one is a module with a ``stages`` function, and a line here.
+"""The purifier families that can be exported: each is a module with a function ``stages``, called here.
 
-What a family's layers are in half precision is registered by a module of its own, which is imported here for that.
+The modules named ``*_fp16`` register the half-precision forms of a family's layers when they are imported.
 """
 
 from export.families import nvae, nvae_fp16, stylegan2, stylegan2_fp16  # noqa: F401
@@ -12,11 +12,11 @@ from mlvgm.stylegan2 import StyleGan2Purifier
 
 
 def stages(purifier: Purifier, blur: bool, input_noise_l2: float) -> tuple[Stage, ...]:
-    """The stages in front of ``classify``, in the order they run.
+    """The stages before ``classify``, in the order they run.
 
     Args:
         blur: whether images are blurred first.
-        input_noise_l2: norm of the noise that is added to them, 0 for none; it is an input of the first stage.
+        input_noise_l2: L2 norm of the noise added to each image, 0 for none; the noise is an input of the first stage.
 
     Raises:
         ValueError: no family knows how to export this purifier.

@@ -1,21 +1,22 @@
-"""The traced form of NVAE: the same numbers as `mlvgm.nvae` with less work.
+"""NVAE rewritten for export: the same numbers as `mlvgm.nvae` with less work.
 
 - Weight norms and batch norms are folded into the convolutions.
-- A posterior needs ``conv3x3(feature + conv1x1(x))``: its first half moves to ``encode``, where it runs once per image,
-  and leaves z channels per latent instead of the tower's width; its second half becomes one 3x3 convolution.
-- Nearest upsampling commutes with the 1x1 convolution and SiLU behind it, bilinear upsampling with a 1x1 convolution:
-  both convolutions run at a quarter of the pixels.
-- Log standard deviations of the posterior and of the mixture are never used, so they are never computed.
+- A posterior is ``conv3x3(feature + conv1x1(x))``. The part of ``feature`` moves to ``encode``, where it runs once per
+  image and needs z channels per latent instead of the tower's width; the part of ``x`` becomes one 3x3 convolution.
+- Nearest upsampling commutes with the 1x1 convolution and SiLU after it, bilinear upsampling with a 1x1 convolution:
+  both convolutions run before the upsampling, on a quarter of the pixels.
+- The log standard deviations of the posterior and of the mixture are not used, so they are not computed.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.fold import conv_then_norm, norm_then_pointwise, without_weight_norm
+from export.fold import conv, conv_then_norm, norm_then_pointwise, without_weight_norm
 from export.stage import Stage
 from handlers.manifest import TensorSpec
 from mlvgm.mixture import mixture_mean
@@ -23,11 +24,13 @@ from mlvgm.nvae import NVAEConfig, NVAEPurifier
 from mlvgm.nvae_cells import BRANCH_SCALE, ResidualCell, SqueezeExcite, soft_clamp
 
 Parts = Any
-"""A network or cell whose parts are reached by name, which torch's types do not follow."""
+"""A network or cell whose submodules are accessed by name, which mypy cannot check."""
 
 
 def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
-    """``encode`` and ``decode`` of an NVAE purifier; each latent's prior needs the latents before it."""
+    """``encode`` and ``decode`` of an NVAE purifier. Resampling is part of ``decode``: a latent's prior depends on the
+    latents before it.
+    """
     n, side = purifier.n_latents, purifier.image_size
     images = TensorSpec("images", ("B", 3, side, side))
     features = tuple(TensorSpec(f"feature_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
@@ -38,9 +41,6 @@ def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
             purifier.network.enc_sampler[f"sampler_{s}:{g}"](feature).chunk(2, dim=1)[0]
             for (s, g), feature in zip(purifier.network.config.latents(), purifier.encode(images), strict=True)
         ]
-
-    def published_decode(*tensors: Tensor) -> Tensor:
-        return _PublishedDecode(purifier)(*tensors)
 
     return (
         Stage(
@@ -53,7 +53,7 @@ def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
         Stage(
             "decode",
             lambda: Decode(without_weight_norm(purifier.network), purifier.temperature),
-            published_decode,
+            partial(_published_decode, purifier),
             (*features, *noise, TensorSpec("alphas", (n,))),
             (images,),
         ),
@@ -75,9 +75,8 @@ class Encode(nn.Module):
             if s > 0:
                 self.groups[f"{s}:down"] = FoldedEncoderCell(scale["downsampling"])
         self.last = network.encoder_0
-        self.means = nn.ModuleList(
-            _half(network.enc_sampler[f"sampler_{s}:{g}"], bias=True) for s, g in self.config.latents()
-        )
+        z, samplers = self.config.latent_channels, network.enc_sampler.values()
+        self.means = nn.ModuleList(conv(sampler.weight[:z], sampler.bias[:z], padding=1) for sampler in samplers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = self.before(2.0 * images - 1.0)
@@ -138,42 +137,48 @@ class Decode(nn.Module):
         return self.flows[name](z) if self.config.flow_cells else z
 
 
-class _PublishedDecode:
+def _published_decode(purifier: NVAEPurifier, *tensors: Tensor) -> Tensor:
     """The decoder with the published operators, from the features that ``Encode`` gives."""
-
-    def __init__(self, purifier: NVAEPurifier) -> None:
-        self.purifier = purifier
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        network: Parts = self.purifier.network
-        n = self.purifier.n_latents
-        features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
-        x = network.start(len(features[0]))
-        for i, (s, g) in enumerate(network.config.latents()):
-            x = network.to_latent(s, g, x)
-            if i == 0:
-                mu, log_sigma, mean = torch.zeros_like(features[0]), torch.zeros_like(features[0]), features[0]
-            else:
-                mu, log_sigma = network.dec_sampler[f"sampler_{s}:{g}"](x).chunk(2, dim=1)
-                sampler = network.enc_sampler[f"sampler_{s}:{g}"]
-                seen = network.encoder_combiners[f"combiner_{s}:{g}"].conv(x)
-                z = network.config.latent_channels
-                mean = mu + features[i] + F.conv2d(seen, sampler.weight[:z], padding=1)
-            fresh = soft_clamp(mu) + self.purifier.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
-            x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
-        return (mixture_mean(network.finish(x)) + 1.0) / 2.0
+    network: Parts = purifier.network
+    n, z = purifier.n_latents, network.config.latent_channels
+    features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
+    x = network.start(len(features[0]))
+    for i, (s, g) in enumerate(network.config.latents()):
+        x = network.to_latent(s, g, x)
+        if i == 0:
+            mu, log_sigma, mean = torch.zeros_like(features[0]), torch.zeros_like(features[0]), features[0]
+        else:
+            mu, log_sigma = network.dec_sampler[f"sampler_{s}:{g}"](x).chunk(2, dim=1)
+            seen = network.encoder_combiners[f"combiner_{s}:{g}"].conv(x)
+            weight = network.enc_sampler[f"sampler_{s}:{g}"].weight[:z]
+            mean = mu + features[i] + F.conv2d(seen, weight, padding=1)
+        fresh = soft_clamp(mu) + purifier.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
+        x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
+    return (mixture_mean(network.finish(x)) + 1.0) / 2.0
 
 
 class Gate(nn.Module):
-    """Squeeze and excite, with the damping of the branch folded into the gate."""
+    """Squeeze-and-excite, with the damping factor of the branch folded into the gate."""
+
+    def __init__(self, gate: SqueezeExcite) -> None:
+        super().__init__()
+        self.of_means = GateOfMeans(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated: Tensor = x * self.of_means(x.mean(dim=(2, 3)))
+        return gated
+
+
+class GateOfMeans(nn.Module):
+    """Channel means (B, C) -> the factors that multiply the channels, (B, C, 1, 1)."""
 
     def __init__(self, gate: SqueezeExcite) -> None:
         super().__init__()
         self.linear_1, self.linear_2 = gate.linear_1, gate.linear_2
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.linear_2(torch.relu(self.linear_1(x.mean(dim=(2, 3))))))
-        return x * (BRANCH_SCALE * gate)[:, :, None, None]
+    def forward(self, means: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.linear_2(torch.relu(self.linear_1(means))))
+        return (BRANCH_SCALE * gate)[:, :, None, None]
 
 
 class FoldedEncoderCell(nn.Module):
@@ -190,7 +195,7 @@ class FoldedEncoderCell(nn.Module):
 
 
 class FoldedDecoderCell(nn.Module):
-    """A decoder cell without batch norms; where it upsamples, its pointwise convolutions run before that."""
+    """A decoder cell without batch norms; if it upsamples, its pointwise convolutions run before the upsampling."""
 
     def __init__(self, cell: Parts) -> None:
         super().__init__()
@@ -211,34 +216,29 @@ class FoldedDecoderCell(nn.Module):
 
 
 class FirstCombiner(nn.Module):
-    """The first latent combiners a constant, so the constant's half of that convolution is a constant too."""
+    """Combines the first latent with a learned constant, whose part of the convolution is computed in advance."""
 
     constant: Tensor
 
     def __init__(self, network: Parts) -> None:
         super().__init__()
-        conv, width = network.decoder_combiners["combiner_0:0"].conv, network.const_prior.shape[1]
+        both, width = network.decoder_combiners["combiner_0:0"].conv, network.const_prior.shape[1]
         with torch.no_grad():
-            self.register_buffer("constant", F.conv2d(network.const_prior, conv.weight[:, :width], conv.bias))
-        self.weight = nn.Parameter(conv.weight[:, width:].detach().clone())
+            self.register_buffer("constant", F.conv2d(network.const_prior, both.weight[:, :width], both.bias))
+        self.conv = conv(both.weight[:, width:], None)
 
     def forward(self, z: Tensor) -> Tensor:
-        return F.conv2d(z, self.weight) + self.constant
+        combined: Tensor = self.conv(z) + self.constant
+        return combined
 
 
 class Prior(nn.Module):
-    """A latent's prior mean and log standard deviation, a convolution each: splitting the channels would copy them."""
+    """A latent's prior mean and log standard deviation, as two convolutions: splitting channels would copy them."""
 
     def __init__(self, sampler: Parts) -> None:
         super().__init__()
-        self.activation, conv = sampler
-        self.mean, self.log_sigma = (nn.Conv2d(conv.in_channels, conv.out_channels // 2, 1) for _ in range(2))
-        with torch.no_grad():
-            for half, weight, bias in zip(
-                (self.mean, self.log_sigma), conv.weight.chunk(2), conv.bias.chunk(2), strict=True
-            ):
-                half.weight.copy_(weight)
-                half.bias.copy_(bias)  # type: ignore[union-attr]
+        self.activation, both = sampler
+        self.mean, self.log_sigma = map(conv, both.weight.chunk(2), both.bias.chunk(2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.activation(x)
@@ -248,7 +248,7 @@ class Prior(nn.Module):
 class Posterior(nn.Module):
     """The decoder's part of a posterior mean: a 1x1 and a 3x3 convolution as one.
 
-    The 1x1 convolution's bias meets the zero padding of the 3x3 one, so it becomes a map that differs at the border.
+    Because the 3x3 convolution pads with zeros, the bias of the 1x1 one becomes a map that differs at the border.
     """
 
     border: Tensor
@@ -258,12 +258,13 @@ class Posterior(nn.Module):
         first = network.encoder_combiners[f"combiner_{name}"].conv
         second = network.enc_sampler[f"sampler_{name}"].weight[: network.config.latent_channels]
         with torch.no_grad():
-            self.weight = nn.Parameter(torch.einsum("omyx,mi->oiyx", second, first.weight.flatten(1)))
+            self.conv = conv(torch.einsum("omyx,mi->oiyx", second, first.weight.flatten(1)), None, padding=1)
             bias = first.bias.view(1, -1, 1, 1).expand(1, -1, side, side)
             self.register_buffer("border", F.conv2d(bias, second, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, padding=1) + self.border
+        mean: Tensor = self.conv(x) + self.border
+        return mean
 
 
 class MixtureMean(nn.Module):
@@ -271,16 +272,12 @@ class MixtureMean(nn.Module):
 
     def __init__(self, network: Parts) -> None:
         super().__init__()
-        activation, conv = network.to_logits
-        m = network.config.mixtures
+        self.activation, logits = network.to_logits
+        self.m = m = network.config.mixtures
         rows = torch.arange(9 * m).view(m, 3, 3) + m
         weights, means, coefficients = torch.arange(m), rows[:, 0].T.flatten(), rows[:, 2].T.flatten()
         used = torch.cat((weights, means, coefficients))
-        self.m, self.activation = m, activation
-        self.conv = nn.Conv2d(conv.in_channels, 7 * m, 3, padding=1)
-        with torch.no_grad():
-            self.conv.weight.copy_(conv.weight[used])
-            self.conv.bias.copy_(conv.bias[used])  # type: ignore[union-attr]
+        self.conv = conv(logits.weight[used], logits.bias[used], padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         m = self.m
@@ -292,16 +289,6 @@ class MixtureMean(nn.Module):
         g = (g + k0 * r).clamp(-1.0, 1.0)
         b = (b + k1 * r + k2 * g).clamp(-1.0, 1.0)
         return torch.cat((r, g, b), dim=1)
-
-
-def _half(sampler: Parts, *, bias: bool) -> nn.Conv2d:
-    """The output channels of a sampler that hold the mean."""
-    half = nn.Conv2d(sampler.in_channels, sampler.out_channels // 2, 3, padding=1, bias=bias)
-    with torch.no_grad():
-        half.weight.copy_(sampler.weight[: half.out_channels])
-        if bias:
-            half.bias.copy_(sampler.bias[: half.out_channels])  # type: ignore[union-attr, index]
-    return half
 
 
 def _fold_cells(block: Iterable[nn.Module]) -> list[nn.Module]:

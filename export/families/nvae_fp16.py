@@ -1,7 +1,7 @@
 """The half-precision form of NVAE: towers and samplers in fp16, all arithmetic of distributions in fp32.
 
-fp32: gates, means and deviations once the samplers gave them, soft clamps, noise, interpolation,
-flows (they act on the few channels of a code), and the mixture behind its convolution.
+In fp32: gates, the samplers' outputs (means and log standard deviations) and all that follows from them (soft clamps,
+noise, interpolation), flows, which act on the few channels of a latent, and the mixture after its convolution.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from export.families.nvae import Decode, Encode, Gate, MixtureMean, Prior
 from export.precision import FP16, Cast, Excite, copied, fp16_layer, fp16_stage, rounded
-from mlvgm.nvae_cells import BRANCH_SCALE, DecoderCombiner
+from mlvgm.nvae_cells import DecoderCombiner
 
 
 @fp16_stage.register
@@ -44,7 +44,7 @@ def _mixture(module: MixtureMean) -> nn.Module:
 
 @fp16_layer.register
 def _gate(module: Gate) -> nn.Module:
-    return Excite(_GateOfMeans(module))
+    return Excite(module.of_means)
 
 
 @fp16_layer.register
@@ -56,20 +56,8 @@ def _to_single(module: nn.Module) -> nn.Module:
     return nn.Sequential(fp16_layer(module), Cast(torch.float32))
 
 
-class _GateOfMeans(nn.Module):
-    """Means (B, C, 1, 1) -> gate (B, C, 1, 1), in fp32."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = gate.linear_1, gate.linear_2
-
-    def forward(self, means: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.linear_2(torch.relu(self.linear_1(means.flatten(1)))))
-        return BRANCH_SCALE * gate[:, :, None, None]
-
-
 class _Fp16Combiner(nn.Module):
-    """A combiner whose latent comes in fp32."""
+    """A combiner whose latent input is in fp32."""
 
     def __init__(self, combiner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The input transforms of `mlvgm.preprocess` in front of a family's first stage, as part of its graph."""
+"""The input transforms of `mlvgm.preprocess` (blur and noise), added to the graph of a family's first stage."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,11 +13,11 @@ from handlers.manifest import TensorSpec
 from mlvgm.preprocess import add_noise, blur_images, blur_kernel_size, gaussian_taps
 
 MAX_TAPS = 15
-"""Beyond 7 sigma the taps of the blur are below 1e-10: cutting them changes nothing in fp32."""
+"""Of the blur. Taps further out, beyond 7 sigma, are below 1e-10 and change nothing in fp32."""
 
 
 def with_preprocessing(stage: Stage, image_size: int, blur: bool, input_noise_l2: float) -> Stage:
-    """``stage``, which takes images, with a blur and noise in front of it, each where it is wanted."""
+    """``stage``, whose input is images, preceded by a blur and by added noise where the recipe asks for them."""
     if not blur and not input_noise_l2:
         return stage
     (images,) = stage.inputs
@@ -35,7 +35,7 @@ def with_preprocessing(stage: Stage, image_size: int, blur: bool, input_noise_l2
 
 
 class Preprocessed(nn.Module):
-    """images (B, 3, H, W) in [0, 1] [, noise of that shape] -> what ``stage`` gives for them, blurred and noisy."""
+    """images (B, 3, H, W) in [0, 1] [, noise of that shape] -> outputs of ``stage`` for the blurred, noisy images."""
 
     taps: Tensor
 

@@ -1,16 +1,17 @@
-"""The traced form of both StyleGAN2 families: the same numbers as `mlvgm.stylegan2` with less work.
+"""Both StyleGAN2 families rewritten for export: the same numbers as `mlvgm.stylegan2` with less work.
 
 - Modulated convolutions have static weights: the style scales their input channels, and the demodulation, one small
-  matrix product, their output channels. Equalised learning rates, activation gains and noise strengths are folded.
-- ToRGB layers scale the feature map and convolve it. As a matrix product with per-sample weights they would save that
-  copy, but runtimes that keep channels last would turn the whole map around for it.
-- The published image is pooled at the end. Pooling is linear, and so is everything after the last activation: the last
-  feature map is pooled instead, and the skip image goes to its final size in one filter.
-- Style Transformer keeps a band of rows: what no kept pixel depends on is not computed.
+  matrix product, scales their output channels. Equalised learning rates, activation gains and noise strengths are
+  folded into the weights.
+- ToRGB layers scale the feature map and convolve it. A matrix product with per-sample weights would save the scaled
+  copy, but runtimes with a channels-last layout would have to transpose the whole feature map.
+- The published image is pooled at the end. Everything after the last activation is linear, so the last feature map is
+  pooled instead, and one filter takes the skip image to its final size.
+- Style Transformer keeps only a band of rows. Rows that no kept pixel depends on are not computed.
 - The mapping network runs once for all latents of all samples.
 
-An upsampling convolution stays a transposed 3x3 one with a depthwise filter behind it. As one 6x6 convolution,
-transposed or split by phases, it has four times the products: 2 to 4 times slower in both CPU runtimes.
+An upsampling convolution stays a transposed 3x3 convolution followed by a depthwise filter. As one 6x6 convolution,
+transposed or split by phases, it has four times the multiplications and is 2 to 4 times slower in both CPU runtimes.
 """
 
 import math
@@ -28,7 +29,7 @@ from mlvgm.style_transformer import BAND, CANVAS, StyleTransformerPurifier
 from mlvgm.stylegan2 import EPSILON, EqualLinear, StyledConv, StyleGan2Purifier, ToRGB
 
 GAIN = math.sqrt(2)
-"""Of the activation. Leaky ReLU commutes with positive factors, so the gain moves in front of it, into constants."""
+"""Gain of each activation. Leaky ReLU commutes with positive factors, so the gain is folded into what comes before."""
 
 
 def stages(purifier: StyleGan2Purifier) -> tuple[Stage, ...]:
@@ -66,7 +67,7 @@ class Resample(nn.Module):
 
     def __init__(self, purifier: StyleGan2Purifier) -> None:
         super().__init__()
-        # Scaling z by c before its normalisation only divides the epsilon by c^2.
+        # To scale z by c before it is normalised is to divide the epsilon by c^2.
         self.epsilon = EPSILON / purifier.noise_scale**2
         mapping = [layer for layer in purifier.decoder.style if isinstance(layer, EqualLinear)]
         self.layers = nn.ModuleList(plain_linear(layer, GAIN) for layer in mapping)
@@ -103,16 +104,20 @@ class StaticConv(nn.Module):
         self.register_buffer("weight", weight.contiguous())
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        scale = self.modulation(style)
-        norm = GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON)
-        x, norm = x * scale[:, :, None, None], norm[:, :, None, None]
+        scale, norm = (factor.to(x.dtype)[:, :, None, None] for factor in self.factors(style))
+        x = x * scale
         if self.upsample:
             x = F.conv_transpose2d(x, self.weight, stride=2)
             x = F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
         else:
             x = F.conv2d(x, self.weight, padding=1)
-        # All that is left to do with each value is in one place: a runtime makes it one pass over the map.
+        # All element-wise operations in one expression: runtimes fuse them into one pass over the feature map.
         return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
+
+    def factors(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the input channels (B, in) and of the output channels (B, out)."""
+        scale = self.modulation(style)
+        return scale, GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON)
 
 
 class StaticToRGB(nn.Module):
@@ -133,9 +138,9 @@ class StaticToRGB(nn.Module):
 
 
 class SkipUpsample(nn.Module):
-    """Doubles the skip image, or goes from there to the pooled size in one filter: (B, 3, H, W) -> side 2H / ``pool``.
+    """Upsamples the skip image by 2 and pools it by ``pool``, in one filter: (B, 3, H, W) -> side 2H / ``pool``.
 
-    Zero insertion, the 4x4 filter and a mean of ``pool`` x ``pool`` pixels are one filter of ``pool / 2 + 2`` taps.
+    Zero insertion, the 4x4 filter and the mean of ``pool`` x ``pool`` pixels are one filter of ``pool / 2 + 2`` taps.
     """
 
     taps: Tensor
@@ -158,25 +163,25 @@ class SkipUpsample(nn.Module):
 class Block(nn.Module):
     """One resolution: features and image (B, ., H, W) and three rows of the code -> both at twice the size.
 
-    With ``pool`` > 1 it is the last one, and the image comes at the pooled size. The first and the last ``cut`` rows of
+    The last block has ``pool`` > 1 and returns the image at the pooled size. The first and the last ``crop`` rows of
     the inputs are left out.
     """
 
     def __init__(
-        self, up: StaticConv, conv: StaticConv, layer: ToRGB, to_rgb: StaticToRGB, pool: int = 1, cut: int = 0
+        self, up: StaticConv, conv: StaticConv, layer: ToRGB, to_rgb: StaticToRGB, pool: int = 1, crop: int = 0
     ) -> None:
         super().__init__()
-        self.up, self.conv, self.pool, self.cut = up, conv, pool, cut
+        self.up, self.conv, self.pool, self.crop = up, conv, pool, crop
         self.to_rgb, self.upsample_skip = to_rgb, SkipUpsample(layer.upsample.kernel, pool)
 
     def forward(self, x: Tensor, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.conv(self.up(trim(x, self.cut), codes[:, 0]), codes[:, 1])
+        x = self.conv(self.up(trim(x, self.crop), codes[:, 0]), codes[:, 1])
         seen = F.avg_pool2d(x, self.pool) if self.pool > 1 else x
-        return x, self.to_rgb(seen, codes[:, 2]) + self.upsample_skip(trim(image, self.cut))
+        return x, self.to_rgb(seen, codes[:, 2]) + self.upsample_skip(trim(image, self.crop))
 
 
 def trim(images: Tensor, rows: int) -> Tensor:
-    """Without the first and the last ``rows`` rows."""
+    """``images`` (B, C, H, W) without the first and the last ``rows`` rows."""
     return images[:, :, rows:-rows] if rows else images
 
 
@@ -197,15 +202,15 @@ class Decode(nn.Module):
 
         self.blocks, last, row = nn.ModuleList(), len(generator.to_rgbs) - 1, 0
         for i, start in enumerate(first_rows(generator.size, self.band * pool // self.repeat, pool)):
-            cut, row = start - row, 2 * start
+            crop, row = start - row, 2 * start
             up, conv = (
                 StaticConv(cast(StyledConv, generator.convs[k]), trim(noise[k + 1], row)) for k in (2 * i, 2 * i + 1)
             )
             layer = cast(ToRGB, generator.to_rgbs[i])
             # Images go from [-1, 1] to [0, 1] by halved weights, and a shift in the last bias.
             to_rgb = StaticToRGB(layer, gain=0.5, shift=0.5 if i == last else 0.0)
-            self.blocks.append(Block(up, conv, layer, to_rgb, pool if i == last else 1, cut))
-        self.cut = self.band - row // pool * self.repeat
+            self.blocks.append(Block(up, conv, layer, to_rgb, pool if i == last else 1, crop))
+        self.crop = self.band - row // pool * self.repeat
 
     def forward(self, mixed: Tensor) -> Tensor:
         x = self.first(self.start, mixed[:, 0])
@@ -214,13 +219,13 @@ class Decode(nn.Module):
             x, image = block(x, image, mixed[:, 2 * i + 1 : 2 * i + 4])
         if self.repeat > 1:
             image = F.interpolate(image, scale_factor=float(self.repeat), mode="nearest")
-        return F.pad(trim(image, self.cut), (0, 0, self.band, self.band)) if self.band else image
+        return F.pad(trim(image, self.crop), (0, 0, self.band, self.band)) if self.band else image
 
 
 def first_rows(size: int, band: int, pool: int) -> list[int]:
-    """For each block the first row of its inputs that an image needs of which the outer ``band`` rows are not wanted.
+    """The first input row that each block needs if the outer ``band`` rows of the image are discarded.
 
-    A row depends on those from two above its half: one for the 3x3 convolution, the rest for the filter in front of it.
+    Output row r depends on input rows from r / 2 - 2 on: one for the 3x3 convolution, the rest for the filter.
     """
     rows: list[int] = []
     row = band

@@ -1,10 +1,11 @@
-"""The traced form of both StyleGAN2 encoders: the same numbers as `mlvgm.e4e` and `mlvgm.style_transformer`.
+"""Both StyleGAN2 encoders rewritten for export: the same numbers as `mlvgm.e4e` and `mlvgm.style_transformer`.
 
-- Batch norms behind a convolution are folded into it, the mean code into the last biases.
-- The queries of Style Transformer are the same for every image: mapped and mixed among themselves, they are a constant.
-- Attending to a feature map needs no projected keys and values of its thousands of pixels. A score is
-  ``(W_q x + b_q) . (W_k t + b_k)``: W_k moves to the few queries, and b_k, the same for all pixels, leaves the softmax.
-  W_v and the output projection work on the few sums of pixels, whose weights add up to one.
+- Batch norms after a convolution are folded into it, the mean code into the last biases.
+- The queries of Style Transformer do not depend on the image: after the mapping network and the first self-attention
+  they are still constants, computed in advance.
+- Cross-attention does not project keys and values for the thousands of pixels of a feature map. A score is
+  ``(W_q x + b_q) . (W_k t + b_k)``: W_k is applied to the few queries instead, and b_k adds the same to all scores, so
+  the softmax cancels it. W_v and the output projection are applied to the few weighted sums of pixels.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from export.fold import conv_then_norm
+from export.fold import conv_then_norm, linear
 from mlvgm.e4e import COARSE, MIDDLE, E4ePurifier, Encoder4Editing, StyleHead
 from mlvgm.irse import STAGES, Pyramid, Unit, enlarge_to
 from mlvgm.style_transformer import BAND, CANVAS, HEADS, QueryLayer, StyleTransformerPurifier, resize
@@ -21,18 +22,18 @@ from mlvgm.stylegan2 import EqualLinear
 
 
 class FoldedUnit(nn.Module):
-    """A residual unit whose second and third batch norm are part of a convolution.
+    """A residual unit whose second and third batch norms are folded into convolutions.
 
-    The first one stays: the convolution behind it pads with zeros that the norm must not shift.
+    The first one stays: the convolution after it pads with zeros, which the norm does not shift.
     """
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
         norm, conv_1, slope, conv_2, norm_2, self.gate = unit.res_layer
-        self.branch = nn.Sequential(norm, conv_1, slope, folded(conv_2, norm_2))
+        self.branch = nn.Sequential(norm, conv_1, slope, conv_then_norm(conv_2, norm_2))
         self.shortcut: nn.Module
         if isinstance(unit.shortcut_layer, nn.Sequential):
-            self.shortcut = folded(*unit.shortcut_layer)
+            self.shortcut = conv_then_norm(*unit.shortcut_layer)
         else:
             subsampling = cast(nn.MaxPool2d, unit.shortcut_layer)
             self.shortcut = nn.Identity() if subsampling.stride == 1 else subsampling
@@ -50,7 +51,7 @@ class FoldedPyramid(nn.Module):
         conv, norm, slope = source.input_layer
         units = [FoldedUnit(cast(Unit, unit)) for unit in source.body]
         ends = [sum(STAGES[:i]) for i in (2, 3, 4)]
-        self.fine = nn.Sequential(folded(conv, norm), slope, *units[: ends[0]])
+        self.fine = nn.Sequential(conv_then_norm(conv, norm), slope, *units[: ends[0]])
         self.medium = nn.Sequential(*units[ends[0] : ends[1]])
         self.coarse = nn.Sequential(*units[ends[1] :])
         self.lateral_medium, self.lateral_fine = source.latlayer1, source.latlayer2
@@ -70,7 +71,7 @@ class E4eEncoder(nn.Module):
         super().__init__()
         encoder, mean = cast(Encoder4Editing, purifier.encoder), purifier.latent_avg
         self.pyramid = FoldedPyramid(encoder)
-        # Row 0 is added to all others, its share of the mean code included.
+        # Row 0, with its row of the mean code, is added to all other rows.
         shifts = [mean[0], *(mean[1:] - mean[0])]
         self.heads = nn.ModuleList(
             folded_head(cast(StyleHead, head), shift) for head, shift in zip(encoder.styles, shifts, strict=True)
@@ -160,11 +161,6 @@ class CrossAttention(nn.Module):
         return out
 
 
-def folded(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
-    """`conv_then_norm` of two layers of a sequence."""
-    return conv_then_norm(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
-
-
 def folded_head(head: StyleHead, shift: Tensor) -> nn.Sequential:
     """``head`` with the constant ``shift`` added to its code."""
     last = plain_linear(head.linear)
@@ -174,11 +170,3 @@ def folded_head(head: StyleHead, shift: Tensor) -> nn.Sequential:
 def plain_linear(layer: EqualLinear, gain: float = 1.0) -> nn.Linear:
     """The linear part of ``layer``, times ``gain``, without run-time scaling."""
     return linear(layer.weight * (layer.scale * gain), layer.bias * (layer.lr_mul * gain))
-
-
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer with these weights (out, in) and biases (out,), in float32."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    values = {"weight": weight.detach().float(), "bias": bias.detach().float()}
-    layer.load_state_dict(values, assign=True)
-    return layer.requires_grad_(False)

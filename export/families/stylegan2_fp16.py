@@ -1,9 +1,10 @@
 """The half-precision form of both StyleGAN2 families.
 
-fp32: attention, the mapping network's normalisation, the interpolation, styles and demodulation, and
-the image that the ToRGB layers add to. A modulated convolution is normalised before it multiplies, which no size of
-styles or weights can make overflow: a style is divided by its largest magnitude, an output channel's weights by theirs
-times the square root of their count; the demodulation, in fp32, multiplies both back (StyleGAN2-ADA does the same).
+In fp32: attention, the mapping network's normalisation, the interpolation, styles and demodulation, and the image to
+which the ToRGB layers add. The operands of a modulated convolution are normalised, so that it cannot overflow whatever
+the size of styles and weights: a style is divided by its largest magnitude, the weights of an output channel by their
+largest magnitude times the square root of their number. The demodulation, in fp32, multiplies by both again
+(StyleGAN2-ADA does the same).
 """
 
 import math
@@ -26,7 +27,7 @@ def _encode(module: Encode) -> nn.Module:
     made = copied(module)
     encoder = module.encoder
     if isinstance(encoder, TransformerEncoder):
-        # All but the pyramid is attention between a few queries and one map: little work, and large scores.
+        # All but the pyramid is attention between a few queries and one feature map: little work, but large scores.
         encoder = copied(encoder)
         encoder.pyramid = Fp16Region(fp16_layer(module.encoder.pyramid))  # type: ignore[arg-type]
         made.encoder = encoder
@@ -64,53 +65,39 @@ def _to_rgb(module: StaticToRGB) -> nn.Module:
 
 @fp16_layer.register
 def _excite(module: SqueezeExcite) -> nn.Module:
-    return Excite(nn.Sequential(module.fc1, nn.ReLU(), module.fc2, nn.Sigmoid()))
+    return Excite(nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), module.fc1, nn.ReLU(), module.fc2, nn.Sigmoid()))
 
 
-class Fp16Conv(nn.Module):
+class Fp16Conv(StaticConv):
     """A styled convolution: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, out, ., .) in half."""
 
-    weight: Tensor
-    squares: Tensor
     size: Tensor
-    bias: Tensor
-    noise: Tensor
-    blur: Tensor
 
     def __init__(self, layer: StaticConv) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.upsample, self.modulation = layer.upsample, layer.modulation
         weight = layer.weight.transpose(0, 1) if layer.upsample else layer.weight
-        weight, size = normalised(weight.flatten(1))
-        weight = weight.view(len(weight), -1, *layer.weight.shape[2:])
-        # All in one factor, so the squares are those of the normalised weights, which no scale can make overflow.
+        flat, size = normalised(weight.flatten(1))
+        weight = flat.view(weight.shape)
+        # One factor carries all the scale, so these are squares of normalised weights, which cannot overflow.
         self.register_buffer("squares", (layer.squares / size.square().T).contiguous())
         self.register_buffer("size", size[:, 0])
-        self.register_buffer("bias", fp16_tensor(layer.bias))
-        self.register_buffer("noise", fp16_tensor(layer.noise))
-        if layer.upsample:
-            weight = weight.transpose(0, 1)
-            self.register_buffer("blur", fp16_tensor(layer.blur))
-        self.register_buffer("weight", fp16_tensor(weight.contiguous()))
+        weight = weight.transpose(0, 1) if layer.upsample else weight
+        blur = {"blur": layer.blur} if layer.upsample else {}
+        for name, tensor in {"weight": weight, "bias": layer.bias, "noise": layer.noise, **blur}.items():
+            self.register_buffer(name, fp16_tensor(tensor.contiguous()))
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+    def factors(self, style: Tensor) -> tuple[Tensor, Tensor]:
         scale, peak = normalised_style(self.modulation(style))
-        # rsqrt(sum (w s)^2 + eps) * |w| |s|, with both sizes drawn into the root.
+        # rsqrt(sum (w s)^2 + eps) * |w| |s|, with both magnitudes moved into the root.
         norm = GAIN * torch.rsqrt(scale.square() @ self.squares + EPSILON / (peak * self.size).square())
-        norm = norm.clamp(max=LARGEST)  # an infinite factor would turn a product that rounds to nothing into NaN
-        x, norm = x * scale.to(x.dtype)[:, :, None, None], norm.to(x.dtype)[:, :, None, None]
-        if self.upsample:
-            x = F.conv_transpose2d(x, self.weight, stride=2)
-            x = F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
-        else:
-            x = F.conv2d(x, self.weight, padding=1)
-        return F.leaky_relu(x * norm + self.bias[:, None, None] + self.noise, 0.2)
+        return scale, norm.clamp(max=LARGEST)  # an infinite factor times a product that underflows to 0 would be NaN
 
 
 class Fp16ToRGB(nn.Module):
     """A ToRGB layer: x (B, in, H, W) in half, style (B, d) in fp32 -> (B, 3, H, W) in fp32.
 
-    There is no demodulation here: what was divided out comes back in fp32.
+    Without demodulation: the magnitudes that were divided out are multiplied in again in fp32.
     """
 
     weight: Tensor
@@ -133,12 +120,12 @@ class Fp16ToRGB(nn.Module):
 
 
 def normalised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (out, n) of magnitude 1 / sqrt(n) at most, and the size (out, 1) that was divided out."""
+    """Weights (out, n) of magnitude 1 / sqrt(n) at most, and the factors (out, 1) that were divided out."""
     size = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) * math.sqrt(weight.shape[1])
     return weight / size, size
 
 
 def normalised_style(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Styles (B, in) of magnitude 1 at most, and the peak (B, 1) that was divided out."""
+    """Styles (B, in) of magnitude 1 at most, and the largest magnitudes (B, 1), which were divided out."""
     peak = scale.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
     return scale / peak, peak

@@ -1,6 +1,7 @@
-"""Runtimes: the libraries that execute a bundle's engine files, each imported only when it is used.
+"""Runtimes: the libraries that run a bundle's stages. Each is imported only when it is used.
 
-A runtime is a module of this package with a function ``load(file, options) -> Engine``; what shares an API shares one.
+A runtime is a module of this package with a function ``load(file, options) -> Engine``; runtimes with the same API
+share a module.
 """
 
 import importlib
@@ -13,13 +14,11 @@ from typing import Any, Protocol
 
 from handlers.errors import MlvgmError
 
-# numpy's, or a runtime's own that stays on its device and understands ``array[rows]`` and ``np.asarray(array)``; its
-# ``finite()`` tells, row by row, whether all of its numbers are, and ``followed_by(others)`` joins it with more rows.
-Array = Any
+Array = Any  # a numpy array, or one that stays on a device, with the methods of `handlers.runtimes.device.DeviceArray`
 
 
 class RuntimeMissing(MlvgmError):
-    """The wanted runtime does not exist, is not installed, or finds no device."""
+    """A runtime does not exist, is not installed, or finds no device."""
 
 
 class EngineError(MlvgmError):
@@ -30,20 +29,20 @@ class Engine(Protocol):
     """One loaded stage."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs for ``inputs``, by name; the batch axis comes first and is as long as that of the inputs."""
+        """The outputs for ``inputs``, by name. The batch axis is the first, and has the length of the inputs' batch."""
 
     def close(self) -> None:
-        """Free everything the engine holds; it cannot run any more."""
+        """Free the engine's memory; it cannot be run again."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a runtime may be told.
+    """Options of `load`, for every runtime.
 
     Attributes:
-        threads: CPU threads per engine; 0 lets the runtime use every core it may run on.
-        device: number of the GPU, for the runtimes that use one.
-        precision: of the bundle, "fp32", "fp16" or "bf16"; a runtime must not compute less precisely than that.
+        threads: CPU threads per engine; 0 for every core that the process may use.
+        device: number of the GPU, for runtimes that use one.
+        precision: of the bundle, "fp32", "fp16" or "bf16". A runtime must not compute in a lower precision.
     """
 
     threads: int = 0
@@ -53,38 +52,27 @@ class Options:
 
 @dataclass(frozen=True)
 class _Runtime:
-    module: str
+    module: str  # of this package
     package: str
-    install: str
-    distribution: str = ""  # needed beyond the package: one import name can come in several builds
+    distribution: str = ""  # on PyPI, where several distributions have the same package
     gpu: bool = False
     arguments: Mapping[str, str] = field(default_factory=dict)  # of the module's ``load``
 
+    @property
+    def install(self) -> str:
+        return f"pip install {self.distribution or self.package.replace('_', '-')}"
+
 
 _RUNTIMES = {
-    "onnxruntime": _Runtime("handlers.runtimes.onnxruntime", "onnxruntime", "pip install onnxruntime"),
-    "openvino": _Runtime("handlers.runtimes.openvino", "openvino", "pip install openvino"),
-    "onnxruntime-cuda": _Runtime(
-        "handlers.runtimes.onnxruntime_cuda", "onnxruntime", "pip install onnxruntime-gpu", "onnxruntime-gpu", True
-    ),
-    "torch": _Runtime("handlers.runtimes.torch", "torch", "pip install torch", gpu=True),
-    "tensorrt": _Runtime("handlers.runtimes.tensorrt", "tensorrt", "pip install tensorrt", gpu=True),
-    "torch-tensorrt": _Runtime(
-        "handlers.runtimes.tensorrt",
-        "tensorrt",
-        "pip install tensorrt",
-        gpu=True,
-        arguments={"compiler": "torch-tensorrt"},
-    ),
-    "tensorrt-rtx": _Runtime(
-        "handlers.runtimes.tensorrt",
-        "tensorrt_rtx",
-        "pip install tensorrt-rtx",
-        gpu=True,
-        arguments={"name": "tensorrt-rtx"},
-    ),
+    "onnxruntime": _Runtime("onnxruntime", "onnxruntime"),
+    "openvino": _Runtime("openvino", "openvino"),
+    "onnxruntime-cuda": _Runtime("onnxruntime_cuda", "onnxruntime", "onnxruntime-gpu", gpu=True),
+    "torch": _Runtime("torch", "torch", gpu=True),
+    "tensorrt": _Runtime("tensorrt", "tensorrt", gpu=True),
+    "torch-tensorrt": _Runtime("tensorrt", "tensorrt", gpu=True, arguments={"compiler": "torch-tensorrt"}),
+    "tensorrt-rtx": _Runtime("tensorrt", "tensorrt_rtx", gpu=True, arguments={"name": "tensorrt-rtx"}),
 }
-_AUTO = ("openvino", "onnxruntime")  # on a CPU, as measured with every recipe: the faster first
+_AUTO = ("openvino", "onnxruntime")  # the faster first, as measured on CPUs with every recipe
 
 ON_CPU = ("onnxruntime", "openvino")
 
@@ -92,12 +80,12 @@ NAMES = ("auto", *_RUNTIMES)
 
 
 def installed() -> list[str]:
-    """The runtimes whose library is installed, without importing any."""
+    """The runtimes whose library is installed. None is imported."""
     return [name for name, runtime in _RUNTIMES.items() if _is_installed(runtime)]
 
 
 def available() -> list[str]:
-    """Those of `installed` that have what they run on: a library for GPUs is of no use without one."""
+    """The `installed` runtimes without those for GPUs if this machine has no GPU."""
     gpu = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))  # Linux, and Linux under Windows
     return [name for name in installed() if gpu or not _RUNTIMES[name].gpu]
 
@@ -106,16 +94,16 @@ def choose(name: str) -> str:
     """``name`` itself, or for "auto" the fastest installed runtime.
 
     Raises:
-        RuntimeMissing: unknown or not installed, with what to install.
+        RuntimeMissing: the runtime is unknown or not installed; the message says what to install.
     """
     if name == "auto":
         found = [candidate for candidate in _AUTO if _is_installed(_RUNTIMES[candidate])]
         if not found:
-            cures = " or ".join(_RUNTIMES[candidate].install for candidate in _AUTO)
-            raise RuntimeMissing(f"no runtime is installed: {cures}")
+            commands = " or ".join(_RUNTIMES[candidate].install for candidate in _AUTO)
+            raise RuntimeMissing(f"no runtime is installed: {commands}")
         return found[0]
     if name not in _RUNTIMES:
-        raise RuntimeMissing(f"no runtime is called {name!r}; there are {', '.join(NAMES)}")
+        raise RuntimeMissing(f"unknown runtime {name!r}; known are {', '.join(NAMES)}")
     if not _is_installed(_RUNTIMES[name]):
         raise RuntimeMissing(f"runtime {name!r} is not installed: {_RUNTIMES[name].install}")
     return name
@@ -131,7 +119,7 @@ def _is_installed(runtime: _Runtime) -> bool:
 
 
 def load(name: str, file: Path, options: Options) -> Engine:
-    """Load an engine file with the runtime ``name``, as returned by `choose`.
+    """Load the stage ``file`` with the runtime ``name``, which is one that `choose` returned.
 
     Raises:
         RuntimeMissing: the runtime's library or device cannot be used.
@@ -139,7 +127,7 @@ def load(name: str, file: Path, options: Options) -> Engine:
     """
     runtime = _RUNTIMES[name]
     try:
-        module = importlib.import_module(runtime.module)
+        module = importlib.import_module(f"handlers.runtimes.{runtime.module}")
     except ImportError as error:
         raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): {runtime.install}") from error
     engine: Engine = module.load(file, options, **runtime.arguments)

@@ -1,13 +1,12 @@
-"""CUDA graphs: the kernels of a computation, recorded once for each number of rows and from then on started as one.
+"""CUDA graphs: the kernels of a computation are recorded once per batch size, and from then on launched together.
 
-Python starts kernels one by one, and for small layers more slowly than a GPU runs them. A recorded graph works on the
-memory that it was recorded with: inputs are copied into it, and outputs out of it.
+Python launches kernels one by one, for small layers more slowly than a GPU runs them. A graph works on the memory with
+which it was recorded, so inputs are copied into that memory and outputs out of it.
 """
 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,33 +18,36 @@ from handlers.runtimes.device import DeviceArray
 Tensors = dict[str, Tensor]
 
 _RECORDING = threading.Lock()
-_WARM_UPS = 2  # runs before recording, in which libraries choose their kernels and set aside memory
+_WARM_UPS = 2  # runs before recording, in which libraries choose kernels and allocate memory
 
 
-class Computation(Protocol):
-    """One computation on memory that stays what it is."""
+@dataclass(frozen=True)
+class Computation:
+    """A computation on fixed memory.
 
-    def start(self) -> Tensors:
-        """Start its kernels on the current stream; the outputs, which are read before it is started again."""
+    Attributes:
+        start: launches its kernels on the current stream, and returns the outputs, which the next start overwrites.
+        may_record: whether its kernels may be recorded as a CUDA graph; otherwise every run calls ``start``.
+    """
 
-    def may_record(self) -> bool:
-        """Whether its kernels, once they have run, may be recorded; where not, they are started one by one."""
+    start: Callable[[], Tensors]
+    may_record: bool = True
 
 
 @dataclass(frozen=True)
 class _Recorded:
     inputs: Tensors
     replay: Callable[[], Tensors]
-    computation: Computation  # kept: a recorded graph works on its memory
+    computation: Computation  # kept alive: the recorded graph works on its memory
 
 
 class CudaGraphs:
-    """Runs a computation on one device; not for several threads at a time.
+    """An engine that records a computation on a GPU once per batch size. Not thread-safe.
 
     Args:
-        prepare: takes inputs, whose memory stays what it is, and gives the computation on them.
-        device: where inputs go and outputs stay.
-        owner: is kept alive as long as the computations are.
+        prepare: returns the computation on given inputs, whose memory is fixed.
+        device: the GPU. Outputs stay on it.
+        owner: an object to keep alive as long as the computations.
     """
 
     def __init__(self, prepare: Callable[[Tensors], Computation], device: torch.device, owner: object = None) -> None:
@@ -53,19 +55,19 @@ class CudaGraphs:
         self._device, self._owner = device, owner
         self._recorded: dict[tuple[tuple[str, tuple[int, ...]], ...], _Recorded] = {}
         with torch.cuda.device(device):
-            # Shared by all sizes: one graph runs at a time, and its outputs are copied before the next.
+            # One memory pool for all graphs: they run one at a time, and outputs are copied before the next run.
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for ``inputs``, which may be on the host or the device.
 
         Raises:
-            EngineError: the computation fails, or the GPU's memory is too small for this size.
+            EngineError: the computation fails, or the GPU has too little memory for this batch size.
         """
         try:
             before = torch.cuda.current_stream(self._device)
             with torch.no_grad(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                self._stream.wait_stream(before)  # where rows of device arrays are cut
+                self._stream.wait_stream(before)  # in which the rows of device arrays were selected
                 given = {name: _tensor(array) for name, array in inputs.items()}
                 key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
                 if key not in self._recorded:
@@ -74,12 +76,10 @@ class CudaGraphs:
                 for name, tensor in given.items():
                     recorded.inputs[name].copy_(tensor)
                 outputs = {name: DeviceArray(tensor.clone()) for name, tensor in recorded.replay().items()}
-                self._stream.synchronize()  # a stage's time is its own, and so are its errors
+                self._stream.synchronize()  # so that a stage's time and errors are not attributed to the next
                 return outputs
-        except EngineError:
-            raise
-        except Exception as error:  # programs check their inputs with assertions and value errors, too
-            raise EngineError(f"PyTorch: {error}") from error
+        except Exception as error:  # programs also raise AssertionError and ValueError for wrong inputs
+            raise error if isinstance(error, EngineError) else EngineError(f"PyTorch: {error}") from error
 
     def close(self) -> None:
         self._recorded.clear()
@@ -93,10 +93,10 @@ class CudaGraphs:
         computation = self._prepare(inputs)
         for _ in range(_WARM_UPS):
             computation.start()
-        if not computation.may_record():
+        if not computation.may_record:
             return _Recorded(inputs, computation.start, computation)
         graph = torch.cuda.CUDAGraph()
-        # One recording at a time; and what other threads do to the device meanwhile, such as taking memory, is theirs.
+        # One recording at a time; "thread_local" lets other threads use the device meanwhile, to allocate for example.
         with (
             _RECORDING,
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 
 class DeviceArray:
-    """A PyTorch tensor that is cut to rows where it is, and comes to the host only by ``np.asarray``."""
+    """A PyTorch tensor that stays on its device until ``np.asarray`` copies it to the host."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -33,6 +33,6 @@ class DeviceArray:
         return np.asarray(self.tensor.cpu().numpy(), dtype)
 
     def finite(self) -> npt.NDArray[np.bool_]:
-        """(rows,): which rows have neither NaN nor infinity. Told by the device: the rows themselves stay there."""
+        """(rows,): which rows have neither NaN nor infinity. Computed on the device."""
         found: npt.NDArray[np.bool_] = self.tensor.isfinite().flatten(1).all(1).cpu().numpy()
         return found

@@ -1,7 +1,7 @@
-"""Engines that were built beforehand: they lie in the folder ``engines`` of a bundle, each with a JSON info.
+"""The folder ``engines`` of a bundle: engines built in advance, each with a JSON file that says what it is.
 
-A info says what its engine is: of which graph, by which version of which library, for which GPUs. An engine that is of
-another graph or version, or for another GPU, is never loaded.
+The JSON file has the digest of the graph, the library and its version, the GPUs, and the digest of the engine. An
+engine of another graph or version, for another GPU, or damaged is never loaded.
 """
 
 import hashlib
@@ -10,28 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from handlers.manifest import FileDigest
 from handlers.runtimes import EngineError
 
 FOLDER = "engines"
 
 ANY = "any"
-"""Stands for every GPU, and the CPU."""
+"""Target of an engine that runs on every GPU and on the CPU."""
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a graph, its external weights included."""
-    found = hashlib.sha256()
-    for path in (file, file.with_name(f"{file.name}.data")):
-        if path.is_file():
-            found.update(_sha256(path).digest())
-    return found.hexdigest()
+    """SHA-256 of a graph and its external weights."""
+    files = [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
+    return hashlib.sha256(b"".join(bytes.fromhex(FileDigest.of(path).sha256) for path in files)).hexdigest()
 
 
 def find(file: Path, name: str, version: str, target: str = ANY, suffix: str = ".engine") -> Path:
-    """The engine of the graph ``file`` for a GPU ("9.0"), among those beside it.
+    """Path of the engine of the graph ``file`` for a compute capability such as "9.0".
 
     Raises:
-        EngineError: there is none that is of this very graph, library and GPU, and undamaged.
+        EngineError: there is no undamaged engine of this graph, library, version and GPU.
     """
     graph = digest(file)
     for path in sorted((file.parent / FOLDER).glob(f"{file.stem}-*.json")):
@@ -41,42 +39,34 @@ def find(file: Path, name: str, version: str, target: str = ANY, suffix: str = "
             if target in found["targets"] and is_intact(engine, wanted):
                 return engine
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # half written or not ours: as good as none
+            continue  # incomplete, or written by something else
     where = "" if target == ANY else f" for a GPU of compute capability {target}"
-    raise EngineError(f"{file}: no engine of it by {name} {version}{where}; mlvgm export --engines {name} builds one")
+    raise EngineError(f"{file}: has no engine by {name} {version}{where}; mlvgm export --engines {name} builds one")
 
 
 def read_info(engine: Path) -> dict[str, Any]:
-    """What is written beside an engine.
+    """The content of an engine's JSON file.
 
     Raises:
-        OSError, ValueError: there is nothing, or no JSON object.
+        OSError, ValueError: the file is missing, or is not a JSON object.
     """
     content = json.loads(engine.with_suffix(".json").read_text())
     if not isinstance(content, dict):
-        raise ValueError(f"{engine}: its info is no JSON object")
+        raise ValueError(f"{engine}: its JSON file is not an object")
     return content
 
 
 def write_info(engine: Path, info: Mapping[str, Any]) -> None:
-    """Write beside ``engine`` what it is, with its SHA-256."""
-    content = {**info, "engine": _sha256(engine).hexdigest()}
+    """Write the JSON file of ``engine``: ``info`` and the engine's SHA-256."""
+    content = {**info, "engine": FileDigest.of(engine).sha256}
     engine.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def is_intact(engine: Path, info: Mapping[str, Any]) -> bool:
-    """Whether ``engine`` is there, undamaged, and what is written beside it has all of ``info``."""
+    """Whether ``engine`` exists, is undamaged, and its JSON file has all entries of ``info``."""
     try:
         found, wanted = read_info(engine), json.loads(json.dumps(info))
         same = all(found[key] == value for key, value in wanted.items())
-        return same and _sha256(engine).hexdigest() == found["engine"]
+        return same and FileDigest.of(engine).sha256 == found["engine"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _sha256(path: Path) -> "hashlib._Hash":
-    with path.open("rb") as stream:
-        found = hashlib.sha256()
-        while part := stream.read(1 << 20):
-            found.update(part)
-        return found

@@ -12,7 +12,7 @@ from handlers.runtimes import Array, EngineError, Options
 
 
 def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
-    """An engine of ``file``; external data is found beside it.
+    """An engine of the graph ``file``; external data is loaded from its folder.
 
     Raises:
         EngineError: ONNX Runtime refuses the file.
@@ -21,7 +21,7 @@ def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
 
 
 def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
-    """A session on ``file``, with the first of ``providers`` for whatever that can run.
+    """A session of ``file``, in which each operator runs on the first of ``providers`` that supports it.
 
     Raises:
         EngineError: ONNX Runtime refuses the file.
@@ -30,7 +30,7 @@ def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
     settings.intra_op_num_threads = options.threads or cores.granted() or 0
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    # Threads that spin while they wait take the cores from the next stage and from other workers: twice the CPU time.
+    # Spinning threads would take cores from the next stage and from other workers: twice the CPU time.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(file), settings, providers=list(providers))
@@ -39,7 +39,7 @@ def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
 
 
 class OnnxRuntimeEngine:
-    """One session; inputs and outputs are numpy arrays."""
+    """An engine of one session; inputs and outputs are numpy arrays."""
 
     def __init__(self, session: Any) -> None:
         self._session = session

@@ -1,7 +1,7 @@
-"""ONNX Runtime on an NVIDIA GPU, with the CPU for operators that CUDA lacks. It has never been run on a GPU.
+"""ONNX Runtime on an NVIDIA GPU, and on the CPU for operators without a CUDA kernel (docs/gpu.md: what has been run).
 
-Outputs stay on the device between stages where PyTorch, which holds the memory, has CUDA too; where it has not, they
-come back to the host after every stage.
+With a CUDA build of PyTorch, which then holds the memory, outputs stay on the GPU between stages; without one, they are
+copied to the host after every stage.
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 def load(file: Path, options: Options) -> Engine:
-    """An engine of ``file`` that really uses the GPU.
+    """An engine of the graph ``file`` on the GPU.
 
     Raises:
-        RuntimeMissing: this ONNX Runtime has no CUDA, or finds no GPU it can use.
+        RuntimeMissing: this ONNX Runtime is built without CUDA, or cannot use the GPU.
         EngineError: ONNX Runtime refuses the file.
     """
     if _CUDA not in ort.get_available_providers():
         raise RuntimeMissing("this onnxruntime is built without CUDA: pip install onnxruntime-gpu")
-    # TF32 keeps ten bits: less than fp32, and less than the fp32 islands of a half-precision graph are there for.
+    # TF32 has a mantissa of ten bits: too imprecise for fp32 graphs, and for the fp32 regions of fp16 graphs.
     session = session_of(file, options, [(_CUDA, {"device_id": options.device, "use_tf32": 0}), _CPU])
-    if _CUDA not in session.get_providers():  # ONNX Runtime falls back to the CPU with a mere warning
+    if _CUDA not in session.get_providers():  # ONNX Runtime falls back to the CPU with a warning only
         raise RuntimeMissing("onnxruntime cannot use the GPU: check the driver, CUDA and cuDNN (mlvgm doctor)")
     device = _torch_device(options.device)
     return BoundEngine(session, device) if device else OnnxRuntimeEngine(session)
@@ -47,7 +47,7 @@ def _torch_device(number: int) -> "torch.device | None":
 
 
 class BoundEngine:
-    """A session on tensors of PyTorch: what is on ``device`` already is taken from there, and outputs stay there."""
+    """An engine of one session whose inputs and outputs are tensors of PyTorch on ``device``."""
 
     def __init__(self, session: Any, device: "torch.device") -> None:
         self._session, self._device = session, device

@@ -1,8 +1,8 @@
 """OpenVINO on the CPU.
 
-A graph with a dynamic batch works its shapes out anew at every call: for a small network that takes as long as its
-layers. So a small graph is compiled once for each number of rows it meets, and its rows are shared out between cores,
-which then never wait for each other. A large one is compiled once: its layers are the time, its weights gigabytes.
+With a dynamic batch, shapes are inferred at every call, which for a small network takes as long as its layers. So a
+small graph is compiled once per batch size, and the batch is split between cores, which then never wait for each other.
+A large graph is compiled once with a dynamic batch: its layers take most of the time, and its weights gigabytes.
 """
 
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from handlers import cores
 from handlers.runtimes import Array, Engine, EngineError, Options
 
 SMALL_BYTES = 64_000_000
-"""Of weights: at most these are held once for each number of rows."""
+"""Graphs with at most this many bytes of weights are compiled once per batch size."""
 
 
 def load(file: Path, options: Options) -> Engine:
-    """An engine of ``file`` (ONNX); external data is found beside it.
+    """An engine of the graph ``file``; external data is loaded from its folder.
 
     Raises:
         EngineError: OpenVINO refuses the file.
     """
     settings: dict[str, Any] = {
-        # A thread pinned to a core waits for whatever else runs there: with one busy neighbour, five times longer.
+        # A pinned thread waits for whatever else runs on its core: with one busy process, calls take five times longer.
         "ENABLE_CPU_PINNING": False,
-        # Left alone, OpenVINO computes in bf16 wherever the CPU can, and the answers drift away from the reference.
+        # By default, OpenVINO computes in bf16 where the CPU supports it, and exceeds the error limit of fp32.
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": options.threads or cores.usable(),
     }
@@ -44,7 +44,7 @@ def load(file: Path, options: Options) -> Engine:
 
 
 class DynamicEngine:
-    """One compiled model for any number of rows, with every thread on it; inputs and outputs are numpy arrays."""
+    """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays."""
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
         self._request = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1}).create_infer_request()
@@ -65,16 +65,16 @@ class DynamicEngine:
 
 
 class StaticEngine:
-    """A compiled model for each number of rows; where the cores can have equal shares, one stream each.
+    """One compiled model per batch size; inputs and outputs are numpy arrays.
 
-    Inputs and outputs are numpy arrays.
+    A batch that divides evenly among the threads is split into as many parts, each computed by one thread.
     """
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
         self._core, self._model, self._settings = core, model, settings
         self._batched = {name for port in model.inputs if port.partial_shape[0].is_dynamic for name in port.names}
         self._compiled: dict[int, list[_Share]] = {}
-        self._shares(1)  # a graph that cannot be compiled is refused when it is loaded
+        self._shares(1)  # so that a graph that cannot be compiled is refused when it is loaded
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         rows = next(len(array) for name, array in inputs.items() if name in self._batched)
@@ -100,7 +100,7 @@ class StaticEngine:
         self._compiled.clear()
 
     def _shares(self, rows: int) -> "list[_Share]":
-        """Those that compute ``rows`` rows together, in equal parts."""
+        """The requests that compute ``rows`` rows, in equal parts."""
         if rows not in self._compiled:
             cores = self._settings["INFERENCE_NUM_THREADS"]
             streams = 1 if rows % cores else cores
@@ -112,11 +112,11 @@ class StaticEngine:
 
 
 class _Share:
-    """A request of fixed shape. Its arrays stay where they are: new ones take as long to hand over as a small layer."""
+    """A request of fixed shape. Its tensors are reused: to set new ones takes as long as a small layer."""
 
     def __init__(self, request: ov.InferRequest) -> None:
         self._request = request
-        # A port goes by several names where OpenVINO leaves out an operation that does nothing.
+        # A port has several names if OpenVINO has removed an operation without effect.
         self._inputs = [(port.names, request.get_tensor(port).data) for port in request.model_inputs]
         self.outputs = [request.get_tensor(port).data for port in request.model_outputs]
         self.output_names = [port.names for port in request.model_outputs]
@@ -130,7 +130,7 @@ class _Share:
         self._request.start_async()
 
     def failure(self) -> RuntimeError | None:
-        """Wait until it is done, if it was started, and tell what went wrong."""
+        """Wait for the request, if it was started; returns its error, or None."""
         try:
             self._request.wait()
         except RuntimeError as error:

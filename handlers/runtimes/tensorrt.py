@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX on an NVIDIA GPU. The part that needs a GPU has never been run: none was at hand.
+"""TensorRT and TensorRT-RTX on an NVIDIA GPU (docs/gpu.md: what has been run).
 
-Engines are built by `export.engines.tensorrt`, or by Torch-TensorRT (`export.engines.torch_tensorrt`, for the runtime
-"torch-tensorrt"), and lie beside the graphs. Outputs stay on the device between stages; PyTorch holds the memory.
+Engines are built by `export.engines.tensorrt`, or by `export.engines.torch_tensorrt` for the runtime "torch-tensorrt".
+Outputs stay on the GPU between stages; PyTorch holds the memory.
 """
 
 import importlib
@@ -15,10 +15,10 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def library(name: str) -> ModuleType:
-    """The module of "tensorrt" or "tensorrt-rtx": one API under two names.
+    """The Python module of "tensorrt" or "tensorrt-rtx"; both have the same API.
 
     Raises:
-        RuntimeMissing: it is not installed or cannot be imported.
+        RuntimeMissing: it cannot be imported.
     """
     try:
         return importlib.import_module(MODULES[name])
@@ -30,12 +30,12 @@ def load(file: Path, options: Options, name: str = "tensorrt", compiler: str = "
     """The engine that was built from ``file`` for this GPU.
 
     Args:
-        name: of the library that runs it.
-        compiler: who built it, where that is not the library itself.
+        name: library that runs the engine, "tensorrt" or "tensorrt-rtx".
+        compiler: library that built it, if that is another one.
 
     Raises:
         RuntimeMissing: the library, PyTorch with CUDA, or the GPU is missing.
-        EngineError: no engine fits, or the library refuses it.
+        EngineError: there is no engine for this GPU, or the library refuses it.
     """
     trt, torch = library(name), _torch(name)
     from handlers.runtimes.tensorrt_engine import engine_of  # which needs PyTorch

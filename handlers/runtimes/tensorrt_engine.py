@@ -1,4 +1,4 @@
-"""A TensorRT engine on tensors of PyTorch."""
+"""Run a TensorRT engine on tensors of PyTorch."""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 
 from handlers.runtimes import EngineError
-from handlers.runtimes.cuda_graphs import CudaGraphs, Tensors
+from handlers.runtimes.cuda_graphs import Computation, CudaGraphs, Tensors
 
 
 def engine_of(trt: ModuleType, runtime: Any, plan: Any, info: Mapping[str, Any], device: torch.device) -> CudaGraphs:
-    """The engine ``plan``, which stays loaded as long as ``runtime`` does."""
+    """An engine that runs ``plan``, which needs ``runtime`` to stay alive; ``info`` is its JSON file."""
     names = _names(trt, plan, info)
     scratch = torch.empty(max(plan.device_memory_size_v2, 1), dtype=torch.uint8, device=device)
 
-    def prepare(inputs: Tensors) -> Execution:
-        return Execution(trt, plan, names, inputs, scratch)
+    def prepare(inputs: Tensors) -> Computation:
+        # TensorRT-RTX records its own graphs, since it compiles kernels for new shapes while it runs.
+        own_graphs = hasattr(trt, "CudaGraphStrategy")
+        return Computation(Execution(trt, plan, names, inputs, scratch).start, not own_graphs)
 
     return CudaGraphs(prepare, device, owner=runtime)
 
 
 def _names(trt: ModuleType, plan: Any, info: Mapping[str, Any]) -> dict[str, str]:
-    """Ours for each tensor of ``plan``: a compiler that names them anew keeps their order, which the info has."""
+    """The stage's name of each tensor of ``plan``: Torch-TensorRT renames tensors, but keeps the order in ``info``."""
     tensors = [plan.get_tensor_name(i) for i in range(plan.num_io_tensors)]
     names = {tensor: tensor for tensor in tensors}
     for key, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
@@ -34,16 +36,15 @@ def _names(trt: ModuleType, plan: Any, info: Mapping[str, Any]) -> dict[str, str
 
 
 class Execution:
-    """One execution context on tensors that stay where they are, for `CudaGraphs`: one for each number of rows.
+    """An execution context on fixed tensors, for one batch size.
 
-    Contexts share the memory ``scratch``, for only one runs at a time.
+    All contexts share the memory ``scratch``, since only one runs at a time.
     """
 
     def __init__(
         self, trt: ModuleType, engine: Any, names: Mapping[str, str], inputs: Tensors, scratch: Tensor
     ) -> None:
-        self._own_graphs = hasattr(trt, "CudaGraphStrategy")
-        self._context = engine.create_execution_context(_settings(trt, engine, self._own_graphs))
+        self._context = engine.create_execution_context(_settings(trt, engine))
         if self._context is None:
             raise EngineError("TensorRT cannot make an execution context: most likely too little GPU memory")
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
@@ -54,7 +55,7 @@ class Execution:
                 if not self._context.set_input_shape(tensor, tuple(value.shape)):
                     raise EngineError(f"TensorRT: {tensor} cannot have the shape {tuple(value.shape)}")
                 self._context.set_tensor_address(tensor, value.data_ptr())
-        for tensor in names:  # shapes of outputs are known only now
+        for tensor in names:  # the shapes of outputs are known only after those of all inputs
             if engine.get_tensor_mode(tensor) == trt.TensorIOMode.OUTPUT:
                 value = torch.empty(tuple(self._context.get_tensor_shape(tensor)), device=scratch.device)
                 self._context.set_tensor_address(tensor, value.data_ptr())
@@ -65,14 +66,11 @@ class Execution:
             raise EngineError("TensorRT: the engine could not be run")
         return self._outputs
 
-    def may_record(self) -> bool:
-        return not self._own_graphs
 
-
-def _settings(trt: ModuleType, engine: Any, own_graphs: bool) -> Any:
-    """For a context whose memory is ours; TensorRT-RTX, which compiles for new shapes as it goes, records by itself."""
+def _settings(trt: ModuleType, engine: Any) -> Any:
+    """Settings of a context that does not allocate its own memory."""
     ours = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if not own_graphs:
+    if not hasattr(trt, "CudaGraphStrategy"):
         return ours
     settings = engine.create_runtime_config()
     settings.set_execution_context_allocation_strategy(ours)

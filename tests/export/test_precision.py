@@ -108,10 +108,10 @@ def test_attention_with_large_scores_stays_fp32(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_gate_adds_up_more_than_half_precision_can_hold() -> None:
     """Means are taken in fp32: in fp16 a sum of 65536 pixels is beyond the largest number, or stops growing."""
-    gate = Excite(nn.Sequential(nn.Identity()))
+    gate = Excite(nn.Unflatten(1, (-1, 1, 1)))
     x = torch.full((1, 2, 256, 256), 3.0)
     x[:, :, ::2] = 3.5
-    assert gate.gate(x.half().float().mean(dim=(2, 3), keepdim=True)).dtype == torch.float32
+    assert gate.gate(x.half().float().mean(dim=(2, 3))).dtype == torch.float32
     torch.testing.assert_close(gate(x.half()).float(), x * 3.25)
     seen: list[torch.dtype] = []
     gate.gate.register_forward_hook(lambda _, given, __: seen.append(given[0].dtype))

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,21 +10,17 @@ import torch
 from torch import nn
 
 from handlers.runtimes import EngineError
-from handlers.runtimes.cuda_graphs import CudaGraphs
+from handlers.runtimes.cuda_graphs import Computation, CudaGraphs
 from handlers.runtimes.device import DeviceArray
-from handlers.runtimes.torch import Function, OnDevice, without_tf32
+from handlers.runtimes.torch import Function, without_tf32
 from tests.devices import Graph, record_on_cpu
 
 CPU = torch.device("cpu")
 
 
 def graphs(module: nn.Module, recorded: bool = True) -> CudaGraphs:
-    class Computation(OnDevice):
-        def may_record(self) -> bool:
-            return recorded
-
     function = Function(module.eval().requires_grad_(False), ["images"], ["codes"])
-    return CudaGraphs(lambda inputs: Computation(function, inputs), CPU)
+    return CudaGraphs(lambda inputs: Computation(partial(function, inputs), recorded), CPU)
 
 
 def network() -> nn.Module:
@@ -83,8 +80,9 @@ def test_what_fails_is_an_engine_error_and_the_next_size_runs() -> None:
 def test_a_recorded_computation_lives_until_the_engine_is_closed() -> None:
     made = []
 
-    def prepare(inputs: dict) -> OnDevice:
-        computation = OnDevice(Function(network().eval().requires_grad_(False), ["images"], ["codes"]), inputs)
+    def prepare(inputs: dict) -> Computation:
+        function = Function(network().eval().requires_grad_(False), ["images"], ["codes"])
+        computation = Computation(partial(function, inputs))
         made.append(weakref.ref(computation))
         return computation
 
@@ -99,7 +97,7 @@ def test_a_recorded_computation_lives_until_the_engine_is_closed() -> None:
 
 @pytest.mark.parametrize("error", [AssertionError, ValueError, TypeError, RuntimeError])
 def test_whatever_a_program_raises_is_an_engine_error(error: type[Exception]) -> None:
-    def prepare(_: dict) -> OnDevice:
+    def prepare(_: dict) -> Computation:
         raise error("no such shape")
 
     with pytest.raises(EngineError, match="no such shape"):

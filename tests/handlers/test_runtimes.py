@@ -71,7 +71,7 @@ def test_auto_takes_an_installed_one() -> None:
 
 
 def test_an_unknown_runtime_lists_the_known_ones(nvae_bundle: Path) -> None:
-    with pytest.raises(RuntimeMissing, match="there are auto, onnxruntime, openvino"):
+    with pytest.raises(RuntimeMissing, match="known are auto, onnxruntime, openvino"):
         Pipeline.load(nvae_bundle, "tensorflow")
 
 

@@ -7,6 +7,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store
 from handlers.runtimes import torch as runtime
-from handlers.runtimes.cuda_graphs import CudaGraphs
+from handlers.runtimes.cuda_graphs import Computation, CudaGraphs
 from mlvgm.resnet import read_resnet50
 from tests.devices import record_on_cpu
 from tests.export import models
@@ -58,7 +59,7 @@ def test_programs_and_graphs_agree_in_every_batch(
         graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
         assert isinstance(program, runtime.CpuProgram)
         function = program._function
-        recorded = CudaGraphs(lambda inputs, f=function: runtime.OnDevice(f, inputs), torch.device("cpu"))  # type: ignore[misc]
+        recorded = CudaGraphs(lambda inputs, f=function: Computation(partial(f, inputs)), torch.device("cpu"))  # type: ignore[misc]
         for rows in (1, 3):
             feeds = {spec.name: example(spec, rows, seed=i).numpy() for i, spec in enumerate(stage.inputs)}
             expected = graph.run(feeds)
@@ -75,7 +76,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_bundle_with_programs_is_sealed_compared_and_served(bundle: Path) -> None:
+def test_a_bundle_with_programs_has_their_digests_is_compared_and_served(bundle: Path) -> None:
     manifest = Manifest.read(bundle)
     assert sorted(Path(name).suffix for name in manifest.files if name.startswith("engines/")) == [
         *[".json"] * len(manifest.stages),
@@ -92,10 +93,10 @@ def test_a_bundle_with_programs_is_sealed_compared_and_served(bundle: Path) -> N
 def test_no_foreign_or_damaged_program_is_loaded(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "decode.onnx"
     file.write_bytes((bundle / "decode.onnx").read_bytes())
-    with pytest.raises(EngineError, match=r"no engine of it by torch .*; mlvgm export --engines torch builds one"):
+    with pytest.raises(EngineError, match=r"has no engine by torch .*; mlvgm export --engines torch builds one"):
         runtimes.load("torch", file, Options())
     monkeypatch.setattr(runtime, "version", lambda: "2.99.0")
-    with pytest.raises(EngineError, match=r"no engine of it by torch 2\.99\.0; "):
+    with pytest.raises(EngineError, match=r"has no engine by torch 2\.99\.0; "):
         runtimes.load("torch", bundle / "decode.onnx", Options())
 
 
@@ -155,11 +156,11 @@ def function(records: Records, evil: bytes) -> None:
 ATTACKS: Mapping[str, tuple[Callable[[Records, bytes], None], str]] = {
     "sample inputs": (sample_inputs, "it has sample inputs, which are pickled"),
     "a pickled weight": (pickled_weight, "is pickled: pickles are never loaded"),
-    "an opaque object": (opaque_object, "opaque_obj_0 has no place in an archive"),
-    "an older format": (older_format, r"data/weights/model\.pt has no place"),
-    "compiled code": (compiled_code, r"wrapper\.so has no place"),
-    "a shape that is code": (shape, "is no plain shape"),
-    "a function": (function, r"it calls 'torch\.hub\.load', which is no operator"),
+    "an opaque object": (opaque_object, "opaque_obj_0 does not belong in an archive"),
+    "an older format": (older_format, r"data/weights/model\.pt does not belong"),
+    "compiled code": (compiled_code, r"wrapper\.so does not belong"),
+    "a shape that is code": (shape, "is not a plain shape"),
+    "a function": (function, r"it calls 'torch\.hub\.load', which is not an operator"),
 }
 
 
@@ -185,8 +186,8 @@ def test_nothing_in_an_archive_is_executed(
     writer.write_end_of_file()
     changed = tmp_path / "engines" / archive.name
     changed.write_bytes(buffer.getvalue())
-    sealed = {**engine_store.read_info(archive), "engine": hashlib.sha256(buffer.getvalue()).hexdigest()}
-    changed.with_suffix(".json").write_text(json.dumps(sealed))
+    info = {**engine_store.read_info(archive), "engine": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    changed.with_suffix(".json").write_text(json.dumps(info))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match=reason):
         runtimes.load("torch", tmp_path / "decode.onnx", Options())

@@ -1,7 +1,7 @@
-"""What each technique gains: the published operators in eager PyTorch, rewritten, exported, and in each runtime.
+"""Benchmark the pipeline by technique: published operators in eager PyTorch, rewritten, and exported to each runtime.
 
-Every technique runs in a process of its own, on the same images and the same noise: memory is its own, and no library's
-threads disturb another's. Ratios are to the published operators in eager fp32, in the same run.
+Every technique runs in its own process, so that memory and threads are its own, on the same images and noise. Ratios
+are to the published operators in eager fp32, in the same run.
 """
 
 import math
@@ -38,12 +38,12 @@ from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
 
-_LONG = 60.0  # seconds: a call that takes more is not repeated for its time alone
+_LONG = 60.0  # seconds: a call that takes longer is not repeated
 
 
 @dataclass(frozen=True)
 class Technique:
-    """One way to run a pipeline: ``runtime`` "eager" is PyTorch, any other one of `handlers.runtimes`."""
+    """One way to run a pipeline; ``runtime`` is "eager" for PyTorch, or one of `handlers.runtimes`."""
 
     name: str
     runtime: str
@@ -55,8 +55,8 @@ class Technique:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: a recipe, its bundle, and the checkpoints where the recipe ships none."""
+class Workload:
+    """What is measured: a recipe, its bundle, and checkpoints if the recipe has none."""
 
     recipe: str
     bundle: Path
@@ -66,7 +66,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Load:
-    """Images per call, purified samples of each, and how many purified images are compared, those of one call at least.
+    """Images per call, purified samples per image, and number of purified images to compare (at least one call's).
 
     An image's noise does not depend on the call, so loads with the same number of samples can be compared.
     """
@@ -81,10 +81,10 @@ class Measured:
     """One technique under one load.
 
     Attributes:
-        seconds: of one call, the median of several.
-        stage_ms: of that call, by stage.
-        memory_mb: the most that the process has held so far, in 10^6 bytes.
-        gflops: floating-point operations of one image with all its samples, in 10^9; None where they were not counted.
+        seconds: median time of a call.
+        stage_ms: median time by stage.
+        memory_mb: peak memory of the process so far, in 10^6 bytes.
+        gflops: 10^9 floating-point operations per image with all its samples; None if not counted.
         purified, labels: of all compared images and samples.
     """
 
@@ -97,7 +97,7 @@ class Measured:
 
 
 def techniques() -> list[Technique]:
-    """Those that this machine can run, from the published operators to the fastest."""
+    """The techniques that this machine can run, from the published operators to the fastest."""
     found = [Technique(PUBLISHED, "eager"), Technique(REWRITTEN, "eager")]
     found += [Technique(EXPORTED, name) for name in runtimes.installed() if _runs(name)]
     if "openvino" in runtimes.installed() and _has_bf16():
@@ -106,7 +106,7 @@ def techniques() -> list[Technique]:
 
 
 def measure(
-    subject: Subject,
+    workload: Workload,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
     seconds: float = 10.0,
@@ -118,7 +118,7 @@ def measure(
 
     Args:
         images: uint8 (N, H, W, 3), at least as many as the largest batch.
-        seconds: to go on measuring one row, and two calls at least; one, if that takes a minute.
+        seconds: minimum time to measure each row, in at least two calls, or one if it takes a minute.
         threads: CPU threads; 0 for every core.
 
     Returns:
@@ -129,16 +129,16 @@ def measure(
     rows: list[dict[str, Any]] = []
     baseline: list[Measured] = []
     first = {load.samples: i for i, load in reversed(list(enumerate(loads)))}
-    # All images once for each number of samples: the published operators take seconds an image.
+    # All images are compared only once per number of samples: the published operators take seconds per image.
     loads = [
         load if i == first[load.samples] else replace(load, compared=min(load.compared, 8))
         for i, load in enumerate(loads)
     ]
     counted: dict[tuple[str, int], float | None] = {}
     for technique in chosen or techniques():
-        say(f"{subject.recipe}: {technique.label}")
+        say(f"{workload.recipe}: {technique.label}")
         try:
-            peak, results = _apart(_run, subject, technique, images, loads, seconds, threads)
+            peak, results = _apart(_run, workload, technique, images, loads, seconds, threads)
         except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
             say(f"  not measured: {error}")
             continue
@@ -146,12 +146,12 @@ def measure(
         for load, result, reference in zip(loads, results, baseline, strict=True):
             whole = baseline[first[load.samples]]
             compared = min(len(result.labels), len(whole.labels))
-            # An engine does what its traced form does; only PyTorch can count it.
+            # An exported stage has the operations of its module, which PyTorch counts.
             kind = PUBLISHED if technique.name == PUBLISHED else REWRITTEN
             gflops = counted.setdefault((kind, load.samples), result.gflops)
             per_second = load.batch / result.seconds
             row = {
-                "recipe": subject.recipe,
+                "recipe": workload.recipe,
                 "technique": technique.name,
                 "runtime": technique.runtime,
                 "precision": technique.precision,
@@ -176,7 +176,7 @@ def measure(
 
 
 def matmul_gflops(precision: str, threads: int = 0, size: int = 2048) -> float:
-    """The machine's peak: 10^9 operations a second of a square matrix product, the best of eight."""
+    """The machine's peak in GFLOP/s: the best of eight square matrix products."""
     if threads:
         torch.set_num_threads(threads)
     matrix = torch.randn(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -189,13 +189,13 @@ def matmul_gflops(precision: str, threads: int = 0, size: int = 2048) -> float:
 
 
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` in a new process."""
+    """Result of ``function(*arguments)``, run in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _run(
-    subject: Subject,
+    workload: Workload,
     technique: Technique,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
@@ -204,12 +204,12 @@ def _run(
 ) -> tuple[float, list[Measured]]:
     torch.set_num_threads(threads or cores.usable())
     if technique.runtime == "eager":
-        eager = _Eager(subject, technique.name == REWRITTEN)
+        eager = _Eager(workload, technique.name == REWRITTEN)
         results = [_measure(eager.pipeline(load.batch), images, load, seconds, eager.gflops) for load in loads]
     else:
         with (
-            tempfile.TemporaryDirectory(dir=subject.bundle.parent) as folder,
-            Pipeline.load(_in_precision(subject.bundle, technique.precision, Path(folder)), technique.runtime, threads)
+            tempfile.TemporaryDirectory(dir=workload.bundle.parent) as folder,
+            Pipeline.load(_in_precision(workload.bundle, technique.precision, Path(folder)), technique.runtime, threads)
             as pipeline,
         ):  # fmt: skip
             results = [_measure(pipeline, images, load, seconds) for load in loads]
@@ -237,7 +237,7 @@ def _measure(
     ]
     counted = count(pipeline, calls[0]) if count else None
     gflops = counted / load.batch if counted else None
-    if count is None:  # counting has warmed it up
+    if count is None:  # counting is a warm-up, too
         _served(pipeline, calls[0])
     begun = time.perf_counter()
     while len(times) < len(calls) or (len(times) < 2 and times[0] < _LONG) or time.perf_counter() - begun < seconds:
@@ -259,25 +259,25 @@ def _measure(
 
 
 class _Eager:
-    """The stages in PyTorch, for a pipeline to run: with the published operators, or in the form that is traced."""
+    """Pipelines of stages in eager PyTorch: of the published operators, or of the modules that are exported."""
 
-    def __init__(self, subject: Subject, rewritten: bool) -> None:
-        recipe = Recipe.read(subject.recipe)
-        purifier, classifier = load_models(recipe, subject.purifier, subject.classifier)
+    def __init__(self, workload: Workload, rewritten: bool) -> None:
+        recipe = Recipe.read(workload.recipe)
+        purifier, classifier = load_models(recipe, workload.purifier, workload.classifier)
         purifies = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
         stages = (*purifies, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
-        self._manifest = Manifest.read(subject.bundle)
+        self._manifest = Manifest.read(workload.bundle)
         self._engines = {
             stage.name: ReferenceEngine(stage, _rewritten(stage) if rewritten else stage.reference) for stage in stages
         }
-        self._counts = not any(stage.is_graph for stage in stages)  # PyTorch does not see what ONNX Runtime computes
+        self._counts = not any(stage.is_graph for stage in stages)  # PyTorch cannot count what ONNX Runtime computes
 
     def pipeline(self, batch: int) -> Pipeline:
-        """For calls of ``batch`` images; with more rows at once, the published operators run out of memory."""
+        """A pipeline with a maximum batch size: with larger ones, the published operators run out of memory."""
         return Pipeline(replace(self._manifest, batch=Batch(1, batch, batch)), self._engines, "eager")
 
     def gflops(self, pipeline: Pipeline, inputs: PipelineInputs) -> float | None:
-        """10^9 floating-point operations of ``inputs``, a multiplication and an addition being two."""
+        """10^9 floating-point operations for ``inputs``; a multiply-add counts as two."""
         with FlopCounterMode(display=False) as counter:
             _served(pipeline, inputs)
         return counter.get_total_flops() / 1e9 if self._counts else None
@@ -285,11 +285,11 @@ class _Eager:
 
 def _rewritten(stage: Stage) -> Callable[..., Any]:
     module = stage.module()
-    return module.eval() if isinstance(module, nn.Module) else stage.reference  # a graph is as it came
+    return module.eval() if isinstance(module, nn.Module) else stage.reference  # ONNX graphs are not rewritten
 
 
 def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
-    """The bundle itself, or one in ``folder`` with the same graphs, to be computed in another precision."""
+    """``bundle``, or a bundle in ``folder`` with the same graphs that declares another precision."""
     manifest = Manifest.read(bundle)
     if manifest.precision == precision:
         return bundle
@@ -311,7 +311,7 @@ def _has_bf16() -> bool:
 
 
 def _peak_mb() -> float:
-    """The most that this process has held, without what its parent held before it was started."""
+    """Peak memory of this process in 10^6 bytes; unlike ru_maxrss, not that of its parent when it was started."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
@@ -320,7 +320,7 @@ def _peak_mb() -> float:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The rows as a table, with what they were measured on."""
+    """The rows as a table, with the conditions of the measurement."""
     head = ["recipe", "technique", "runtime", "precision", "batch", "samples", "images/s", "ratio", "ms by stage"]
     head += ["memory, MB", "GFLOP per image", "share of peak", "relative error", "equal labels"]
     lines = [f"{report.conditions(content)}.", ""]
@@ -338,7 +338,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A waterfall for each recipe and load: images a second of each technique, with its ratio."""
+    """One bar chart per recipe and load: images per second of each technique, with its ratio."""
     groups = list(dict.fromkeys((row["recipe"], row["batch"], row["samples"]) for row in rows))
     columns = min(len(groups), 3)
     lines = math.ceil(len(groups) / columns)
@@ -352,7 +352,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panel.invert_yaxis()
         panel.margins(x=0.15)
         panel.set_title(f"{recipe}, batch {batch}, {samples} {'sample' if samples == 1 else 'samples'}")
-        panel.set_xlabel("images a second")
+        panel.set_xlabel("images per second")
     for panel in axes[len(groups) :]:
         panel.set_visible(False)
     figure.savefig(file)

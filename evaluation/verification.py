@@ -1,4 +1,4 @@
-"""A bundle against the reference, the published operators in eager PyTorch: stage by stage, and from image to vote."""
+"""Compare a bundle with the reference, the published operators in eager PyTorch: by stage, and from image to vote."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,17 +82,17 @@ def verify(
     """One row per runtime, set of images, stage and output, and one per runtime and set for the whole pipeline.
 
     Args:
-        sets: uint8 (B, H, W, 3) by name, such as "clean" and "attacked"; all samples of a set are run as they are
-            served, in the bundle's batches.
+        sets: uint8 images (B, H, W, 3) by name, such as "clean" and "attacked".
         names: runtimes.
-        samples: how many vote.
+        samples: purified samples per image.
 
     Returns:
-        Rows with ``runtime``, ``images``, ``stage``, ``output`` and the fields of `Difference`; those of the whole have
-        ``stage`` "end to end" and also the shares ``equal_labels`` (of samples) and ``equal_votes`` (of images).
+        Rows with ``runtime``, ``images``, ``stage``, ``output`` and the fields of `Difference`. Rows of the whole
+        pipeline have the ``stage`` "end to end", ``logits_relative_l2``, and the shares of equal answers
+        ``equal_labels`` (of samples) and ``equal_votes`` (of images).
 
     Raises:
-        VerificationError: the purifier or the classifier does not fit the bundle.
+        VerificationError: the purifier does not fit the bundle.
         BundleError, EngineError: the bundle is damaged, or a runtime refuses it.
     """
     manifest = Manifest.read(bundle)
@@ -115,23 +115,23 @@ def verify(
             try:
                 for images_name, reference in references.items():
                     where = {"runtime": runtime, "images": images_name, "stage": stage.name}
-                    rows += [where | row for row in _alone(engine, stage, reference, manifest.batch.opt)]
+                    rows += [where | row for row in _compare_stage(engine, stage, reference, manifest.batch.opt)]
             finally:
                 engine.close()
         with Pipeline.load(bundle, runtime=runtime) as pipeline:
             for images_name, reference in references.items():
                 where = {"runtime": runtime, "images": images_name, "stage": END_TO_END}
-                rows.append(where | _whole(pipeline, sets[images_name], samples, reference))
+                rows.append(where | _compare_pipeline(pipeline, sets[images_name], samples, reference))
     return rows
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the reference takes and gives for a set of images, each of them ``samples`` times.
+    """Inputs and outputs of the reference for a set of images, each repeated ``samples`` times.
 
     Attributes:
-        drawn: the noise, by name.
-        inputs, outputs: of each stage, by its name.
+        drawn: the noise, by input name.
+        inputs, outputs: of each stage, by stage name.
     """
 
     drawn: dict[str, Tensor]
@@ -175,7 +175,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
         cells += [f"{row['max']:.1e}", f"{row['cosine']:.6f}", f"{row['psnr']:.0f}"]
         cells += [f"{row[key]:.1%}" if key in row else "" for key in ("equal_labels", "equal_votes")]
         table.append(cells)
-    return "\n".join([f"Relative L2 error may be {limit:.0e} at most.", "", *report.table(head, table), ""])
+    return "\n".join([f"The limit of the relative L2 error is {limit:.0e}.", "", *report.table(head, table), ""])
 
 
 def plot(rows: Sequence[Mapping[str, Any]], limit: float, file: Path) -> None:
@@ -201,7 +201,7 @@ def _check_fit(manifest: Manifest, purifier: Purifier) -> None:
     if tuple(purifier.noise_shapes) != tuple(manifest.noise_shapes):
         raise VerificationError(
             f"the bundle {manifest.name} has latents {list(manifest.noise_shapes)}, the purifier "
-            f"{list(purifier.noise_shapes)}: they are of different models"
+            f"{list(purifier.noise_shapes)}: these are different models"
         )
 
 
@@ -214,15 +214,17 @@ def _draw(manifest: Manifest, rows: int, seed: int) -> dict[str, Tensor]:
     return drawn | {"input_noise": torch.randn(rows, 3, *manifest.image_size, generator=generator)}
 
 
-def _alone(engine: Engine, stage: Stage, reference: _Reference, batch: int) -> list[dict[str, Any]]:
-    """The stage on what the references before it gave, so that an error shows where it arises."""
+def _compare_stage(engine: Engine, stage: Stage, reference: _Reference, batch: int) -> list[dict[str, Any]]:
+    """One stage on the outputs of the references before it, so that an error is attributed to the right stage."""
     expected = reference.outputs[stage.name]
     found = run_engine(engine, stage, reference.inputs[stage.name], batch)
     return [{"output": name, **asdict(difference(found[name], tensor.numpy()))} for name, tensor in expected.items()]
 
 
-def _whole(pipeline: Pipeline, images: NDArray[np.uint8], samples: int, reference: _Reference) -> dict[str, Any]:
-    """The pipeline from the images on, as it is served."""
+def _compare_pipeline(
+    pipeline: Pipeline, images: NDArray[np.uint8], samples: int, reference: _Reference
+) -> dict[str, Any]:
+    """The whole pipeline, from images to votes, as it is served."""
     drawn, stages = reference.drawn, [stage.name for stage in pipeline.manifest.stages]
     noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
     input_noise = drawn["input_noise"].numpy() if pipeline.manifest.input_noise_l2 else None

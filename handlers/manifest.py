@@ -1,6 +1,6 @@
-"""The bundle manifest ``pipeline.json``: everything the server must know, with the SHA-256 of every file beside it.
+"""The manifest of a bundle, ``pipeline.json``: what the server needs to know, and the SHA-256 of every other file.
 
-A bundle is the folder that ``mlvgm export`` writes: this manifest and one engine file per stage. None is a pickle.
+A bundle is the folder that ``mlvgm export`` writes: the manifest and the graphs of the stages. None is a pickle.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from handlers.score import ScoreThreshold
 FORMAT = 1
 FILE_NAME = "pipeline.json"
 AUTO: Literal["auto"] = "auto"
-"""Number of samples: as many as the vote needs (`handlers.vote`)."""
+"""Number of samples of a request: as many as its vote needs (`handlers.vote`)."""
 _NOISE_I = re.compile(r"noise_(\d+)")
 MAX_BYTES = 64_000_000
-"""Of a manifest: names of 100,000 classes are three."""
+"""Largest manifest that is read: the names of 100,000 classes take 3 MB."""
 
 Name = Annotated[str, Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "up to 64 letters a-z, digits, '.', '_' or '-'")]
 Size = Annotated[int, Range(1, 2**31 - 1)]
@@ -37,7 +37,7 @@ class BundleError(MlvgmError, ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named input or output of a stage; the axis "B" in ``shape`` is the batch."""
+    """Name, shape and type of an input or output of a stage; the axis "B" of ``shape`` is the batch."""
 
     name: str
     shape: tuple[Size | Literal["B"], ...]
@@ -45,7 +45,7 @@ class TensorSpec:
 
     @property
     def batched(self) -> bool:
-        """Whether it has a row for each image or sample."""
+        """Whether it has a batch axis: one row per image or sample."""
         return "B" in self.shape
 
     def __str__(self) -> str:
@@ -54,10 +54,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One engine: its file (relative to the bundle), and what it takes and gives.
+    """A stage: its file, relative to the bundle, and its inputs and outputs.
 
     Attributes:
-        fallback: file of the same stage in fp32, for the images on which the half-precision one overflows; "" for none.
+        fallback: file of the stage in fp32, for images on which half precision overflows; "" for none.
     """
 
     name: str
@@ -69,7 +69,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Samples:
-    """Purified samples per image: what is drawn when a request does not say, a number or `AUTO`, and the most."""
+    """Purified samples per image: the default of a request, a number or `AUTO`, and the maximum."""
 
     default: Rows | Literal["auto"]
     max: Rows
@@ -80,17 +80,16 @@ class Samples:
 
     @property
     def typical(self) -> int:
-        """Of an ordinary image by default: the vote of "auto" is mostly decided after the first two."""
+        """Samples of an ordinary image by default; with "auto", most votes are decided after two."""
         return self.default if isinstance(self.default, int) else min(2, self.max)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows per engine call that the stages are built for: 1 <= min <= opt <= max.
+    """Batch sizes of engine calls: 1 <= min <= opt <= max; engines are tuned for opt.
 
     Attributes:
-        cpu: the most rows that are worth a call on a CPU, from min to max: large maps of more rows outgrow its caches.
-            0 stands for max.
+        cpu: largest batch on a CPU, from min to max; 0 for max. Large feature maps of more rows exceed its caches.
     """
 
     min: Rows
@@ -105,7 +104,7 @@ class Batch:
             raise ValueError(f"cpu is {self.cpu}, must lie between min and max, or be 0")
 
     def most(self, on_cpu: bool) -> int:
-        """Rows that are worth a call there."""
+        """Largest batch of an engine call."""
         return self.cpu if on_cpu and self.cpu else self.max
 
 
@@ -127,20 +126,20 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds.
+    """The content of a manifest.
 
     Attributes:
-        image_size: (H, W) of the images that every stage sees.
-        noise_shapes: one item's noise for each latent, coarse to fine: (z, h, w) or (512,).
-        alphas: schedule name -> the n effective weights a_i in [0, 1], attenuation included.
-        default_alphas: the schedule used when a request names none.
-        input_noise_l2: norm of the noise that ``encode`` adds to the images; 0 for none.
+        image_size: (H, W) of the images.
+        noise_shapes: shape of one sample's noise for each latent, coarse to fine: (z, h, w) or (512,).
+        alphas: schedule name -> the n effective alphas in [0, 1], attenuation included.
+        default_alphas: name of the schedule used when a request names none.
+        input_noise_l2: L2 norm of the noise that the first stage adds to each image; 0 for none.
         classes: class names in the order of the logits.
         stages: in the order they run; the last is ``classify``.
-        files: relative path -> digest; filled in by `with_digests`.
-        score: from which attack score on an image is suspicious; None where ``mlvgm tune --score`` has not set it.
-        report: figures of the parity run; free form.
-        source: versions and recipe the bundle was made from; free form.
+        files: relative path -> digest; set by `with_digests`.
+        score: threshold of the attack score above which an image is suspicious; None until ``mlvgm tune --score``.
+        report: relative errors of the stages against their references; free form.
+        source: recipe and versions that the bundle was made from; free form.
     """
 
     name: Name
@@ -168,10 +167,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Manifest":
-        """The manifest of a bundle, each of whose files has been compared with its digest.
+        """Read the manifest of the bundle in ``folder``, and check the digest of every file.
 
         Raises:
-            BundleError: naming what is missing, altered, not listed, inconsistent or of another version.
+            BundleError: a file is missing, altered or not listed, or the manifest is inconsistent or of another
+                version.
         """
         folder = Path(folder)
         path = folder / FILE_NAME
@@ -183,10 +183,10 @@ class Manifest:
         return manifest
 
     def write(self, folder: str | Path) -> "Manifest":
-        """Write ``pipeline.json`` with the digest of every file in ``folder``; returns the manifest with them.
+        """Write ``pipeline.json`` with the digests of all files in ``folder``; returns the manifest with digests.
 
         Raises:
-            BundleError: the manifest contradicts itself, or a stage's file is not in the folder.
+            BundleError: the manifest is inconsistent, or a stage's file is not in the folder.
         """
         folder = Path(folder)
         content = {"format": FORMAT, **dataclasses.asdict(self.with_digests(folder))}
@@ -197,17 +197,17 @@ class Manifest:
             raise BundleError(f"{folder}: {error}") from None
         draft = folder / f"{FILE_NAME}.tmp"
         draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / FILE_NAME)  # a reader never sees half a manifest
+        os.replace(draft, folder / FILE_NAME)  # atomically: a reader never sees an incomplete manifest
         return manifest
 
     def with_digests(self, folder: str | Path) -> "Manifest":
-        """This manifest with ``files`` computed from all that ``folder`` holds, but the manifest itself."""
+        """This manifest with the digests of all files in ``folder`` except the manifest itself."""
         folder = Path(folder)
         digests = {name: FileDigest.of(folder / name) for name in _files_in(folder)}
         return dataclasses.replace(self, files=digests)
 
     def _check(self) -> None:
-        """What has to hold between fields."""
+        """Check that the fields are consistent."""
         for schedule, weights in self.alphas.items():
             n = self.n_latents
             _require(len(weights) == n, f"alphas {schedule!r} has {len(weights)} weights for {n} latents")
@@ -216,7 +216,7 @@ class Manifest:
         self._check_stages()
 
     def _check_stages(self) -> None:
-        """Every stage input must be known or come from an earlier stage, with the same type and shape."""
+        """Check that the pipeline or an earlier stage provides every stage input, with the same type and shape."""
         _require(len({s.name for s in self.stages}) == len(self.stages), "two stages have the same name")
         _require(bool(self.stages) and self.stages[-1].name == "classify", "the last stage must be classify")
         images = TensorSpec("images", ("B", 3, *self.image_size))
@@ -240,7 +240,7 @@ class Manifest:
         )
 
     def _provided(self, name: str) -> TensorSpec | None:
-        """What the pipeline itself feeds under ``name``; None when it knows no such input."""
+        """The tensor that the pipeline itself provides under ``name``, or None."""
         if name == "alphas":
             return TensorSpec(name, (self.n_latents,))
         if name == "input_noise":
@@ -253,7 +253,7 @@ class Manifest:
         return None
 
     def _check_files(self, folder: Path) -> None:
-        """The folder holds what is listed, as it was, and nothing else: engines load what lies beside them."""
+        """Check that the folder has the listed files, unaltered, and no others: engines load files from it."""
         for name, digest in self.files.items():
             path = folder / name
             if _escapes(name) or not path.resolve().is_relative_to(folder.resolve()):
@@ -265,11 +265,11 @@ class Manifest:
             if FileDigest.of(path) != digest:
                 raise BundleError(f"{name}: its SHA-256 differs from the one in the manifest: damaged or altered")
         if foreign := sorted(_files_in(folder) - self.files.keys()):
-            raise BundleError(f"{foreign[0]}: not a file of this bundle: take it away, or export again")
+            raise BundleError(f"{foreign[0]}: not a file of this bundle: remove it, or export again")
 
 
 def _files_in(folder: Path) -> set[str]:
-    """All that is no folder, by its path from ``folder``, but for the manifest itself."""
+    """Relative paths of all files in ``folder``, except the manifest itself."""
     found = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
@@ -298,17 +298,17 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str) -> Manifest:
-    """The manifest in a text.
+    """The manifest in a JSON text.
 
     Raises:
-        ValueError, RecursionError: it is no JSON, or a field is wrong or does not fit another.
+        ValueError: it is not JSON, or a field is wrong or inconsistent with another.
     """
     try:
         content = json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         raise BundleError(f"not valid JSON (line {error.lineno}): truncated or damaged") from None
     except RecursionError:
-        raise BundleError("lists or objects within one another, without end") from None
+        raise BundleError("its lists or objects are nested too deeply") from None
     version = content.pop("format", None) if isinstance(content, dict) else FORMAT
     if type(version) is not int or version != FORMAT:
         raise BundleError(f"format {show(version)} is not {FORMAT}, which this version of mlvgm reads: export again")

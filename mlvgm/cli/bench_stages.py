@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from benchmarks.stages import Subject
+    from benchmarks.stages import Workload
 
 
 def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,15 +50,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for name in recipes:
-            subject = _subject(args, name, work)
-            rows += stages.measure(subject, _images(args, subject), loads, args.seconds, args.threads, say=say)
+            workload = _workload(args, name, work)
+            rows += stages.measure(workload, _images(args, workload), loads, args.seconds, args.threads, say=say)
     weights = "Synthetic weights." if args.synthetic else "The recipe's or the given weights."
     return {"weights": weights, "rows": rows}, stages.markdown, lambda content, file: stages.plot(content["rows"], file)
 
 
-def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":
+def _workload(args: argparse.Namespace, name: str, work: Path) -> "Workload":
     """The recipe with its files, exported where no bundle of it is there yet."""
-    from benchmarks.stages import Subject
+    from benchmarks.stages import Workload
     from benchmarks.synthetic import write_checkpoints
     from export.bundle import export_bundle
     from export.models import load_models
@@ -74,15 +74,15 @@ def _subject(args: argparse.Namespace, name: str, work: Path) -> "Subject":
     if not (bundle / FILE_NAME).is_file():
         models = load_models(recipe, purifier, classifier)
         export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
-    return Subject(name, bundle, purifier, classifier)
+    return Workload(name, bundle, purifier, classifier)
 
 
-def _images(args: argparse.Namespace, subject: "Subject") -> "NDArray[np.uint8]":
+def _images(args: argparse.Namespace, workload: "Workload") -> "NDArray[np.uint8]":
     from evaluation.photographs import pictures
     from handlers.manifest import Manifest
 
     count = max(*args.batch, args.compare)
-    images = pictures(args.images, count, Manifest.read(subject.bundle).image_size)
+    images = pictures(args.images, count, Manifest.read(workload.bundle).image_size)
     if len(images) < count:
         raise CliError(f"{args.images}: holds {len(images)} images; --batch and --compare want {count}")
     return images

@@ -1,1 +1,1 @@
-"""What goes in front of TorchServe and around it in production."""
+"""Run TorchServe and nginx in production: supervisor, readiness, containers, Kubernetes; and other servers."""

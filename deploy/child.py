@@ -1,4 +1,4 @@
-"""A program as our child: it ends when we do, its output never makes it wait, and one place waits for its end."""
+"""Child processes that end with their parent, and whose output never blocks them."""
 
 import contextlib
 import os
@@ -16,17 +16,17 @@ from deploy.output import LONGEST_LINE, Output
 
 _LAUNCH = Path(__file__).with_name("launch.py")
 _KILL_SECONDS = 10.0
-_ORPHANS_SECONDS = 1.0  # and no more: a container may have nobody who reaps them
+_ORPHANS_SECONDS = 1.0  # not longer: in a container, orphans may never be reaped
 
 
 class Child:
-    """``command`` in a session of its own, so that no Ctrl-C reaches it but through us.
+    """``command`` in its own session, so that Ctrl-C does not reach it directly.
 
     Args:
-        dies_by: the signal that the kernel sends it when this process ends in whatever way; 0 lets it live on. The
-            kernel goes by the thread that started it, so only the main thread starts what shall not live on.
-        output: gets its lines; or a file that it writes itself.
-        keeps: descriptors that stay open in it.
+        dies_by: the signal that the kernel sends it when this process ends, in whatever way; 0 for none. The kernel
+            refers to the thread that started it, so only the main thread may start such a child.
+        output: takes its lines; or a file, to which it writes itself.
+        keeps: descriptors that it inherits.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Child:
             self._process.send_signal(number)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ends within so many seconds."""
+        """Whether it ends within ``seconds``."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(seconds, 0.0))
         return self.ended()
 
     def end(self, number: int, seconds: float) -> None:
-        """Ask it by a signal to end, and after so many seconds kill it, with all that it has left behind."""
+        """Send a signal to end it, and after ``seconds`` kill it and all processes of its session."""
         self.send(number)
         self.wait(seconds)
         kill_group(self.pid)
@@ -88,7 +88,7 @@ class Child:
 
 
 def group_exists(leader: int) -> bool:
-    """Whether there is any process of the session that the process ``leader`` has begun."""
+    """Whether any process of the session of the process ``leader`` exists."""
     try:
         os.killpg(leader, 0)
     except ProcessLookupError:
@@ -99,6 +99,6 @@ def group_exists(leader: int) -> bool:
 
 
 def kill_group(leader: int) -> None:
-    """End every process of the session that the process ``leader`` has begun, even if it is gone itself."""
+    """Kill every process of the session of the process ``leader``, which may have ended itself."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)

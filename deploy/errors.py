@@ -1,7 +1,7 @@
-"""The one exception that means: tell the user in a line, no traceback."""
+"""The exception for errors of commands."""
 
 from handlers.errors import MlvgmError
 
 
 class CliError(MlvgmError):
-    """Something the user can mend; the message says what, and how."""
+    """An error that the user can correct; the message says what is wrong, and what to do."""

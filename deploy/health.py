@@ -1,7 +1,7 @@
-"""What clients and probes may ask without reaching TorchServe: the Open Inference Protocol's health and metadata.
+"""Health and metadata of the Open Inference Protocol, answered without TorchServe.
 
-nginx sends ``/v2`` paths here, over a socket in the state folder. When this process has ended or hangs, nobody is
-ready.
+nginx sends ``/v2`` paths here, through a socket in the state folder. If this process has ended or hangs, the server is
+not ready.
 """
 
 import json
@@ -51,14 +51,14 @@ class Health:
                 return "nginx"
 
             def log_message(self, *_: object) -> None:
-                """nginx has a line for it already."""
+                """No log: nginx logs the request already."""
 
         class SocketServer(socketserver.ThreadingUnixStreamServer):
             daemon_threads = True
             request_queue_size = 64
 
             def handle_error(self, *_: object) -> None:
-                """nginx has gone away: it says so itself."""
+                """No log: nginx has closed the connection, and logs that."""
 
         self._path.unlink(missing_ok=True)  # of a process that was killed; the lock of the folder is ours
         threading.Thread(target=SocketServer(str(self._path), Handler).serve_forever, daemon=True).start()

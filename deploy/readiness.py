@@ -1,6 +1,6 @@
-"""Whether models answer, and whether a server that does not is busy or hung. TorchServe's health check tells neither.
+"""Probe whether models answer, and whether a server that does not is busy or hangs; TorchServe's health check does not.
 
-A probe is a prediction for a grey image. It is marked as such, so that it does not count as traffic in the metrics.
+A probe is a prediction for a grey image. Its header marks it, so that it is not counted in the metrics.
 """
 
 import http.client
@@ -16,16 +16,16 @@ from handlers.torchserve import PROBE_HEADER
 PREDICT_EVERY_S = 15.0
 LOOK_EVERY_S = 2.0
 HANGS_S = 10.0
-"""For so long a server that is asked may neither answer nor compute; then it is not ready."""
+"""Seconds for which a server may neither answer a probe nor compute before it is not ready."""
 COMPUTES_S = 0.05
-"""CPU time of the workers, from one look at it to the next, that shows that they compute."""
+"""Seconds of CPU time of the workers between two checks that show that they compute."""
 
 
 def ask(server: Server, model: str, timeout: float) -> None:
-    """Have ``model`` predict.
+    """Send a probe to ``model``.
 
     Raises:
-        ServerError: unreachable, or refused, or no answer within ``timeout`` seconds.
+        ServerError: the server is unreachable, refuses it, or does not answer within ``timeout`` seconds.
     """
     headers = {"Authorization": f"Bearer {server.client().key('inference')}", PROBE_HEADER: "1", "X-Mlvgm-Samples": "1"}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
@@ -42,12 +42,12 @@ def ask(server: Server, model: str, timeout: float) -> None:
 
 
 class Finding(NamedTuple):
-    """Of a probe.
+    """The result of a probe.
 
     Attributes:
-        ready: whether the model answers, or is too busy to while its workers compute.
-        words: the same for people.
-        hangs: whether nothing came back at all, or only that the queue is full.
+        ready: whether the model answers, or is too busy to answer while its workers compute.
+        words: a description for the user.
+        hangs: whether there was no answer, or only that the queue is full.
     """
 
     ready: bool
@@ -64,7 +64,7 @@ def check(server: Server, model: str, timeout: float) -> Finding:
             ask(server, model, max(left, 0.1))
             return Finding(True, f"ready: answered after {time.monotonic() - began:.2f} s")
         except ServerError as error:
-            # A full queue is no fault, and a probe that fails under load makes more load: but somebody must be at work.
+            # With a full queue the model is ready if its workers compute: to restart it would make the overload worse.
             if error.status != 503 or left <= 0:
                 return Finding(False, f"not ready: {error}", error.status in (0, 503))
             if _computes(seconds, server.worker_seconds()) and _has_worker(server, model):
@@ -73,8 +73,8 @@ def check(server: Server, model: str, timeout: float) -> Finding:
 
 
 def _computes(before: float | None, after: float | None) -> bool:
-    """Whether workers have computed from one look at their CPU time to the next, as far as that can be seen."""
-    # A new worker begins at 0 again.
+    """Whether the workers have computed between two checks of their CPU time; True if that is unknown."""
+    # A restarted worker begins at 0 again.
     return before is None or after is None or abs(after - before) >= COMPUTES_S
 
 
@@ -86,19 +86,19 @@ def _has_worker(server: Server, model: str) -> bool:
 
 
 class Readiness:
-    """Looks at the models of ``server``, in a thread of its own.
+    """Checks the models of ``server`` in its own thread.
 
-    A model is ready when it has answered a prediction, which is asked for again every `PREDICT_EVERY_S`, and has a
-    worker, which is looked for every `LOOK_EVERY_S`. What has not been confirmed for too long is not ready.
+    A model is ready if it has answered the last probe, sent every `PREDICT_EVERY_S`, and has a worker, checked every
+    `LOOK_EVERY_S`. If checks fail for too long, it is not ready.
 
     Args:
-        timeout: seconds that an answer may take: longer than requests wait in the queue of a busy server.
+        timeout: seconds that a probe may take; must be longer than the time in the queue of a busy server.
     """
 
     def __init__(self, server: Server, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._server, self._timeout, self._clock = server, timeout, clock
-        self._asked: dict[str, float] = {}  # when each ready model was last asked for a prediction
-        self._until: dict[str, float] = {}  # how long each counts as ready
+        self._asked: dict[str, float] = {}  # when each ready model was last probed
+        self._until: dict[str, float] = {}  # until when each model counts as ready
         self._stopped = threading.Event()
         self._progress = clock()
         self._seconds: float | None = None
@@ -107,37 +107,37 @@ class Readiness:
         threading.Thread(target=self._look_on, daemon=True).start()
 
     def follow(self, server: Server) -> None:
-        """From now on look at the models of another server, or of one that was started anew, which have answered."""
+        """Check the models of another or restarted server from now on, all of which have answered a probe."""
         self._server = server
         self._progress = self._clock()
         self._confirm(server.models)
 
     def stop(self) -> None:
-        """From now on no model is ready."""
+        """Stop checking; no model is ready from now on."""
         self._stopped.set()
         self._until = {}
 
     def models(self) -> dict[str, bool]:
-        """Every model, and whether it is ready."""
+        """Whether each model is ready, by name."""
         if self.hung_for() > HANGS_S:
             return dict.fromkeys(self._server.models, False)
         now, until = self._clock(), self._until
         return {model: until.get(model, 0.0) > now for model in self._server.models}
 
     def ready(self) -> bool:
-        """Whether all are, and there is one."""
+        """Whether there are models, and all of them are ready."""
         models = self.models()
         return bool(models) and all(models.values())
 
     def hung_for(self) -> float:
-        """Seconds for which no model has answered and no worker has computed, while an answer was asked for."""
+        """Seconds for which no model has answered a probe and no worker has computed."""
         seconds = self._server.worker_seconds()
         if _computes(self._seconds, seconds):
             self._seconds, self._progress = seconds, self._clock()
         return self._clock() - self._progress
 
     def look(self) -> None:
-        """Look at every model once."""
+        """Check every model once."""
         server = self._server
         for model in server.models:
             is_ready = self._is_ready(server, model)
@@ -171,5 +171,5 @@ class Readiness:
         while not self._stopped.wait(LOOK_EVERY_S):
             try:
                 self.look()
-            except Exception:  # a file that is being replaced, say; what is not confirmed expires
+            except Exception:  # such as a file that is being replaced; readiness expires if it lasts
                 self._until = {}

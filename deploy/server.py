@@ -1,4 +1,4 @@
-"""Where a TorchServe of this project is: its ports, keys and files, and whether it runs."""
+"""A TorchServe of this project: its ports, keys, files and processes."""
 
 import io
 import json
@@ -23,17 +23,17 @@ IN_CHECKOUT = (PROJECT / "setup.cfg").is_file()
 DEPLOY = PROJECT / "deploy"
 STATE_VARIABLE = "MLVGM_STATE"
 PORTS = 5
-"""Of one server: inference, management, metrics, and the two of gRPC."""
+"""Number of ports of a server: inference, management, metrics, and two for gRPC."""
 MAIN_CLASS = "org.pytorch.serve.ModelServer"
 
 
 class Server:
-    """The TorchServe of one port, whoever has started it, running or not.
+    """The TorchServe at a port, whether or not it runs, and whatever process has started it.
 
     Args:
-        port: of inference, the first of `PORTS`.
-        state: where the servers' folders lie; None takes $MLVGM_STATE, else ``build/serve`` of the checkout, or of an
-            installed wheel the folder ``mlvgm`` below $XDG_STATE_HOME.
+        port: the inference port, the first of `PORTS`.
+        state: folder of the servers' folders; by default $MLVGM_STATE, or else ``build/serve`` of the checkout or, for
+            an installed wheel, the folder ``mlvgm`` in $XDG_STATE_HOME.
     """
 
     def __init__(self, port: int = 8080, state: str | Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Server:
 
     @property
     def ports(self) -> range:
-        """All that the server listens on."""
+        """All ports of the server."""
         return range(self.port, self.port + PORTS)
 
     @property
@@ -64,11 +64,11 @@ class Server:
 
     @property
     def models(self) -> list[str]:
-        """Names of the models the server was started with; empty when none was, or it has been stopped."""
+        """Names of the models of the running server; empty if it does not run."""
         return list(self.served())
 
     def served(self) -> dict[str, ServedModel]:
-        """The same with what is known of each."""
+        """The models of the running server."""
         try:
             models = json.loads((self.folder / "server.json").read_text())["models"]
             return {name: ServedModel(**model) for name, model in models.items()}
@@ -93,9 +93,9 @@ class Server:
         return process if is_ours and _is_alive(process) else None
 
     def worker_seconds(self) -> float | None:
-        """CPU time that the workers have used: while they compute it grows, whether or not an answer is ready.
+        """CPU time used by the workers, which grows while they compute.
 
-        None where the server is not to be seen: in another container it has process ids of its own.
+        None if the processes are not visible, as those in another container.
         """
         import psutil
 
@@ -112,9 +112,9 @@ class Server:
         return total
 
     def stop(self, timeout: float = 60) -> bool:
-        """Stop the server of this port, whoever has started it, and all its workers; False when there is none.
+        """Stop the server and its workers, whatever process has started it; False if it does not run.
 
-        Requests that are being answered are cut off: TorchServe does not drain.
+        Running requests are aborted: TorchServe does not finish them.
         """
         process = self.process()
         if process is None:
@@ -130,7 +130,7 @@ class Server:
         return True
 
     def clear(self) -> None:
-        """Remove what only a running server has; the log stays."""
+        """Remove the files of a running server; the log stays."""
         import shutil
 
         for name in ("key_file.json", "server.json"):
@@ -145,7 +145,7 @@ def _default_state() -> Path:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many free ports in a row, below those that the system hands out by itself."""
+    """The first of ``count`` consecutive free ports, below the system's range of ephemeral ports."""
     while True:
         port = random.randrange(20_000, 30_000)
         if not any(port_is_taken(port + i) for i in range(count)):
@@ -153,7 +153,7 @@ def free_ports(count: int) -> int:
 
 
 def port_is_taken(port: int) -> bool:
-    """Whether another program listens on ``port`` of loopback."""
+    """Whether a program listens on ``port`` of loopback."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -173,7 +173,7 @@ def _is_alive(process: "psutil.Process") -> bool:
 
 
 def grey_png() -> bytes:
-    """A small image, to see whether a server answers."""
+    """A small image for probes."""
     from PIL import Image
 
     stream = io.BytesIO()

@@ -1,8 +1,8 @@
-"""The signals that stop or upgrade a server: noted when they come, and acted on where that is safe.
+"""The signals that stop or upgrade a server take effect only at safe points of the program.
 
-A handler that raises can do so anywhere: while a child is started, a lock is held, a folder is cleaned up. These do
-nothing; the interpreter writes the number of a signal into a pipe, and the main thread reads it in `pause`. What comes
-after the first that stops is never read.
+A signal handler that raises can interrupt anything: starting a child, holding a lock, cleaning up a folder. These
+handlers do nothing; the interpreter writes the number of a signal to a pipe, which the main thread reads in `pause`.
+Signals after the first one that stops the server are ignored.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 UPGRADE = signal.SIGUSR2
 
 upgrade_requested = False
-"""Set by `pause` when `UPGRADE` has come; whoever upgrades clears it."""
+"""Set by `pause` after the signal `UPGRADE`, and cleared by the upgrade."""
 
 _pipe: int | None = None
 
 
 class Stopped(Exception):
-    """One of `STOPS` has come."""
+    """One of the signals `STOPS` has arrived."""
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Within, in the main thread, `STOPS` and `UPGRADE` wait for `pause`."""
+    """In this context, in the main thread, `STOPS` and `UPGRADE` take effect only in `pause`."""
     global _pipe
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before_pipe, _pipe = _pipe, reading
     before_writing = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # nohup ignores SIGHUP, and so it stays.
+    # under nohup, SIGHUP stays ignored.
     awaited = [n for n in (*STOPS, UPGRADE) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda *_: None) for number in awaited}
     try:
@@ -49,7 +49,7 @@ def noted() -> Iterator[None]:
 
 
 def pause(seconds: float) -> None:
-    """Wait; a signal ends it early. Outside of `noted`, or in another thread, only wait.
+    """Wait until ``seconds`` have passed or a signal arrives. Outside of `noted`, or in another thread, only wait.
 
     Raises:
         Stopped: see there.
@@ -68,11 +68,11 @@ def pause(seconds: float) -> None:
 
 
 def end_by(seconds: float) -> None:
-    """Have the kernel end this process after so many seconds, whatever it is stuck in; its children end with it."""
+    """Have the kernel end this process and its children after ``seconds``, even if it hangs."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def leave(code: int) -> None:
-    """End now: no thread that waits for a reader of our output is waited for."""
+    """Exit at once, without waiting for threads that write the output."""
     os._exit(code)

@@ -1,13 +1,13 @@
-"""TorchServe with nginx in front of it as one program: started in order, drained in order, never half of it left.
+"""Supervise TorchServe and nginx as one program: both are started, drained and stopped in order, and never left alone.
 
-SIGTERM and Ctrl-C stop it: nginx takes nothing new and answers what it has, then TorchServe is stopped. If either of
-the two ends by itself, so does the other, and the exit code is 1: start it again. When this program ends in whatever
-way, the kernel ends both. nginx is reloaded whenever its folder changes (certificate, clients' keys), and whenever
-TorchServe's key does. A TorchServe that hangs is started again: one that neither answers nor computes.
+SIGTERM and Ctrl-C stop it: nginx accepts no new requests and answers those it has, then TorchServe is stopped. If
+either of the two ends by itself, the other is stopped too, and the exit code is 1: start it again. If the supervisor
+ends, in whatever way, the kernel ends both. nginx is reloaded after changes in its folder (certificate, clients' keys)
+and of TorchServe's key. A TorchServe that hangs, that is neither answers nor computes, is restarted.
 
-SIGUSR2 upgrades it: the archives are read anew by a second TorchServe on the five ports after those of the first (and
-the next time the other way round). When it has answered, nginx sends what comes to it, and when the first has answered
-what it still had, it is stopped. If the new one does not come up, the old one goes on.
+SIGUSR2 upgrades it: a second TorchServe loads the archives on the next five ports (and at the following upgrade on the
+first five again). When its models have answered a probe, nginx forwards new requests to it, and the first TorchServe is
+stopped after it has answered those it still has. If the new one does not start, the old one goes on.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from handlers.client import ServerError
 
 LOOK_EVERY_S = 0.5
 STOP_SECONDS = 90.0
-"""To stop whatever runs, besides the time to answer what is left: after that the kernel ends everything."""
+"""Seconds to stop everything, in addition to the time to drain; after that the kernel ends the processes."""
 
 
 class Supervisor:
-    """Both, or one of them beside the other, as the ``options`` of `parser` say."""
+    """Runs both, or with ``--only`` one of them; ``options`` are those of `parser`."""
 
     def __init__(self, options: argparse.Namespace, output: Output, errors: Output) -> None:
         self._options, self._output, self._errors = options, output, errors
         self._torchserve = TorchServe(options.port, output=output)
-        self._running: list[TorchServe] = []  # and the one that replaces it, or is being replaced by it
+        self._running: list[TorchServe] = []  # and during an upgrade the one that replaces it
         self._readiness = Readiness(self._torchserve, options.ready_timeout)
         self._nginx: Nginx | None = None
         self._lock: int | None = None
@@ -50,25 +50,25 @@ class Supervisor:
         if options.only != "nginx":
             self._start(self._torchserve)
             self._readiness.follow(self._torchserve)
-            self._say("TorchServe answers")
+            self._log("TorchServe answers")
         self._readiness.start()
         if options.only != "torchserve":
             self._await_models()
             nginx = Nginx(options.nginx_conf, self._torchserve, self._readiness, self._output)
             nginx.start()
             self._nginx = nginx
-            self._say("nginx is started")
+            self._log("nginx is started")
 
     def stay(self) -> int:
-        """Look after both until one of them ends (1).
+        """Supervise both until one of them ends; returns 1.
 
         Raises:
-            Stopped: a signal has come.
+            Stopped: a signal has arrived.
         """
         complaint = ""
         while True:
             if self._torchserve.ended() or (self._nginx and self._nginx.ended()):
-                self._say(f"{'TorchServe' if self._torchserve.ended() else 'nginx'} has ended by itself")
+                self._log(f"{'TorchServe' if self._torchserve.ended() else 'nginx'} has ended by itself")
                 return 1
             try:
                 self._look_after()
@@ -76,16 +76,16 @@ class Supervisor:
             except (ServerError, OSError, ValueError, KeyError) as error:
                 # TorchServe is starting anew beside us, or a file is being replaced.
                 if complaint != (complaint := str(error)):
-                    self._say(complaint)
+                    self._log(complaint)
             if signals.upgrade_requested:
                 signals.upgrade_requested = False
                 self._upgrade()
             pause(LOOK_EVERY_S)
 
     def stop(self) -> None:
-        """Drain nginx, then stop TorchServe; whatever of them was started by us."""
-        with contextlib.ExitStack() as stack:  # each, whatever becomes of those before it
-            stack.callback(self._say, "stopped")
+        """Drain nginx, then stop TorchServe, as far as they were started here."""
+        with contextlib.ExitStack() as stack:  # each, even if an earlier one fails
+            stack.callback(self._log, "stopped")
             for torchserve in self._running:
                 stack.callback(torchserve.stop)
             stack.callback(self._readiness.stop)
@@ -114,7 +114,7 @@ class Supervisor:
             raise
 
     def _await_models(self) -> None:
-        """Only a port that answers predictions is opened."""
+        """Wait until the models answer: nginx must not listen before that."""
         deadline = time.monotonic() + self._options.timeout
         while not self._readiness.ready():
             if time.monotonic() > deadline:
@@ -130,7 +130,7 @@ class Supervisor:
             self._nginx.reload_if_changed()
 
     def _restart(self, seconds: float) -> None:
-        self._say(f"TorchServe has neither answered nor computed for {seconds:.0f} s: it is started again")
+        self._log(f"TorchServe has neither answered nor computed for {seconds:.0f} s: it is started again")
         old = self._torchserve
         self._running.remove(old)
         old.stop(5)
@@ -140,14 +140,14 @@ class Supervisor:
         if self._nginx:
             self._nginx.switch(self._torchserve, self._options.drain)
         self._readiness.follow(self._torchserve)
-        self._say("TorchServe answers again")
+        self._log("TorchServe answers again")
 
     def _upgrade(self) -> None:
         if self._options.only:
-            self._say("only both together can be upgraded: start this container anew")
+            self._log("only both together can be upgraded: start this container anew")
             return
         assert self._nginx
-        self._say("upgrading: TorchServe is started with the archives as they are now")
+        self._log("upgrading: TorchServe is started with the archives as they are now")
         old, new = self._torchserve, self._next()
         try:
             self._start(new)
@@ -161,19 +161,19 @@ class Supervisor:
         old.stop()
         if old in self._running:
             self._running.remove(old)
-        self._say(outcome)
+        self._log(outcome)
 
     def _next(self) -> TorchServe:
-        """Another one, on the five ports that the present one does not have."""
+        """Another TorchServe, on the five ports that the current one does not use."""
         first = self._options.port
         return TorchServe(first + PORTS if self._torchserve.port == first else first, output=self._output)
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         self._errors.write(f"pair: {text}\n".encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Supervise until a signal stops it (0), or one of the two ends by itself or cannot be started (1)."""
+    """Supervise until a signal stops it (returns 0), or one of the two ends by itself or cannot be started (1)."""
     options = parser().parse_args(arguments)
     errors = Output(2)
     output = Output(1, lambda text: errors.write(f"pair: {text}\n".encode()))
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="deploy.pair", description="TorchServe with nginx in front of it.")
-    parser.add_argument("--only", choices=["torchserve", "nginx"], help="one of the two, the other runs beside it")
+    parser.add_argument("--only", choices=["torchserve", "nginx"], help="run one of the two; the other runs elsewhere")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="folder of archives")
     parser.add_argument("--models", nargs="+", metavar="NAME.mar", help="archives in the store (default: all)")
     parser.add_argument("--port", type=int, default=8080, help="of TorchServe's inference on loopback (%(default)s)")

@@ -1,4 +1,4 @@
-"""TorchServe as a child of ours, with its configuration, keys and logs in a private folder."""
+"""Run TorchServe as a child process, with its configuration, keys and logs in a private folder."""
 
 import contextlib
 import fcntl
@@ -34,7 +34,7 @@ INSTALL = "pip install torchserve==0.12.0 torch-model-archiver==0.12.0"
 
 _RENEW_BEFORE = timedelta(hours=1)
 _STOP_SECONDS = 20.0
-_SOCKET_PATH_LIMIT = 90  # the workers' sockets lie below this folder, and a socket's path has 107 bytes at most
+_SOCKET_PATH_LIMIT = 90  # the workers' sockets are in this folder, and the path of a socket is limited to 107 bytes
 _GRPC_CLASS = "org/pytorch/serve/grpc/inference/InferenceAPIsServiceGrpc.class"
 _STREAMING = (b"StreamPredictions", b"StreamPredictions2")
 
@@ -42,11 +42,11 @@ T = TypeVar("T")
 
 
 class TorchServe(Server):
-    """The server of one port, started by this object; java is run directly, as its launcher would leave it behind.
+    """A TorchServe that this object starts. Java is started directly, since TorchServe's launcher would not stop it.
 
     Args:
-        output: gets its log; None writes ``server.log``.
-        detached: whether it lives on when this process ends.
+        output: takes its log; None for the file ``server.log``.
+        detached: whether it keeps running when this process ends.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class TorchServe(Server):
         threads: int = 0,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Start TorchServe with ``archives``, all of one folder, and wait until every model has answered a prediction.
+        """Start TorchServe with ``archives``, all in one folder, and wait until every model has answered a probe.
 
         Args:
             workers: per model.
             timeout: seconds to wait.
-            threads: of each worker; 0 leaves the number to $MLVGM_THREADS or the archive.
-            progress: is told in one line how far a worker is.
+            threads: per worker; 0 for $MLVGM_THREADS or the archive's setting.
+            progress: called with one line about the progress of a worker.
 
         Raises:
-            CliError: something is missing, a port is taken, or the server or a bundle does not come up.
-            Stopped: a signal asked us to stop (`deploy.signals`).
+            CliError: something is missing, a port is taken, or the server or a bundle does not start.
+            Stopped: a signal has arrived (`deploy.signals`).
         """
         models = {model.name: (model, archive) for archive in archives for model in [model_archive.read(archive)]}
         self._check()
@@ -99,7 +99,7 @@ class TorchServe(Server):
             raise
 
     def stop(self, timeout: float = _STOP_SECONDS) -> bool:
-        """Stop what this object has started, and nothing else; False when that is nothing."""
+        """Stop the server if this object has started it; otherwise returns False."""
         if self._lock is None:
             return False
         if self._java:
@@ -113,14 +113,14 @@ class TorchServe(Server):
         return self._java is not None and self._java.ended()
 
     def renew_if_due(self) -> None:
-        """Long before the key expires, or after a jump of the clock."""
+        """Renew the key long before it expires, which can happen after a jump of the clock."""
         text = json.loads(self.key_file.read_text())["inference"]["expiration time"]
         expires = datetime.fromisoformat(text[:19]).replace(tzinfo=timezone.utc)
         if expires - datetime.now(timezone.utc) < _RENEW_BEFORE:
             self.client(5).renew_key("inference")
 
     def _check(self) -> None:
-        """Everything that would make TorchServe fail without saying so."""
+        """Check all that would make TorchServe fail without an error message."""
         if importlib.util.find_spec("ts") is None:
             raise CliError(f"TorchServe is not installed: {INSTALL}")
         if self.process():
@@ -137,7 +137,7 @@ class TorchServe(Server):
             )
 
     def _take_lock(self) -> None:
-        """The folder is ours until java, which holds the lock too, has ended; however it or we end."""
+        """Lock the folder, until this process and Java, which inherits the lock, have ended in whatever way."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)  # keys, and a log configuration that TorchServe would take from its working directory
         self._lock = try_lock(self.folder / "lock")
@@ -149,7 +149,7 @@ class TorchServe(Server):
         return f"a server is running on port {self.port} already: mlvgm serve --stop --port {self.port}"
 
     def _end_remains(self) -> None:
-        """Java and workers of this folder whose starter was killed: nobody else can have any, as the lock is ours."""
+        """Kill Java and workers of this folder whose parent was killed; with the lock held, there can be no others."""
         import psutil  # type: ignore[import-untyped]
 
         mark = str(self.folder / "tmp")
@@ -214,10 +214,10 @@ class TorchServe(Server):
         return [*command, "-s", str(store.resolve()), "-m", *models]
 
     def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:
-        """TorchServe's own health check says yes long before a worker is up: only an answer counts."""
+        """Wait for an answer of every model: TorchServe's health check succeeds long before a worker is ready."""
         said, shown = "nothing", 0
         while time.monotonic() < deadline:
-            steps = [line[line.index(PROGRESS) :] for line in self._said() if PROGRESS in line]
+            steps = [line[line.index(PROGRESS) :] for line in self._log_lines() if PROGRESS in line]
             for step in steps[shown:]:
                 progress(step)
             shown = len(steps)
@@ -237,20 +237,20 @@ class TorchServe(Server):
         raise CliError(f"{model} has not answered in time (last: {said}){self._see_log()}")
 
     def _failure(self) -> str | None:
-        """What a worker said when it could not serve its bundle."""
-        for line in self._said():
+        """The error of a worker that cannot serve its bundle, from the log."""
+        for line in self._log_lines():
             if FAILED in line:
                 return line[line.index(FAILED) :]
         return None
 
-    def _said(self) -> list[str]:
+    def _log_lines(self) -> list[str]:
         """The lines of the log."""
         if self._output:
             return list(self._java.lines) if self._java else []
         return self.log.read_text(errors="replace").splitlines()
 
     def _last_words(self) -> str:
-        lines = [line for line in self._said() if line.strip()]
+        lines = [line for line in self._log_lines() if line.strip()]
         telling = [line for line in lines if "bind" in line or "ERROR" in line or "not found" in line]
         return f"{(telling or lines or ['nothing in its log'])[-1].strip()}{self._see_log()}"
 
@@ -259,7 +259,7 @@ class TorchServe(Server):
 
 
 def try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of this file until all copies of it are closed; None where another holds it."""
+    """A descriptor that locks the file until all its duplicates are closed; None if another process has the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,7 +270,7 @@ def try_lock(path: Path) -> int | None:
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises; signals are heeded meanwhile."""
+    """The result of ``call``, run in a thread, so that signals can stop the wait."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -291,16 +291,16 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _refuse_streams(site: Path, folder: Path) -> None:
-    """Have TorchServe answer UNIMPLEMENTED to its two streaming gRPC calls.
+    """Make TorchServe answer UNIMPLEMENTED to its two streaming gRPC calls.
 
-    With a handler that does not stream, the first costs the worker its life, and the second leaves the thread that
-    feeds the worker dead for good. TorchServe has no setting for them, so a copy of the class that registers the calls,
-    with their names blank, goes before TorchServe's own on the class path.
+    With a handler that does not stream, the first kills the worker, and the second kills the thread that feeds the
+    worker, which is never restarted. TorchServe has no setting for them, so the class that registers the calls is
+    copied with blank names, and put before TorchServe's own on the class path.
     """
     with zipfile.ZipFile(site / "ts" / "frontend" / "model-server.jar") as jar:
         content = jar.read(_GRPC_CLASS)
     for name in _STREAMING:
-        constant = b"\x01" + len(name).to_bytes(2, "big")  # a text of the class, with its length
+        constant = b"\x01" + len(name).to_bytes(2, "big")  # a string constant of the class, with its length
         assert content.count(constant + name) == 1, f"another TorchServe than the one that is pinned: no {name!r}"
         content = content.replace(constant + name, constant + b" " * len(name))
     path = folder / _GRPC_CLASS

@@ -1,8 +1,8 @@
-"""nginx's folder for a trial: deploy/nginx.conf on a free port of loopback, with a certificate and keys of its own.
+"""A folder to try nginx and TorchServe: deploy/nginx.conf on a free port of loopback, a certificate and keys.
 
     python -m deploy.trial build/pair
 
-writes it and says how to start the pair with it and how to ask. It needs no root.
+writes it and prints the commands to start the supervisor and to send a request. It needs no root.
 """
 
 import argparse
@@ -22,13 +22,13 @@ CONF = Path(__file__).with_name("nginx.conf")
 
 
 def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quiet: bool = False) -> Path:
-    """Write everything that nginx needs below ``folder``.
+    """Write the files of nginx to ``folder``.
 
     Args:
-        port: of loopback, to listen on.
-        state: what the pair gets as $MLVGM_STATE.
-        clients: names by their keys.
-        quiet: without a line for each request.
+        port: port of loopback to listen on.
+        state: $MLVGM_STATE of the supervisor.
+        clients: names by key.
+        quiet: whether to log no requests.
 
     Returns:
         The configuration file.
@@ -44,7 +44,7 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quie
     moved = {"/run/mlvgm": str(state.absolute()), "listen 8443": f"listen 127.0.0.1:{port}"}
     if quiet:
         moved |= {"access_log /dev/stdout json": "access_log off", "error_log stderr error": "error_log stderr crit"}
-    # Started by root, nginx would go on as nobody, to whom the folder may be closed.
+    # Started by root, nginx would run as the user nobody, who may not be able to read the folder.
     user = "user root;\n" if os.geteuid() == 0 else ""
     conf = folder / "nginx.conf"
     conf.write_text(user + moving(CONF.read_text(), moved))
@@ -55,12 +55,12 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quie
 
 
 def is_possible() -> bool:
-    """Whether nginx is there, and openssl, which makes its certificate."""
+    """Whether nginx and openssl are installed."""
     return find_nginx() is not None and shutil.which("openssl") is not None
 
 
 def certify(private: Path) -> None:
-    """Another key and self-signed certificate in the folder ``private``."""
+    """Write a new key and self-signed certificate to the folder ``private``."""
     words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=localhost"]
     words += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     words += ["-keyout", str(private / "tls.key"), "-out", str(private / "tls.crt")]
@@ -71,7 +71,7 @@ def certify(private: Path) -> None:
 
 
 def moving(text: str, moved: Mapping[str, str]) -> str:
-    """``text`` with other paths and ports; each must be there."""
+    """``text`` with paths and ports replaced; each must occur."""
     for ours, here in moved.items():
         assert ours in text
         text = text.replace(ours, here)
@@ -79,7 +79,7 @@ def moving(text: str, moved: Mapping[str, str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the folder, and say what can be done with it."""
+    """Write the folder, and print the commands to use it."""
     parser = argparse.ArgumentParser(prog="deploy.trial", description="A folder to try the pair with, on loopback.")
     parser.add_argument("folder", type=Path, help="to write, a new one")
     folder = parser.parse_args(arguments).folder.absolute()

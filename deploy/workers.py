@@ -1,4 +1,4 @@
-"""How many workers suit a machine, where nobody says, and how they share its cores."""
+"""The default number of workers for a machine, and their threads."""
 
 import os
 from collections.abc import Iterable
@@ -8,15 +8,15 @@ from handlers import cores
 from handlers.torchserve import THREADS_VARIABLE
 
 CORES_EACH = 8
-"""Each so many get a worker of a large model."""
+"""Cores per worker of a large model."""
 SMALL = 64_000_000
-"""Bytes of an archive that can be loaded often: each core gets a worker, and one more reads requests while the others
-compute. Where a batch takes seconds, that is not worth a further copy of the model (docs/metrics.md)."""
+"""Largest archive, in bytes, of a small model: each core gets a worker, and one more worker reads requests while the
+others compute. For a large model, whose batches take seconds, that is not worth the memory (docs/metrics.md)."""
 MOST_SHARES = 8
-"""Of the cores for a small model: where there are more, several go to each worker."""
+"""Largest number of workers of a small model, without the additional one; on more cores each has several threads."""
 
-_MEMORY_EACH = 3.0  # of its archive: the model, what is computed with it, and what OpenVINO makes of it
-_MEMORY_MORE = 800e6  # bytes, whatever the model
+_MEMORY_EACH = 3.0  # memory of a worker as a multiple of its archive: the model, its activations, and OpenVINO's copy
+_MEMORY_MORE = 800e6  # bytes for any model
 _MEMORY_IMAGE = (
     400e6  # bytes: a WebP of 16 million pixels takes 332 MB while it is decoded, and each worker one at a time
 )
@@ -24,9 +24,9 @@ _JAVA = 1.5e9  # bytes: its heap, as deploy/config.properties has it, and the bo
 
 
 def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int, int]:
-    """Workers of each model, and threads of each worker: those given, or those that suit models of these ``sizes``.
+    """Workers per model, and threads per worker: the given numbers, or defaults for archives of these ``sizes``.
 
-    Threads are 0 where that is to be left to the archive, or to $MLVGM_THREADS.
+    0 threads leaves the number to the archive, or to $MLVGM_THREADS.
     """
     if workers:
         suited = max(1, cores.usable() // workers) if workers > 1 else 0
@@ -36,7 +36,7 @@ def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int
 
 
 def fitting(sizes: list[int]) -> tuple[int, int]:
-    """The same for archives of these ``sizes`` in bytes, served together, where nothing is given."""
+    """Default workers per model and threads per worker for archives of these ``sizes`` in bytes, served together."""
     small = max(sizes, default=0) <= SMALL
     mine = max(1, cores.usable() // max(len(sizes), 1))
     shares = min(mine, MOST_SHARES) if small else max(1, mine // CORES_EACH)
@@ -48,7 +48,7 @@ def fitting(sizes: list[int]) -> tuple[int, int]:
 
 
 def available_memory() -> float:
-    """Bytes that can still be had, on the machine and within this process's control groups."""
+    """Free memory in bytes, of the machine and within the process's control groups."""
     import psutil  # type: ignore[import-untyped]
 
     available = float(psutil.virtual_memory().available)
@@ -62,5 +62,5 @@ def available_memory() -> float:
 
 
 def sizes_of(archives: Iterable[Path]) -> list[int]:
-    """In bytes; 0 of what is missing, which the server will say."""
+    """Sizes of archives in bytes; 0 for a missing one, which the server reports."""
     return [archive.stat().st_size if archive.exists() else 0 for archive in archives]

@@ -1,4 +1,4 @@
-"""The honest limit: an attacker who knows everything but the noise, and takes gradients through the whole defence.
+"""An adaptive attack: the attacker knows all but the noise, and computes gradients through the whole defence.
 
 Projected gradient descent within an L2 ball (Madry et al., ICLR 2018), whose gradient is averaged over fresh draws of
 the purifier's noise (expectation over transformation, Athalye et al., ICML 2018), through the eager purifier and the
@@ -28,9 +28,9 @@ class PgdSettings:
     """Settings of projected gradient descent.
 
     Attributes:
-        l2: radius of the ball, in units of the [0, 1] image.
-        steps: of gradient descent; each is 2.5 * l2 / steps long.
-        seed: of the starting points.
+        l2: radius of the ball, for images in [0, 1].
+        steps: number of steps; each has the length 2.5 * l2 / steps.
+        seed: seed of the starting points.
     """
 
     l2: float
@@ -72,9 +72,9 @@ def defended(default: Default, samples: int, seed: int) -> Logits:
 def attack_within(
     logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: PgdSettings, what: str = "PGD"
 ) -> NDArray[np.uint8]:
-    """8-bit images (B, H, W, 3) within the ball around ``images`` that make the margin of ``labels`` smallest.
+    """8-bit images (B, H, W, 3) within the ball around ``images`` that minimise the margin of ``labels``.
 
-    The best iterate is kept, by the mean margin over its samples. Rounding to 8 bits moves it a little more.
+    Returns the iterate with the smallest mean margin over its samples. Rounding to 8 bits may leave the ball a little.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     parts = []
@@ -102,7 +102,7 @@ def _descend(
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(S, B): the logit of the true class less the largest other one. Unlike cross-entropy it never saturates."""
+    """(S, B): the logit of the true class minus the largest other logit. Unlike cross-entropy, it does not saturate."""
     index = labels.expand(len(logits), -1)[:, :, None]
     others = logits.scatter(2, index, -torch.inf)
     margins: Tensor = logits.gather(2, index).squeeze(2) - others.amax(dim=2)

@@ -1,8 +1,8 @@
-"""DeepFool and Carlini-Wagner attacks on a classifier, as 8-bit images: what can really be sent to a server.
+"""DeepFool and Carlini-Wagner attacks on a classifier; the results are 8-bit images, which can be sent to a server.
 
-Both attacks come from foolbox and find the nearest image, in the L2 norm, that the classifier reads wrongly. What they
-find lies so close to the decision boundary that rounding to 8 bits often undoes it, so the perturbation is prolonged
-along its own direction until the rounded image fools the classifier, and given up where that does not happen.
+Both attacks are foolbox's and find a misclassified image close to the original in the L2 norm. It is so close to the
+decision boundary that rounding to 8 bits often makes it correct again. So the perturbation is scaled up until the
+rounded image is misclassified; if no scale achieves that, the attack has failed.
 """
 
 import copy
@@ -23,10 +23,10 @@ from export.fold import fold_batch_norms
 from handlers.errors import MlvgmError
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
-"""Lengths to which a perturbation is prolonged, in turn, until it survives rounding."""
+"""Factors by which a perturbation is scaled, in turn, until it survives rounding."""
 
 MARGIN = 0.01
-"""By how much, in logits, the wrong class must win: more than the numerical difference between two runtimes."""
+"""Smallest lead of the wrong class, in logits: more than the numerical difference between two runtimes."""
 
 _CHUNK = 250
 
@@ -40,10 +40,10 @@ class DeepFool:
     """Moosavi-Dezfooli, Fawzi and Frossard, CVPR 2016.
 
     Attributes:
-        rounds: steps at most. Most images need one or two, so each number is tried on those alone that resist the one
-            before; the outcome is that of the last number for all of them.
-        candidates: classes whose boundaries are considered, the likeliest first.
-        overshoot: share by which the boundary is crossed.
+        rounds: maximum numbers of steps. Most images need one or two, so each number is tried only on the images that
+            resisted the previous one; the result is the same as with the last number for all images.
+        candidates: number of most likely classes whose boundaries are considered.
+        overshoot: relative distance by which the boundary is crossed.
     """
 
     rounds: tuple[int, ...] = (2, 6, 50)
@@ -51,7 +51,7 @@ class DeepFool:
     overshoot: float = 0.02
 
     def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The attacked images, (B, 3, H, W) in [0, 1]; where the attack failed, what it had got to."""
+        """The attacked images, (B, 3, H, W) in [0, 1]; if an attack fails, its last iterate."""
         result = images.clone()
         waiting = torch.arange(len(images))
         for steps in self.rounds:
@@ -76,12 +76,12 @@ class CarliniWagner:
     """Carlini and Wagner, IEEE S&P 2017, in the L2 norm.
 
     Attributes:
-        searches: values tried for the weight of being misread against being near: tenfold until it succeeds, then
-            halfway between the largest failure and the smallest success.
-        steps: of Adam for each of them.
-        stepsize: of Adam, in the space where tanh maps to the image.
-        initial_const: the first value tried.
-        confidence: by how much, in logits, the wrong class shall win.
+        searches: number of values tried for the constant that weighs misclassification against distance: ten times
+            the last until an attack succeeds, then the middle between the largest failure and the smallest success.
+        steps: steps of Adam for each value.
+        stepsize: of Adam, in the space that tanh maps to images.
+        initial_const: the first value.
+        confidence: lead of the wrong class in logits.
     """
 
     searches: int = 3
@@ -91,7 +91,7 @@ class CarliniWagner:
     confidence: float = 0.0
 
     def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The attacked images, (B, 3, H, W) in [0, 1]; where the attack failed, the image itself."""
+        """The attacked images, (B, 3, H, W) in [0, 1]; if an attack fails, the image itself."""
         attack = _foolbox().attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.searches,
             steps=self.steps,
@@ -101,7 +101,7 @@ class CarliniWagner:
             abort_early=True,
         )
         result = _run_foolbox(attack, classifier, images, labels)
-        failed = (result == 0).flatten(1).all(dim=1)  # foolbox gives a black image then, which may well be misread
+        failed = (result == 0).flatten(1).all(dim=1)  # foolbox returns a black image then, which may be misclassified
         return torch.where(failed[:, None, None, None], images, result)
 
     def settings(self) -> dict[str, Any]:
@@ -118,10 +118,10 @@ class AttackResult:
     """An attacked batch.
 
     Attributes:
-        images: uint8 (B, H, W, 3); the image as it was, where the attack failed.
-        fooled: (B,), whether the classifier reads ``images`` wrongly.
-        l2: (B,), norm of the change in units of the [0, 1] image; 0 where the image was misread from the start, or
-            where the attack failed.
+        images: uint8 (B, H, W, 3); the clean image if the attack failed.
+        fooled: (B,), whether the classifier misclassifies ``images``.
+        l2: (B,), norm of the perturbation, for images in [0, 1]; 0 if the clean image is misclassified, or the attack
+            failed.
     """
 
     images: NDArray[np.uint8]
@@ -136,14 +136,14 @@ def attack(
     method: str | Method,
     cache: Path | None = None,
 ) -> AttackResult:
-    """Make ``classifier`` misread ``images``, each by as small a change as the method finds.
+    """Attack ``images``: find small perturbations that ``classifier`` misclassifies.
 
     Args:
-        classifier: takes (B, 3, H, W) in [0, 1] and gives logits; in eval mode.
-        images: (B, H, W, 3).
-        labels: (B,), the classes that are to be avoided.
-        method: a key of `METHODS`, or a method with settings of its own.
-        cache: folder that keeps what has been computed, in chunks; an interrupted run goes on from there.
+        classifier: images (B, 3, H, W) in [0, 1] to logits; in eval mode.
+        images: uint8 (B, H, W, 3).
+        labels: (B,), the true classes.
+        method: a key of `METHODS`, or a method with other settings.
+        cache: folder for results, in chunks, from which an interrupted run resumes.
 
     Raises:
         AttackError: foolbox is not installed, or there is no such method.
@@ -173,7 +173,7 @@ def attack(
 
 
 def fingerprint(classifier: nn.Module, method: Method) -> str:
-    """SHA-256 of what an attack depends on beside the images: the weights of ``classifier`` and all settings."""
+    """SHA-256 of all that an attack depends on except the images: the weights of ``classifier`` and the settings."""
     digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
     for name, tensor in classifier.state_dict().items():
         digest.update(name.encode())
@@ -183,7 +183,7 @@ def fingerprint(classifier: nn.Module, method: Method) -> str:
 
 @torch.no_grad()
 def predict(classifier: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The classes (B,) that ``classifier`` reads in uint8 (B, H, W, 3)."""
+    """The classes (B,) that ``classifier`` predicts for uint8 (B, H, W, 3)."""
     parts = [classifier(to_float(images[i : i + _CHUNK])).argmax(dim=1) for i in range(0, len(images), _CHUNK)]
     labels: NDArray[np.int64] = torch.cat(parts).numpy()
     return labels
@@ -203,7 +203,7 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
 def _attack_chunk(
     fast: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
 ) -> NDArray[np.uint8]:
-    """Attack on ``fast``, a copy of ``classifier`` that differs by rounding errors only; the original is the judge."""
+    """Attack ``fast``, ``classifier`` with folded batch norms; success is decided by ``classifier`` itself."""
     clean, truth = to_float(images), torch.from_numpy(labels)
     perturbed = method.perturb(fast, clean.contiguous(memory_format=torch.channels_last), truth)
     return _survive_rounding(classifier, clean, perturbed, truth)
@@ -211,7 +211,7 @@ def _attack_chunk(
 
 @torch.no_grad()
 def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> NDArray[np.uint8]:
-    """``perturbed`` as 8-bit images that still fool ``classifier``; ``clean`` where none does."""
+    """``perturbed`` as 8-bit images that ``classifier`` still misclassifies; ``clean`` if there is none."""
     result = to_bytes(clean)
     waiting = torch.arange(len(clean))
     for length in OVERSHOOTS:
@@ -234,7 +234,7 @@ def _judge(
 
 @torch.no_grad()
 def _fooled(classifier: nn.Module, images: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """(B,): whether another class beats the true one by more than ``margin`` logits."""
+    """(B,): whether another class leads the true one by more than ``margin`` logits."""
     logits = classifier(images).clone()
     true = logits.gather(1, labels[:, None]).squeeze(1)
     logits.scatter_(1, labels[:, None], -torch.inf)
@@ -274,5 +274,5 @@ def _cached(
     folder.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft.npy")
     np.save(draft, result)
-    draft.rename(file)  # an interrupted run must not leave half a file
+    draft.rename(file)  # an interrupted run must not leave an incomplete file
     return result

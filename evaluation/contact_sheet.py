@@ -1,4 +1,4 @@
-"""A picture of what an attack does and what purification makes of it, one row per image."""
+"""Contact sheets of attacked and purified images, one row per image."""
 
 import textwrap
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _LINES = 2  # of a caption, at most
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a row, uint8 (H, W, 3), None for none, and what it is read as, if anything reads it."""
+    """One picture of a row, uint8 (H, W, 3) or None, and its predicted class, if any."""
 
     pixels: Pixels | None
     read: str = ""
@@ -29,7 +29,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """The pictures of one image whose class is ``true``; ``vote``, if any, stands under the last of them."""
+    """The pictures of one image of class ``true``; ``vote``, if any, is written below the last one."""
 
     true: str
     pictures: Sequence[Picture]
@@ -37,13 +37,13 @@ class Row:
 
 
 def change(clean: Pixels, attacked: Pixels) -> Picture:
-    """What an attack has added, amplified, on grey."""
+    """The perturbation of an attack, amplified, on grey."""
     added = AMPLIFICATION * (attacked.astype(np.float32) - clean)
     return Picture((128 + added).clip(0, 255).astype(np.uint8))
 
 
 def save(rows: Sequence[Row], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
-    """Write the sheet as PNG, with ``columns`` rows side by side; right answers are green and wrong ones red.
+    """Write the sheet as PNG, with ``columns`` rows side by side; correct answers are green, wrong ones red.
 
     Args:
         heads: of the pictures of each row.

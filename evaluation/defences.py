@@ -1,4 +1,4 @@
-"""What defences make of images: the purifier as it is served, the bare classifier, and two simple defences to beat."""
+"""Defences: the purifier as it is served, the classifier alone, and two simple baselines."""
 
 import math
 from collections.abc import Callable
@@ -18,19 +18,19 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 NOISE_L2 = 1.0
-"""Norm of the noise defence, in units of the [0, 1] image: half of what the paper's ablation adds at 64x64."""
+"""L2 norm of the noise defence, for images in [0, 1]: half of that in the paper's ablation at 64x64."""
 
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a defence makes of N images.
+    """The predictions of a defence for N images.
 
     Attributes:
         labels: (N,), the predicted classes.
-        sample_labels: (N, S), the class of each of S purified or noisy samples, the voters.
-        flagged: (N,), whether it differs from the bare classifier.
+        sample_labels: (N, S), the class of each of the S purified or noisy samples that vote.
+        flagged: (N,), whether the label differs from that of the classifier alone.
     """
 
     labels: Labels
@@ -65,7 +65,7 @@ def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def bare(pipeline: Pipeline) -> Defence:
-    """No defence: the classifier of the bundle."""
+    """No defence: the classifier of the bundle alone."""
 
     def predict(images: Images) -> Predictions:
         labels = _classify(pipeline, images.__getitem__, len(images))
@@ -103,7 +103,7 @@ def noise(pipeline: Pipeline, samples: int, seed: int = 0, l2: float = NOISE_L2)
 
 
 def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list[float] | None = None) -> Defence:
-    """The whole pipeline as it is served, with seeds ``seed``, ``seed`` + 1 and so on for image after image."""
+    """The whole pipeline as it is served; image i has the seed ``seed`` + i."""
 
     def predict(images: Images) -> Predictions:
         labels, voters, flagged = [], [], []
@@ -120,21 +120,21 @@ def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list
 
 
 def gaussian(images: Images, sigma: float, seed: int) -> Images:
-    """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
+    """Images with Gaussian noise of standard deviation ``sigma``, for pixels in [0, 1], rounded to 8 bits."""
     drawn = np.random.default_rng(seed).standard_normal(images.shape, np.float32)
     noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
     return noisy
 
 
 def vote(sample_labels: Labels) -> Labels:
-    """(N,): the class that most of (N, S) labels are, and of equals the first."""
+    """(N,): the most frequent class of labels (N, S); the first one if there is a tie."""
     return np.array([np.bincount(row).argmax() for row in sample_labels])
 
 
 def sample_deviation(
     pipeline: Pipeline, images: Images, samples: int, seed: int = 0, alphas: str | list[float] | None = None
 ) -> float:
-    """How far the purified samples of an image differ: their standard deviation, mean over pixels and images."""
+    """Standard deviation of the purified samples of an image, averaged over pixels and images."""
     deviations = []
     for start in range(0, len(images), _CHUNK):
         part = images[start : start + _CHUNK]

@@ -1,4 +1,4 @@
-"""What ``mlvgm demo`` shows: drawn road signs, attacked through the classifier, as the server reads them."""
+"""The demo of ``mlvgm demo``: drawn road signs, attacked through the classifier, and the server's answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from mlvgm.load import Default
 
 RECIPE = "road-signs"
 ATTACK: Method = CarliniWagner(searches=4, steps=50, stepsize=0.02, initial_const=0.3)
-"""A few images only, so the attack may take more steps than on thousands."""
+"""With more steps than for thousands of images."""
 
 HEADS = ("clean", "attacked", contact_sheet.CHANGE, "what is kept", "sample 1", "sample 2")
 
@@ -27,28 +27,28 @@ Pixels = NDArray[np.uint8]
 
 
 def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
-    """Each sign, changed as little as makes the classifier misread it, uint8 (H, W, 3)."""
+    """Each sign with a small perturbation that the classifier misclassifies, uint8 (H, W, 3)."""
     images, labels = np.stack([sign.image for sign in signs]), np.array([sign.label for sign in signs], np.int64)
     return list(attack(default.classifier, images, labels, ATTACK).images)
 
 
 def save_attacked(signs: Sequence[Sign], attacked: Sequence[Pixels], folder: Path) -> None:
-    """A PNG for each, called like its sign."""
+    """Write a PNG of each image, named like its sign."""
     folder.mkdir(parents=True, exist_ok=True)
     for sign, pixels in zip(signs, attacked, strict=True):
         (folder / f"{sign.name.replace(' ', '-')}.png").write_bytes(encode(pixels))
 
 
 def ask(client: Client, sign: Sign, attacked: Pixels) -> dict[str, Any]:
-    """The server's answers about a sign: "clean" and "attacked"."""
+    """The server's answers for a sign: "clean" and "attacked"."""
     return {"clean": client.predict(encode(sign.image), RECIPE), "attacked": client.predict(encode(attacked), RECIPE)}
 
 
 def purify(pipeline: Pipeline, attacked: Sequence[Pixels]) -> list[list[Picture]]:
-    """Of each image what is kept of it and two purified samples, each with what it is read as.
+    """For each image what purification keeps of it, and two purified samples, each with its predicted class.
 
-    What is kept shows when every latent that the served schedule resamples is resampled with weight 1: all of the image
-    that remains comes from the latents with weight 0.
+    What is kept is shown by replacing every latent that the served schedule resamples: the rest of the image comes from
+    the latents with alpha 0.
     """
     manifest, images = pipeline.manifest, np.stack(attacked)
     whole = [float(alpha > 0) for alpha in manifest.alphas[manifest.default_alphas]]
@@ -66,7 +66,7 @@ def purify(pipeline: Pipeline, attacked: Sequence[Pixels]) -> list[list[Picture]
 def summary(
     default: Default, signs: Sequence[Sign], attacked: Sequence[Pixels], answers: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What goes into demo.json; classes are numbers."""
+    """The content of demo.json; classes are indices."""
     images = []
     for sign, pixels, answer in zip(signs, attacked, answers, strict=True):
         change = (pixels.astype(np.float32) - sign.image) / 255
@@ -124,7 +124,7 @@ def table(default: Default, images: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def conclusion(default: Default, content: dict[str, Any]) -> list[str]:
-    """What came out of it, the stop sign first, whichever way it went."""
+    """The results in a few sentences, the stop sign first."""
     names, counts = default.recipe.classes, content["counts"]
     stop = next(row for row in content["images"] if names[row["true"]] == "stop")
     if stop["attacked"] == stop["true"]:
@@ -152,7 +152,7 @@ def save_sheet(
     purified: Sequence[Sequence[Picture]],
     path: Path,
 ) -> None:
-    """The pictures of it all; ``purified`` comes from `purify`, and the vote from the server's ``answers``."""
+    """Write the contact sheet; ``purified`` is the result of `purify`, and votes are from the server's ``answers``."""
     rows = [
         contact_sheet.Row(
             sign.name,

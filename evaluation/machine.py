@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware and versions, for every report."""
+"""Hardware and versions of this machine, for reports."""
 
 import importlib.metadata
 import platform

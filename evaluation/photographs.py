@@ -1,4 +1,4 @@
-"""Labelled photographs to measure with: the GTSRB benchmark, or a folder of one's own."""
+"""Labelled photographs for measurements: the GTSRB benchmark, or a folder of the user."""
 
 import io
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def read_photographs(
 
 
 def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """At most ``count`` photographs of ``folder``, or else pictures that are soft at several scales: (N, H, W, 3).
+    """At most ``count`` photographs of ``folder``, or without one random smooth pictures: uint8 (N, H, W, 3).
 
     Raises:
         FileNotFoundError: ``folder`` holds no image.

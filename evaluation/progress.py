@@ -1,4 +1,4 @@
-"""The one progress bar, tqdm's, on the error stream. Short work shows none, and a log gets a line of it seldom."""
+"""Progress bars (tqdm) on the error stream. Short work shows none, and log files get only a few lines."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def bar(total: int, what: str, unit: str = "image") -> "tqdm[Any]":
-    """A bar to be moved by its ``update`` and closed as a context."""
+    """A bar, used as a context manager and advanced by ``update``."""
     seconds = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(total=total, desc=what, unit=f" {unit}s", mininterval=seconds, delay=seconds, leave=False)
 

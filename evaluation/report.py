@@ -13,12 +13,12 @@ Content = Mapping[str, Any]
 
 
 def measured_here() -> dict[str, Any]:
-    """What every report says of itself: "machine" and "date"."""
+    """The conditions of a measurement for its report: "machine" and "date"."""
     return {"machine": machine.describe(), "date": datetime.date.today().isoformat()}
 
 
 def conditions(content: Content) -> str:
-    """`measured_here` in words."""
+    """`measured_here` as text."""
     here = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
     date = f"; {content['date']}" if "date" in content else ""

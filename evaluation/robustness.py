@@ -1,12 +1,12 @@
-"""How far purification helps against attacks, measured as it is served: 8-bit images in, a vote of the samples out.
+"""Measure the robustness of purification as it is served: 8-bit images in, votes of the samples out.
 
     python -m evaluation.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
 
-Two kinds of attackers. The first knows the classifier alone (DeepFool and Carlini-Wagner, as in the paper); beside the
-purifier stand the bare classifier, two simple defences that a serious one has to beat, and the purifier's own null: the
-same models with nothing resampled, one sample in the place of a vote, and the paper's linear schedule. The second
-attacker knows the whole defence but its noise. ``--noise-sigma`` measures Gaussian noise on clean images as well.
-Attacked images are kept in build/attacks (``--cache``), so measuring other weights is quick.
+There are two kinds of attackers. The first knows only the classifier (DeepFool and Carlini-Wagner, as in the paper).
+The purifier is compared with the classifier alone, two simple defences, and ablations of itself: nothing resampled, one
+sample instead of a vote, and the paper's linear schedule. The second attacker knows the whole defence except its noise.
+``--noise-sigma`` also measures Gaussian noise on clean images. Attacked images are kept in build/attacks (``--cache``),
+so that it is quick to measure other alphas.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from handlers.pipeline import Pipeline
 from mlvgm.load import Default, load_default
 
 NOISE_DRAWS, NOISE_SAMPLES = 48, 8
-"""On a noisy image: the draws of the noise that vote, and the purified samples of a single draw."""
+"""For images with Gaussian noise: number of noisy images that vote, and of purified samples of a single noisy image."""
 
 DEVIATION_IMAGES, DEVIATION_SAMPLES = 512, 8
-"""Clean images, and purified samples of each, that tell how far samples differ."""
+"""Number of clean images, and of purified samples of each, to measure how far samples differ."""
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
@@ -119,15 +119,15 @@ def measure(
     methods: Sequence[str],
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Attack ``classifier`` with each of ``methods`` and evaluate every defence on what comes out.
+    """Attack ``classifier`` with each of ``methods``, and evaluate every defence on the attacked images.
 
     Args:
-        table: defences by name, "none", the bare classifier, first, and "purifier" among them. The first sample of the
-            latter is evaluated as a defence of its own, "one".
+        table: defences by name: first "none", the classifier alone; "purifier" must be among them. The first sample of
+            the purifier is evaluated as another defence, "one".
 
     Returns:
-        "attacks"; "accuracy", defence -> set of images -> share; "within", the same where changes above a bound count
-        as no attack; of the purifier "per_sample", "recovered" and "detection".
+        "attacks"; "accuracy", defence -> set of images -> share; "within", the same with the clean image instead of
+        larger perturbations than a bound; for the purifier "per_sample", "recovered" and "detection".
     """
     sets, attacks, sizes = {"clean": images}, {}, {}
     right = predict(classifier, images) == labels
@@ -177,7 +177,7 @@ def measure(
 def measure_noise(
     pipeline: Pipeline, images: Images, labels: Labels, sigmas: Sequence[float], seed: int, schedule: str
 ) -> dict[str, Any]:
-    """Accuracy on clean ``images`` behind Gaussian noise of each standard deviation, for pixels from 0 to 1.
+    """Accuracy on clean ``images`` with Gaussian noise of each standard deviation, for pixels in [0, 1].
 
     Returns:
         "n", "draws", "samples" and "sigmas", one row each: "sigma", and as shares "none", the classifier on one noisy
@@ -243,7 +243,7 @@ def measure_adaptive(
 
 
 def caveats(content: Mapping[str, Any]) -> list[str]:
-    """Signs in a report that an attack was too weak or an engine is wrong, one sentence each."""
+    """Caveats: signs in a report that an attack was too weak, or an engine is wrong; one sentence each."""
     found = []
     attacks = content["attacks"]
     for name, entry in attacks.items():
@@ -265,12 +265,12 @@ def caveats(content: Mapping[str, Any]) -> list[str]:
 def _within(
     predictions: Mapping[str, Predictions], method: str, small: NDArray[np.bool_], labels: Labels
 ) -> dict[str, Any]:
-    """Accuracy against an attacker who may make ``small`` changes only, and sends the clean image otherwise."""
+    """Accuracy against an attacker who sends the clean image if the perturbation is not ``small``."""
     return share(np.where(small, predictions[method].labels, predictions["clean"].labels) == labels)
 
 
 def _first(found: Predictions, unpurified: Predictions) -> Predictions:
-    """``found`` by its first sample alone."""
+    """The predictions ``found`` with only the first sample of each image."""
     voters = found.sample_labels[:, :1]
     return Predictions(voters[:, 0], voters, voters[:, 0] != unpurified.labels)
 
@@ -286,7 +286,7 @@ def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> di
 
 
 def _per_sample(found: Predictions, labels: Labels) -> dict[str, Any]:
-    """Accuracy of a single sample, and of an attacker's target where one wrong sample among all is enough."""
+    """Accuracy of a single sample, and accuracy if one wrong sample makes the answer wrong."""
     right = found.sample_labels == labels[:, None]
     return {"one": round(float(right.mean()), 4), "all": share(right.all(axis=1))}
 

@@ -1,4 +1,4 @@
-"""What `evaluation.robustness` has measured, as a page and as a plot."""
+"""The report of `evaluation.robustness` as Markdown and as a plot."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,12 +98,12 @@ def _name(content: Content, defence: str) -> str:
 
 
 def _schedule(content: Content) -> str:
-    """What the measured schedule is called: it need not be the one that is served."""
+    """The name of the measured schedule, which need not be the served one."""
     return "served" if content["served"] else str(content["schedule"])
 
 
 def _noise(entry: Mapping[str, Any]) -> list[str]:
-    """On the left one noisy image, on the right many noisy copies of one image, which vote."""
+    """On the left one noisy image, on the right a vote of many noisy versions of one image."""
     lines = [f"Gaussian noise on {entry['n']} clean images, by its standard deviation for pixels from 0 to 1:", ""]
     draws = entry["draws"]
     header = [

@@ -1,7 +1,8 @@
-"""A search for the interpolation weights: how much of each latent to draw afresh.
+"""Search for alphas: how much of each latent to resample.
 
-Little resampling leaves attacks in place, much of it loses the sign, so the score is the mean of the accuracies on
-clean and on attacked images. First a few schedules are scaled, then the best one is varied weight by weight.
+Little resampling leaves attacks in place, much of it removes what the classifier needs, so the score is the mean of the
+accuracies on clean and on attacked images. First a few schedules are scaled, then the best one is varied alpha by
+alpha.
 """
 
 import math
@@ -24,7 +25,7 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Trial:
-    """Weights and how they did: the accuracy after purification, clean and attacked.
+    """Alphas and their result: the accuracy after purification of clean and attacked images.
 
     ``scores``, (N,) in [0, 1], is the same for each image: the mean of clean and attacked.
     """
@@ -50,7 +51,7 @@ class Gain:
 
     @property
     def is_certain(self) -> bool:
-        """Whether more than chance speaks for the one trial."""
+        """Whether the interval excludes 0."""
         return self.low > 0
 
 
@@ -83,12 +84,12 @@ def objective(
 
 
 def search(score: Objective, n: int, trials: int, tell: Callable[[Trial], object] = lambda _: None) -> list[Trial]:
-    """All trials, the best first. Stops early when no single weight can be improved any more.
+    """All trials, the best first. Stops early when no change of a single alpha is an improvement.
 
     Args:
-        n: how many weights.
-        trials: at most so many; the scaled schedules come first.
-        tell: is told about each trial.
+        n: number of alphas.
+        trials: maximum number of trials; the scaled schedules come first.
+        tell: called with each trial.
     """
     done: dict[Weights, Trial] = {}
 
@@ -128,10 +129,10 @@ def schedules(n: int) -> Iterator[tuple[str, Weights]]:
 
 
 def gain(trial: Trial, over: Trial, candidates: int = 1) -> Gain:
-    """The gain of ``trial`` over another, image by image: both were given the same images and noise.
+    """The gain of ``trial`` over another on the same images and noise, by the differences of single images.
 
     Args:
-        candidates: of which ``trial`` did best on these very images; the interval is as much wider (Bonferroni).
+        candidates: number of trials of which ``trial`` was the best on these images; widens the interval (Bonferroni).
     """
     differences = trial.scores - over.scores
     # One image more for and one against, as Agresti and Min (Statistics in Medicine, 2005): few images, or all of one
@@ -143,7 +144,7 @@ def gain(trial: Trial, over: Trial, candidates: int = 1) -> Gain:
 
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """The best first; of equals the one found first."""
+    """Trials, the best first; of equal ones the one found first."""
     return sorted(trials, key=lambda trial: -trial.score)
 
 
@@ -154,7 +155,7 @@ def describe(trial: Trial) -> str:
 
 
 def _moves(weights: Weights, i: int, step: float) -> Iterator[tuple[str, Weights]]:
-    """Weight ``i`` a step up, and a step down, within [0, 1]."""
+    """The alphas with alpha ``i`` one step higher, and one step lower, within [0, 1]."""
     for change in (step, -step):
         moved = min(1.0, max(0.0, weights[i] + change))
         if moved != weights[i]:

@@ -1,4 +1,4 @@
-"""What goes back: an `Outcome` for each image, and one `Response` for each request."""
+"""Answers: an `Outcome` for each image, and a `Response` for each request."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from handlers.result import Result
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image.
+    """The result for one image: an answer or an error.
 
     Attributes:
-        status: of HTTP, 200 where there is an answer.
+        status: HTTP status; 200 for an answer.
         content: the answer, or "error" and "status", ready for JSON.
-        purified: the purified image as PNG, where it was asked for.
+        purified: the purified image as PNG, if requested.
     """
 
     status: int
@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Response:
-    """Of HTTP. Headers are ASCII."""
+    """An HTTP response. Headers are ASCII."""
 
     status: int
     content_type: str
@@ -41,19 +41,19 @@ class Response:
 
 
 def refusal(status: int, reason: str) -> Outcome:
-    """The outcome of what cannot be answered; ``reason`` is ASCII and fit for the client."""
+    """The outcome of an image or request that is refused; ``reason`` is ASCII, and is sent to the client."""
     return Outcome(status, {"error": reason, "status": status})
 
 
 def describe(
     result: Result, i: int, request: Request, classes: Sequence[str], decode_ms: float, more: Mapping[str, Any]
 ) -> Outcome:
-    """What ``result`` says of its image ``i``, as ``request`` wants it.
+    """The outcome for image ``i`` of ``result``, with the options of ``request``.
 
     Args:
-        classes: their names, by index.
-        decode_ms: milliseconds that reading the image took.
-        more: what else is said of the image.
+        classes: class names, by index.
+        decode_ms: milliseconds taken by decoding the image.
+        more: further entries of the answer.
     """
     label, unpurified = int(result.labels[i]), int(result.unpurified_labels[i])
     content = {
@@ -82,7 +82,7 @@ def describe(
         }
         for index in result.ranking[i, : request.top_k]
     ]
-    # Of the whole batch that this request was part of: stages do not know whose row they work on.
+    # For the whole batch that this request was part of: stages do not measure single rows.
     content["timing_ms"] = {"image": round(decode_ms, 3)} | {k: round(v, 3) for k, v in result.timing_ms.items()}
     return Outcome(200, content)
 
@@ -91,15 +91,15 @@ def respond(request: Request | None, outcomes: Sequence[Outcome], manifest: Mani
     """The response to a request.
 
     Args:
-        request: None if it could not be read, and why is the one outcome.
-        outcomes: of its images, in their order.
+        request: None if it could not be read; the only outcome then is the error.
+        outcomes: those of its images, in order.
     """
     first, worst = outcomes[0], max(outcome.status for outcome in outcomes)
     if request is not None and isinstance(request.layout, Envelope):
         if worst == 200:
             answers = [outcome.content for outcome in outcomes]
             return _json(200, open_inference.answer(request.layout, manifest, answers))
-        # Tensors have no place for the error of one image, so the whole request fails.
+        # The protocol has no errors per image, so the whole request fails.
         errors = [f"image {i}: {each.content['error']}" for i, each in enumerate(outcomes) if each.status != 200]
         return _json(worst, refusal(worst, "; ".join(errors)).content)
     if request is not None and request.layout == "list":

@@ -1,7 +1,7 @@
-"""How long a request was queued, where a proxy in front says when it came: ``X-Request-Start: t=SECONDS.MILLISECONDS``.
+"""How long a request was queued, by the proxy's header ``X-Request-Start: t=SECONDS.MILLISECONDS``.
 
-TorchServe does not tell its workers how long a request stood in its queue. deploy/nginx.conf sets this header, which
-other proxies know as well, and overwrites what a client sends under its name.
+TorchServe does not tell its workers how long a request was in its queue. deploy/nginx.conf sets this header, like some
+other proxies, and overwrites one sent by a client.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import Any
 
 HEADER = "x-request-start"
 
-_LONGEST = 3600.0  # what claims more is no time of arrival, or the clock has jumped
+_LONGEST = 3600.0  # a longer time is not credible, or the clock has jumped
 _SECONDS = re.compile(r"t=(\d{1,12}(?:\.\d{1,6})?)")
 
 
 def queue_seconds(headers: Mapping[str, Any]) -> float | None:
-    """Seconds since the request came; None where no proxy says, or what it says cannot be.
+    """Seconds since the request arrived at the proxy; None without the header, or if its time is not credible.
 
     Args:
         headers: HTTP headers, in any case.

@@ -1,4 +1,4 @@
-"""In which sizes rows go through an engine."""
+"""Batch sizes of engine calls."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:
-    """The rows an engine is ever given, most first: runtimes prepare for each size they meet, so there must be few.
+    """The batch sizes of all engine calls, largest first. They are few, because runtimes prepare for each size.
 
     Those of ``further`` are among them where the engine takes so many.
     """

@@ -7,10 +7,10 @@ _ROUNDING = 1e-9
 
 
 def lower_bound(count: int, n: int, alpha: float) -> float:
-    """The p from which on a binomial of ``n`` trials reaches ``count`` with probability ``alpha`` or more.
+    """The lower Clopper-Pearson bound (Biometrika 1934) of a probability, given ``count`` successes in ``n`` trials.
 
-    The lower Clopper-Pearson bound (Biometrika 1934): the true probability lies below it with probability ``alpha`` at
-    most. It is also the ``alpha`` quantile of the beta distribution with parameters count and n - count + 1.
+    It is the smallest p for which ``count`` or more successes have probability ``alpha``: the true probability is below
+    it with probability ``alpha`` at most. Also the ``alpha`` quantile of the beta distribution (count, n - count + 1).
     """
     if count == 0:
         return 0.0
@@ -26,6 +26,6 @@ def lower_bound(count: int, n: int, alpha: float) -> float:
 
 
 def interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The two-sided Clopper-Pearson interval of a probability that came up ``count`` times in ``n``."""
+    """The two-sided Clopper-Pearson interval of a probability, given ``count`` successes in ``n`` trials."""
     alpha = (1 - confidence) / 2
     return lower_bound(count, n, alpha), 1 - lower_bound(n - count, n, alpha)

@@ -5,15 +5,15 @@ class that a random classifier gives most often when Gaussian noise of standard 
 the image. If it gives that class with probability p > 1/2, then it does so for every image nearer than
 sigma * Phi^-1(p) in the L2 norm. Here the random classifier purifies one sample and classifies it.
 
-What is served is what is certified. The noise is added to the 8-bit values, is unbounded, and the sum is rounded to
-whole ones; what lies outside 0 to 255 is clamped then, as a part of the classifier. So the classifier sees whole
-numbers only, and no rounding error of floating-point arithmetic can carry information about the image, which makes
-other samplers unsound (Voracek and Hein, "Sound Randomized Smoothing in Floating-Point Arithmetic", ICLR 2023,
-arXiv:2207.07209). Its generator is keyed by the operating system, anew for every call.
+The certificate is sound for images with 8 bits: unbounded noise is added to the 8-bit values and the sum is rounded to
+whole numbers, which are then clamped to 0 to 255 as a part of the classifier. So the classifier sees whole numbers
+only, and rounding errors of floating-point arithmetic carry no information about the image; other samplers are unsound
+for that reason (Voracek and Hein, "Sound Randomized Smoothing in Floating-Point Arithmetic", ICLR 2023,
+arXiv:2207.07209). The generator gets a new key from the operating system for every call.
 
-The class is chosen by draws of its own; fresh ones count how often it comes. From these p is bounded below by
-Clopper-Pearson at alpha, the probability that the radius of an image is too large. Where p is 1/2 or less there is no
-answer. An engine or a precision that was exchanged makes another classifier, with certificates of its own.
+A few draws choose the class, and fresh ones count how often it is given. From this count p is bounded from below by
+Clopper-Pearson at alpha, the probability that the radius of an image is too large. If the bound is 1/2 or less, there
+is no answer. Another engine or precision is another classifier: its certificates may differ.
 """
 
 import math
@@ -30,7 +30,7 @@ from handlers.errors import InputError
 from handlers.noise import fresh_generator
 
 _ON_GRID = 1e-4
-"""Of an 8-bit step: what float32 loses of a whole number is less."""
+"""In 8-bit steps: the rounding error of a whole number in float32 is smaller."""
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -38,10 +38,10 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a server lets clients have certified.
+    """Limits of the certificates that clients may request from a server.
 
     Attributes:
-        draws: noisy images that count, for all images of a request together, at most; 0 refuses certificates.
+        draws: largest number of counted noisy images for all images of a request together; 0 for no certificates.
         sigma, alpha: as for `Certified`.
     """
 
@@ -55,14 +55,14 @@ NONE = Budget()
 
 @dataclass(frozen=True)
 class Certified:
-    """The answer for B images and C classes.
+    """Certificates for B images and C classes.
 
     Attributes:
-        labels: (B,), the class of each image; -1 where no class can be certified.
-        radii: (B,), in the L2 norm of images in [0, 1]; 0 where no class can be certified.
-        counts: (B, C), how often each class came in the draws that count; less than ``draws`` where stages overflowed.
+        labels: (B,), the certified class of each image; -1 if none.
+        radii: (B,), in the L2 norm of images in [0, 1]; 0 if no class is certified.
+        counts: (B, C), how often each class was given in the counted draws; they sum to less if stages overflowed.
         sigma: standard deviation of the noise, per pixel of images in [0, 1].
-        draws: noisy images that count, for each image.
+        draws: counted noisy images per image.
         alpha: probability, for each image, that its radius is too large.
     """
 
@@ -75,7 +75,7 @@ class Certified:
 
     @property
     def abstained(self) -> npt.NDArray[np.bool_]:
-        """(B,): whether no class can be certified."""
+        """(B,): whether no class is certified."""
         without: npt.NDArray[np.bool_] = self.labels < 0
         return without
 
@@ -93,8 +93,8 @@ def certify(
 
     Args:
         classify: the label (R,) of noisy images (R, 3, H, W), each from 0 to ``n_classes`` - 1, or -1 for none. It may
-            be random, but must treat each image alone.
-        batch: the most images that it is given at once.
+            be random, but must not depend on other images of the batch.
+        batch: largest number of images per call of ``classify``.
 
     Raises:
         InputError: sigma, draws or alpha is out of its range.
@@ -123,7 +123,7 @@ def certify(
 
 
 def answer(certified: Certified, item: int, classes: Sequence[str]) -> dict[str, Any]:
-    """What is said about an image, to be written as JSON."""
+    """The entries of an image's JSON answer."""
     label = int(certified.labels[item])
     return {
         "certified_label": None if label < 0 else classes[label],
@@ -137,12 +137,12 @@ def answer(certified: Certified, item: int, classes: Sequence[str]) -> dict[str,
 
 
 def selection_draws(draws: int) -> int:
-    """How many noisy images choose the class that ``draws`` others count."""
+    """Number of noisy images that choose the class, in addition to ``draws`` counted ones."""
     return min(100, max(10, draws // 10))
 
 
 def _steps(images: FloatArray) -> npt.NDArray[np.float64]:
-    """The images in 8-bit steps: whole numbers where they came in 8 bits."""
+    """The images in units of 8-bit steps: whole numbers if they had 8 bits."""
     steps = images.astype(np.float64) * 255
     whole = np.rint(steps)
     return np.where(np.abs(steps - whole) < _ON_GRID, whole, steps)

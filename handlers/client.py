@@ -1,11 +1,11 @@
-"""Clients for the server, one that waits and one for asyncio, on httpx. They are no part of what a worker runs.
+"""Clients for the server, synchronous and for asyncio, with httpx. Not part of an archive.
 
 >>> client = Client("https://purifier.example:8443", api_key=key, ca_file="ca.pem")
 >>> client.predict(Path("sign.png").read_bytes(), "road-signs", samples=8)["label"]
 'stop'
 
-Connections are kept open between calls. Where an answer 429 or 503 says when to come back (``Retry-After``), the call
-is repeated then. On the machine of TorchServe, ``Client(key_file=...)`` reads its keys and renews what has expired.
+Connections are kept open between calls. After a 429 or 503 with ``Retry-After``, a call is repeated at that time. On
+TorchServe's machine, ``Client(key_file=...)`` reads its keys and renews expired ones.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 MAX_PAUSE_S = 60
-"""A server that wants to be left alone for longer is not asked again."""
+"""Seconds. If ``Retry-After`` is longer, a call is not repeated."""
 _CONNECT_S = 10
-_KEEP_S = 20  # nginx closes what has idled for 30 s
+_KEEP_S = 20  # nginx closes connections after 30 s without a request
 
 T = TypeVar("T")
 
 
 class ServerError(MlvgmError):
-    """The server cannot be reached, or answered with an error; ``status`` is its HTTP status, 0 when it gave none."""
+    """The server cannot be reached, or answered with an error; ``status`` is the HTTP status, 0 if there is none."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         self.status = status
@@ -49,13 +49,13 @@ class ServerError(MlvgmError):
 
 
 class Options(TypedDict, total=False):
-    """What a request may say beside the image; what is left out or None is up to the server (docs/requests.md).
+    """Options of a request; the server has defaults for those that are missing or None (docs/requests.md).
 
     Attributes:
         samples: purified samples that vote, 1 to the model's maximum, or "auto".
-        top_k: classes to name.
-        alphas: schedule of interpolation weights, by name.
-        seed: chooses the noise, where the server allows it.
+        top_k: number of classes in the answer.
+        alphas: schedule of alphas, by name.
+        seed: of the noise, if the server allows clients to choose it.
     """
 
     samples: int | str | None
@@ -65,7 +65,7 @@ class Options(TypedDict, total=False):
 
 
 class _BaseClient:
-    """What both clients share: how a request is made, when it is repeated, and what an error means."""
+    """The common part of both clients: building requests, retries, and errors."""
 
     _http: Any  # httpx.Client or httpx.AsyncClient
 
@@ -78,7 +78,7 @@ class _BaseClient:
             "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
             "limits": httpx.Limits(keepalive_expiry=_KEEP_S),
             "verify": _tls(self._url, ca_file),
-            "trust_env": not _is_loopback(self._url.host),  # a proxy is for the world outside
+            "trust_env": not _is_loopback(self._url.host),  # no proxy for requests to this machine
         }
 
     def _prediction(self, data: bytes, model: str, options: Mapping[str, Any]) -> httpx.Request:
@@ -91,13 +91,13 @@ class _BaseClient:
         return self._http.build_request("POST", f"/predictions/{quote(model, safe='')}", content=data, headers=headers)
 
     def _pause(self, response: httpx.Response, attempt: int) -> float | None:
-        """Seconds until the request is worth repeating; None where this is the answer."""
+        """Seconds to wait before the request is repeated; None if it is not repeated."""
         if response.status_code not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
             return None
         seconds = _retry_after(response.headers.get("Retry-After", ""))
         if attempt >= self._retries or seconds is None or seconds > MAX_PAUSE_S:
             return None
-        return seconds + random.uniform(0, 0.5)  # so that all who were sent away do not come back at once
+        return seconds + random.uniform(0, 0.5)  # random, so that refused clients do not all return at once
 
     def _unreachable(self, error: httpx.HTTPError) -> ServerError:
         reason = str(error) or type(error).__name__
@@ -113,19 +113,19 @@ class _BaseClient:
 
 
 class Client(_BaseClient):
-    """Asks one server and waits for its answers; threads may share it. It is a context manager, or wants `close`.
+    """A synchronous, thread-safe client of one server. Use it as a context manager, or call `close`.
 
     Args:
-        url: of nginx, or of TorchServe's inference port.
-        management_url: of TorchServe's management port, for keys and workers; None takes the port after ``url``'s.
-        key_file: TorchServe's ``key_file.json``; None behind nginx, and when token authorization is off.
+        url: URL of nginx, or of TorchServe's inference port.
+        management_url: URL of TorchServe's management port, for keys and workers; by default the port after ``url``'s.
+        key_file: TorchServe's ``key_file.json``; None behind nginx, or if token authorization is off.
         timeout: seconds to wait for an answer.
-        api_key: for nginx, sent as ``X-Api-Key``.
-        ca_file: certificates in PEM of the authorities that https trusts, in the place of the public ones.
-        retries: how often at most a call is repeated that the server wants to have later.
+        api_key: key for nginx, sent as ``X-Api-Key``.
+        ca_file: PEM file of the certificate authorities to trust instead of the public ones.
+        retries: how often a call is repeated at most after a 429 or 503 with ``Retry-After``.
 
     Raises:
-        ServerError: ``url`` is no http or https address, or ``ca_file`` holds no certificate.
+        ServerError: ``url`` is not an http or https URL, or ``ca_file`` has no certificate.
         InputError: ``api_key`` cannot be a key.
     """
 
@@ -152,29 +152,29 @@ class Client(_BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the open connections."""
         self._http.close()
 
     def predict(self, image: bytes, model: str, **options: Unpack[Options]) -> dict[str, Any]:
         """The answer for one encoded image: label, confidence, agreement, flagged, unpurified, top_k, timing_ms.
 
         Raises:
-            ServerError: unreachable, or the request was refused (status 400 and up) with the server's reason.
+            ServerError: the server is unreachable, or refused the request (status 400 and up); with its reason.
         """
         return _read(self._send(self._prediction(image, model, options)), _answer)
 
     def predict_many(self, images: Sequence[bytes], model: str, **options: Unpack[Options]) -> list[dict[str, Any]]:
         """The answers for several encoded images in one request, in their order; see `predict`.
 
-        The entry of an image that was refused while others were answered holds ``error`` and ``status`` instead.
+        If only some images were refused, their entries have ``error`` and ``status`` instead.
 
         Raises:
-            ServerError: as for `predict`, and when no image at all could be answered.
+            ServerError: as for `predict`, or no image could be answered.
         """
-        return _read(self._send(self._prediction(_together(images), model, options)), _answers)
+        return _read(self._send(self._prediction(_combine(images), model, options)), _answers)
 
     def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
-        """The purified image as PNG, and the main figures of the answer.
+        """The purified image as PNG, and the main results.
 
         Raises:
             ServerError: as for `predict`.
@@ -199,7 +199,7 @@ class Client(_BaseClient):
         self._manage("PUT", f"/models/{quote(model, safe='')}?{number}")
 
     def key(self, kind: str) -> str:
-        """The key of ``kind`` "inference", "management" or "API" as the key file has it now.
+        """The current key of ``kind`` "inference", "management" or "API" in the key file.
 
         Raises:
             ServerError: there is no readable key file.
@@ -212,7 +212,7 @@ class Client(_BaseClient):
             raise ServerError(f"{self._key_file}: no {kind} key there ({error}): is the server running?") from None
 
     def renew_key(self, kind: str) -> None:
-        """Have the server write a fresh key of ``kind`` "inference" or "management"; the old one dies at once.
+        """Have the server write a new key of ``kind`` "inference" or "management", which invalidates the old one.
 
         Raises:
             ServerError: unreachable, or the API key is not accepted.
@@ -232,7 +232,7 @@ class Client(_BaseClient):
         return str(url).rstrip("/") + path
 
     def _send(self, request: httpx.Request, kind: str | None = "inference") -> httpx.Response:
-        """The answer, asked for with the key of ``kind`` where there is a key file."""
+        """Send a request, with the key of ``kind`` if there is a key file."""
         auth = _Bearer(self, kind) if kind and self._key_file else None
         attempt = 0
         try:
@@ -281,7 +281,7 @@ class AsyncClient(_BaseClient):
         self, images: Sequence[bytes], model: str, **options: Unpack[Options]
     ) -> list[dict[str, Any]]:
         """As `Client.predict_many`."""
-        return _read(await self._send(self._prediction(_together(images), model, options)), _answers)
+        return _read(await self._send(self._prediction(_combine(images), model, options)), _answers)
 
     async def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
         """As `Client.purify`."""
@@ -300,7 +300,7 @@ class AsyncClient(_BaseClient):
 
 
 class _Bearer(httpx.Auth):
-    """Sends TorchServe's key; where it is refused, once more with a newer one: what another renewed, or our own."""
+    """Sends TorchServe's key. If it is refused, renews it (unless another process has done so) and tries once more."""
 
     requires_response_body = True
 
@@ -338,7 +338,7 @@ def _is_loopback(host: str) -> bool:
 
 def _tls(url: httpx.URL, ca_file: str | Path | None) -> ssl.SSLContext | bool:
     if ca_file is None:
-        # Without https no certificate is looked at: loading those of all authorities would only take time.
+        # http needs no certificates, and to load those of all authorities takes time.
         return True if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         return ssl.create_default_context(cafile=str(ca_file))
@@ -355,7 +355,7 @@ def _header(name: str, value: str) -> str:
 
 
 def _retry_after(value: str) -> float | None:
-    """Seconds from now, of a header that has them or a date; None where it has neither."""
+    """Seconds from now until the time in a header (a number of seconds, or a date); None if it has neither."""
     if value.isascii() and value.isdigit() and len(value) < 10:
         return float(value)
     try:
@@ -365,7 +365,7 @@ def _retry_after(value: str) -> float | None:
 
 
 def refusal(status: int, body: bytes) -> ServerError:
-    """What the server says in the body of an answer with an error status."""
+    """The error in the body of a response with an error status."""
     try:
         content = json.loads(body)
         each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
@@ -376,7 +376,7 @@ def refusal(status: int, body: bytes) -> ServerError:
 
 
 def _check(response: httpx.Response) -> httpx.Response:
-    """The answer where it is a success."""
+    """``response`` itself if its status is a success."""
     if response.is_redirect:
         elsewhere = f"the server answered {response.status_code}: look at {response.headers.get('Location')}"
         raise ServerError(elsewhere, response.status_code)
@@ -392,7 +392,7 @@ def _read(response: httpx.Response, parse: Callable[[httpx.Response], T]) -> T:
         raise ServerError(f"{response.url}: an answer that is not of this server", response.status_code) from None
 
 
-def _together(images: Sequence[bytes]) -> bytes:
+def _combine(images: Sequence[bytes]) -> bytes:
     return json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
 
 

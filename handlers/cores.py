@@ -1,4 +1,4 @@
-"""How many cores this process may use: a container's share of them is not what the machine has."""
+"""The number of CPU cores that this process may use, with the limits of its container."""
 
 import os
 from pathlib import Path
@@ -7,24 +7,24 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable() -> int:
-    """Cores that this process is allowed on, or whose time its control groups grant it, whichever are fewer."""
+    """Cores by the CPU affinity of the process or by its control groups' limit, whichever is less."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, granted() or allowed)
 
 
 def granted() -> int | None:
-    """Whole cores of the time that control groups grant (``docker --cpus``, a limit of Kubernetes), 1 at least.
+    """The CPU limit of the control groups (``docker --cpus``, a limit of Kubernetes) in whole cores, at least 1.
 
-    None without a limit. A thread more than these would be stopped, with all the others waiting for it.
+    None without a limit. With more threads, some would be throttled, and the others would wait for them.
     """
     shares = [share for share in map(_share, groups("cpu")) if share is not None]
     return max(1, int(min(shares))) if shares else None
 
 
 def groups(resource: str) -> list[Path]:
-    """Folders of this process's control group for "cpu" or "memory", and of all groups around it.
+    """Folders of the process's control group for "cpu" or "memory", and of the groups that contain it.
 
-    In both layouts of Linux: version 2 has one tree for all resources.
+    For versions 1 and 2 of control groups; version 2 has one tree for all resources.
     """
     found = []
     try:
@@ -45,7 +45,7 @@ def groups(resource: str) -> list[Path]:
 
 
 def _share(folder: Path) -> float | None:
-    """Cores' worth of time that one control group has; version 2 has it in one file, version 1 in two."""
+    """The CPU limit of one control group, in cores; version 2 has it in one file, version 1 in two."""
     for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
         try:
             quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()

@@ -1,9 +1,9 @@
-"""What people and machines wrote in YAML or JSON, read into dataclasses: every field is checked, none is guessed.
+"""Read YAML and JSON into dataclasses. Every field is checked; errors name the field, its value and what is allowed.
 
 `read_strict(cls, content, where)` reads by the type hints of ``cls``: str, int, float, bool, Path, None, Any, Literal,
-unions, tuple, dict or Mapping, dataclasses, and Annotated with a `Range`, `Length` or `Pattern`. What has to hold
-between fields is checked in ``__post_init__``, by raising ValueError. Fields that have another name now stand in a
-ClassVar ``MOVED``: the old name, and what to write.
+unions, tuple, dict or Mapping, dataclasses, and Annotated with a `Range`, `Length` or `Pattern`. Conditions between
+fields are checked by ``__post_init__``, which raises ValueError. Renamed fields are listed in a ClassVar ``MOVED``: the
+old name, and what to write instead.
 
 >>> @dataclass(frozen=True)
 ... class Settings:
@@ -31,9 +31,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from handlers.errors import MlvgmError
 
 MAX_VALUES = 1_000_000
-"""In one file, aliases counted as often as they are used."""
+"""Largest number of values in a file; YAML aliases count as often as they are used."""
 MAX_PROBLEMS = 5
-"""Named in one message."""
+"""Largest number of wrong fields in one message."""
 
 T = TypeVar("T")
 _WORDS = {
@@ -48,12 +48,12 @@ _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 60, 60
 
 
 class FieldError(MlvgmError, ValueError):
-    """A file has a field that is unknown, missing, or holds what it must not; the message names every such field."""
+    """Fields of a file are unknown, missing, or have wrong values; the message names all of them."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Of a number: from ``low`` to ``high``, or above ``low`` where that is excluded."""
+    """Allowed range of a number: from ``low`` (or above ``low`` if that is excluded) to ``high``."""
 
     low: float
     high: float = math.inf
@@ -70,7 +70,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """Of a text, a tuple or a mapping: from ``low`` to ``high`` characters or entries."""
+    """Allowed length of a text, tuple or mapping: from ``low`` to ``high`` characters or entries."""
 
     low: int
     high: int = 1_000_000
@@ -84,7 +84,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of a text: what the whole of it matches, and that in words."""
+    """Regular expression that a whole text must match, and its description for messages."""
 
     regex: str
     words: str
@@ -97,10 +97,10 @@ class Pattern:
 
 
 def read_strict(cls: type[T], content: Any, where: str = "") -> T:
-    """``content``, as a YAML or JSON reader gives it, as an instance of the dataclass ``cls``.
+    """An instance of the dataclass ``cls`` from ``content``, which was read from YAML or JSON.
 
     Args:
-        where: a file or what else the content comes from, for the message.
+        where: the file, or another origin of the content, for messages.
 
     Raises:
         FieldError: naming each field that is wrong, what it holds, what is allowed, and the nearest known name.
@@ -115,13 +115,13 @@ def read_strict(cls: type[T], content: Any, where: str = "") -> T:
 
 
 def none_of(value: Any, known: Iterable[str]) -> str:
-    """What to say of a name that is none of the ``known``: they, and the nearest of them."""
+    """The message for a name that is not ``known``: the known ones, and the most similar."""
     names = sorted(known)
     return f"{show(value)}, must be {_any_of(names)}{_nearest(value, names)}"
 
 
 def show(value: Any) -> str:
-    """A value as the message has it: short, whatever it is."""
+    """A value as text for a message, shortened."""
     try:
         return _repr.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -129,7 +129,7 @@ def show(value: Any) -> str:
 
 
 class _Reader:
-    """Collects what is wrong; what `read` returns counts only where nothing is."""
+    """Collects all errors; the result of `read` is only valid if there are none."""
 
     def __init__(self, where: str, values: int = 0) -> None:
         self.where = where
@@ -250,7 +250,7 @@ class _Reader:
         return f"{at or 'the content'} is {held}, must be {_describe(hint)}{cure}"
 
     def _add(self, problem: Callable[[], str]) -> None:
-        """Only the first are put into words: there may be as many as values."""
+        """Only the first few errors get a message: there may be as many as values."""
         self.count += 1
         if self.count <= MAX_PROBLEMS:
             self.problems.append(problem())
@@ -269,7 +269,7 @@ def _split(hint: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def _describe(hint: Any, plural: bool = False) -> str:
-    """What may stand there: "a whole number from 1 to 9", "a list of 3 numbers above 0"."""
+    """A description of the allowed values: "a whole number from 1 to 9", "a list of 3 numbers above 0"."""
     kind, rules = _split(hint)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     limits = "".join(map(str, rules))
@@ -293,7 +293,7 @@ def _any_of(names: Sequence[str]) -> str:
 
 
 def _names(kind: Any) -> list[str]:
-    """The names that a Literal, alone or in a union, allows."""
+    """The texts that a Literal, alone or in a union, allows."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return [name for option in typing.get_args(kind) for name in _names(_split(option)[0])]
     return list(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal else []

@@ -1,7 +1,7 @@
-"""A multipart form (RFC 7578) as a proxy hands it over: the body as bytes, and its content type under `HEADER`.
+"""Multipart forms (RFC 7578), which nginx forwards as plain bytes with their content type in the header `HEADER`.
 
-TorchServe would read a form itself: it answers a malformed one with 500, keeps only the last of several fields of one
-name, and buffers without limit (CVE-2024-29025). deploy/nginx.conf therefore hides forms from it.
+TorchServe's own form reader answers a malformed form with 500, keeps only the last of several fields with one name, and
+buffers without limit (CVE-2024-29025). deploy/nginx.conf therefore hides forms from it.
 """
 
 from handlers.strict_json import RequestError
@@ -18,9 +18,9 @@ def read(body: bytes | bytearray, content_type: str) -> list[tuple[str, bytes]]:
         content_type: ``multipart/form-data; boundary=...``.
 
     Raises:
-        RequestError: no such form, or one of more than 32 fields.
+        RequestError: the form is malformed, or has more than 32 fields.
     """
-    # Here, because an archive on a stock TorchServe, without a proxy, does without the package.
+    # Imported here, because an archive on a stock TorchServe without nginx does not need the package.
     from multipart import MultipartError, PushMultipartParser, parse_options_header
 
     kind, parameters = parse_options_header(content_type)

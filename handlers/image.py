@@ -1,8 +1,8 @@
-"""Images as they come over the wire, to pixels and back. Whatever is sent, time and memory stay bounded.
+"""Decode and encode images of clients, with bounded time and memory whatever they send.
 
-JPEG, PNG, WebP and BMP are read. The EXIF orientation is applied and transparency is laid on white; CMYK, grayscale,
-palette and 16-bit images become 8-bit RGB without colour management. Animations are refused: which frame was meant is
-anyone's guess. So is, by its header, whatever would take many times the time or the memory of an ordinary image.
+JPEG, PNG, WebP and BMP are read. The EXIF orientation is applied and transparent pixels are blended with white; CMYK,
+grayscale, palette and 16-bit images become 8-bit RGB without colour management. Refused are animations, since it is
+unclear which frame is meant, and images whose header shows that they need far more time or memory than ordinary ones.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ __all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 20_000
 MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
-MAX_JPEG_PIXELS = 64_000_000  # in one scan, it can be decoded at a fraction of its size, so larger ones are affordable
+MAX_JPEG_PIXELS = 64_000_000  # in one scan; such a JPEG can be decoded at a reduced size
 MAX_JPEG_SCANS = 100  # cameras write about ten
-MAX_JPEG_SAMPLES = 300_000_000  # visited by all scans together: 16 million pixels without subsampling need 235 million
+MAX_JPEG_SAMPLES = 300_000_000  # in all scans together: 16 million pixels without subsampling need 235 million
 MAX_RLE_PIXELS = 262_144  # of a run-length encoded BMP, which Pillow decodes in Python
 _FULL_DECODE_PIXELS = 4_000_000
 _ORIENTATION = 0x0112
@@ -37,9 +37,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BAND = 256  # rows
-_ONE_LARGE = threading.Lock()  # decoders side by side hold one large image between them, not one each
+_ONE_LARGE = threading.Lock()  # parallel decoders hold only one large image at a time
 _JPEG_END = b"\xff\xd9"
-# Shows in the pixels where the data of a scan ought to go on, or after any restart marker.
+# A marker that the decoder sees where the data of a scan should continue, or after a restart marker.
 _NO_END = [b"".join(bits * 16 + bytes((0xFF, 0xD0 + i)) for i in range(8)) for bits in (b"\xfe\xaa", b"\x55\x33")]
 _SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -64,7 +64,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def format_of(data: bytes | bytearray) -> str | None:
-    """The name of the format that ``data`` begins like, of those that are read here and a few that are not."""
+    """The format of ``data`` by its first bytes: one of the four, or a few others."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[4:8] == b"ftyp":
@@ -74,16 +74,16 @@ def format_of(data: bytes | bytearray) -> str | None:
 
 
 def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int = 1) -> Pixels:
-    """An encoded image, or uint8 (H, W, 3) as it is, as uint8 (H, W, 3) with ``size`` = (H, W).
+    """Decode an encoded image, or take uint8 (H, W, 3) as it is, and resize it to ``size`` = (H, W): uint8 (H, W, 3).
 
-    An image of another size is resized, bilinear with antialiasing and without keeping its aspect ratio, as for the
-    training of the classifiers; one of that very size keeps its pixels untouched.
+    Resizing is bilinear with antialiasing and does not keep the aspect ratio, as in the training of the classifiers. An
+    image that has this size already is not changed.
 
     Args:
-        images_in_request: each may have its share of the pixels that one alone may have.
+        images_in_request: number of images that share the limit of pixels of a single image.
 
     Raises:
-        ImageError: not an image of the four formats, too large or too costly, animated, truncated or damaged.
+        ImageError: the image has another format, is too large or too costly, animated, truncated or damaged.
     """
     if isinstance(image, np.ndarray):
         return _fitted(Image.fromarray(image), size)
@@ -102,12 +102,12 @@ def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int 
     except (Image.DecompressionBombError, MemoryError):
         limit = MAX_PIXELS // images_in_request
         raise ImageError(f"the image is too large: at most {limit} pixels are accepted") from None
-    except Exception:  # decoders raise nearly anything on hostile bytes
+    except Exception:  # decoders raise almost anything for hostile bytes
         raise DamagedError from None
 
 
 def encode_png(image: npt.NDArray[np.float32]) -> bytes:
-    """A PNG of float (3, H, W), nominally in [0, 1]; what lies outside is clipped."""
+    """A PNG of float (3, H, W); values are clipped to [0, 1]."""
     pixels = np.rint(image.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG")
@@ -115,12 +115,12 @@ def encode_png(image: npt.NDArray[np.float32]) -> bytes:
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """The image with its header read and no pixel decoded."""
+    """The image with its header read, and no pixels decoded yet."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_request: int) -> None:
-    """Refuse by what the header says, before a single pixel is decoded."""
+    """Refuse an image by its header, before pixels are decoded."""
     width, height = image.size
     scans = stripped.scans
     is_rle = image.format == "BMP" and image.tile[0][0] == "bmp_rle"
@@ -144,11 +144,11 @@ def _is_large(image: Image.Image, stripped: Stripped) -> bool:
 
 def _pixels(image: Image.Image, stripped: Stripped, size: tuple[int, int]) -> Pixels:
     scans = stripped.scans
-    # Small cameras leave the end marker out. A decoder fills up what is missing before it without a word.
+    # Some cameras omit the end marker. A decoder silently fills in data missing before it.
     data = stripped.data.rstrip(b"\xff")
     images = [image] if stripped.ended else [_open(data + more + _JPEG_END) for more in _NO_END]
     if scans and not scans.lossless and image.width * image.height > _FULL_DECODE_PIXELS:
-        # Decode at 1/2, 1/4 or 1/8, but never below twice the wanted size, where antialiasing still decides.
+        # Decode at 1/2, 1/4 or 1/8, but not below twice the final size, so that antialiasing determines the result.
         for each in images:
             each.draft(each.mode, (2 * max(size),) * 2)
     if scans and not stripped.ended and not scans.complete(data):
@@ -171,7 +171,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:
 
 
 def _orientation(exif: bytes) -> int:
-    """1 to 8, as EXIF counts; 1, upright, when the block is damaged or does not say."""
+    """EXIF orientation, 1 to 8; 1 (upright) if it is missing or damaged."""
     block = exif.removeprefix(b"Exif\0\0")
     order = ">" if block.startswith(b"MM") else "<"
     try:
@@ -188,9 +188,9 @@ def _orientation(exif: bytes) -> int:
 
 
 def _rgb(image: Image.Image, stripped: Stripped) -> Image.Image:
-    """8-bit RGB on white, a band of rows at a time where there is something to compute: whole copies are megabytes."""
+    """8-bit RGB blended with white. Conversions work on bands of rows, since copies of whole images are megabytes."""
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
-        return image.convert("RGB")  # nobody filled the fourth byte
+        return image.convert("RGB")  # the fourth byte is unused
     colour = stripped.transparent
     if image.mode == "RGB" and not colour:
         return image
@@ -215,7 +215,7 @@ def _rgb(image: Image.Image, stripped: Stripped) -> Image.Image:
 
 
 def _clear_gray(band: Image.Image, value: int) -> Image.Image:
-    """``band`` in 8 bits of gray, white where it has the transparent ``value``."""
+    """``band`` as 8-bit gray, white where it has the transparent ``value``."""
     if not band.mode.startswith("I"):
         return band.convert("L").point([255 if gray == value else gray for gray in range(256)])
     pixels = np.array(_eight_bits(band))
@@ -235,7 +235,7 @@ def _eight_bits(band: Image.Image) -> Image.Image:
 
 
 def _lower_bytes(data: bytes) -> Image.Image:
-    """Of a PNG with 16 bits of RGB, the lower byte of every sample; Pillow gives the upper ones."""
+    """The lower byte of every sample of a 16-bit RGB PNG; Pillow returns only the upper bytes."""
     image = _open(data)
     image.tile = [(*image.tile[0][:3], "RGB;16L")]  # type: ignore[list-item]  # plain tuples in older versions
     return image

@@ -17,16 +17,16 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """What is to be purified. Row b * samples + k of any noise belongs to sample k of image b.
+    """Checked inputs of a pipeline. Row b * samples + k of any noise belongs to sample k of image b.
 
     Attributes:
         images: float32 (B, 3, H, W) in [0, 1].
-        seeds: one per image; they decide all noise that is not given.
-        samples: purified samples per image, K, or the most that an image may get.
-        rounds: how many samples an image has after each round; it gets no more once its vote is decided.
-        alphas: float32 (n,), the effective weights a_i.
-        noise: one float32 (B * K, *noise_shapes[i]) per latent, or None to draw it.
-        input_noise: float32 (B * K, 3, H, W), or None to draw it.
+        seeds: one per image, for all noise that is not given.
+        samples: purified samples per image, or their maximum with "auto".
+        rounds: number of samples of an image after each round; rounds end when its vote is decided.
+        alphas: float32 (n,), the effective alphas.
+        noise: one float32 (B * samples, *noise_shapes[i]) per latent, or None to draw it.
+        input_noise: float32 (B * samples, 3, H, W), or None to draw it.
     """
 
     images: FloatArray
@@ -51,7 +51,7 @@ class PipelineInputs:
         """Check the arguments of `handlers.pipeline.Pipeline.run` against the bundle.
 
         Raises:
-            InputError: naming the first argument that is wrong, and what it should be.
+            InputError: an argument is wrong; the message names the first such argument and what it should be.
         """
         batch = checked_images(manifest, images)
         count, rounds = _samples(manifest, manifest.samples.default if samples is None else samples)
@@ -69,14 +69,14 @@ class PipelineInputs:
         )
 
     def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
-        """The noise inputs among ``wanted`` for some rows: given ones are sliced, the others drawn."""
+        """The noise inputs named in ``wanted`` for some rows: sliced from given noise, or drawn."""
         seeds = [self.seeds[row // self.samples] for row in rows]
         samples = [int(row % self.samples) for row in rows]
 
         def latent(i: int) -> FloatArray:
             if self.noise is not None:
                 return self.noise[i][rows]
-            if self.alphas[i] == 0:  # multiplied by nothing: not worth drawing
+            if self.alphas[i] == 0:  # multiplied by 0: need not be drawn
                 return np.zeros((len(rows), *manifest.noise_shapes[i]), np.float32)
             return latent_noise(seeds, samples, i, manifest.noise_shapes[i])
 
@@ -113,7 +113,7 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
 
 
 def _samples(manifest: Manifest, samples: int | str) -> tuple[int, list[int]]:
-    """Samples per image at most, and those that it has after each round."""
+    """Maximum number of samples per image, and their number after each round."""
     if samples == AUTO:
         return manifest.samples.max, vote.rounds(manifest.samples.max)
     if not isinstance(samples, int | np.integer) or not 1 <= samples <= manifest.samples.max:

@@ -1,4 +1,4 @@
-"""A limit on memory while strangers' images are read: what wants more fails alone, instead of the whole worker."""
+"""A memory limit while images of clients are decoded: an image that exceeds it is refused, and the worker goes on."""
 
 import contextlib
 import functools
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def memory(more: int) -> Iterator[None]:
-    """Let this process allocate ``more`` bytes beyond what it has: allocations that want more raise MemoryError.
+    """Limit this process to its current memory and ``more`` bytes; further allocations raise MemoryError.
 
-    Linux alone counts so (RLIMIT_DATA: what is private and writable). Elsewhere nothing is limited.
+    Only on Linux (RLIMIT_DATA, which counts private writable memory). Elsewhere there is no limit.
     """
     try:
         import resource
@@ -30,5 +30,5 @@ def memory(more: int) -> Iterator[None]:
 
 @functools.cache
 def _statm(process: int) -> int:
-    """A file that stays open: to open one takes longer than all the rest."""
+    """The open file; to open it every time would take longer than reading it."""
     return os.open(f"/proc/{process}/statm", os.O_RDONLY | os.O_CLOEXEC)

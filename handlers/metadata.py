@@ -1,8 +1,8 @@
-"""An encoded image without what travels beside its pixels, and what decoding it will cost.
+"""Remove metadata from encoded images, and estimate the cost of decoding them.
 
-Profiles, texts, comments, thumbnails and second pictures are not used here, but for the EXIF block with its
-orientation, and decoders spend time and memory on them that have no bound: 5 MB of profiles in a PNG of 8 x 8 pixels
-took Pillow 11 seconds. The cost of a JPEG is not in its size either: each scan visits every block again.
+Profiles, texts, comments, thumbnails and second pictures are not used, only the EXIF block for its orientation.
+Decoders spend unbounded time and memory on them: 5 MB of profiles in a PNG of 8 x 8 pixels took Pillow 11 seconds. Nor
+does the size of a JPEG bound its cost: each scan visits every block again.
 """
 
 import re
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from handlers.errors import MlvgmError
 
 MAX_PARTS = 10_000
-"""Of one image; a PNG of 6 MB has about 800 chunks, a photograph with maps and profiles a few hundred segments."""
+"""Largest number of parts of an image; a PNG of 6 MB has about 800 chunks, a photograph a few hundred segments."""
 
 _TOO_MANY = f"the image has more than {MAX_PARTS} parts (chunks, segments): save it anew"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"IDAT", b"IEND")
 _GRAY, _RGB, _PALETTE = 0, 2, 3
 _JPEG_START = b"\xff\xd8\xff"
-# Found by search, as any number of fill bytes may stand before it; restart markers belong to the data of a scan.
+# Searched for, since any number of fill bytes may precede it; restart markers belong to the data of a scan.
 _JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN, _END, _TABLES = 0xDA, 0xD9, 0xDB
@@ -30,32 +30,32 @@ _MOST_TABLES = 2 + 4 * 129  # bytes: a decoder has room for four
 
 
 class ImageError(MlvgmError, ValueError):
-    """These bytes are not an image that can be answered; the message is ASCII and fit for the client."""
+    """An image is refused; the message is ASCII, and is sent to the client."""
 
 
 class DamagedError(ImageError):
-    """The parts of the image do not follow each other as its format wants it, or are too many."""
+    """The bytes of an image violate its format."""
 
     def __init__(self) -> None:
         super().__init__("the image is truncated or damaged")
 
 
 class JpegScans:
-    """The frame of a JPEG and what its scans do with it.
+    """The frame of a JPEG, and the cost of its scans.
 
     Attributes:
-        at_once: one scan has all there is, and a decoder keeps a few rows; else it keeps a number for every sample.
-        lossless: it cannot be decoded at a fraction of its size.
-        count: scans.
-        samples: that all scans together visit, those of each component counted.
+        at_once: there is one scan, so a decoder keeps only a few rows; otherwise it keeps a number for every sample.
+        lossless: the JPEG cannot be decoded at a reduced size.
+        count: number of scans.
+        samples: number of samples of all components in all scans together.
 
     Args:
         kind: marker of the start of frame.
-        content: what follows its length.
+        content: the bytes after its length.
 
     Raises:
-        ImageError: a kind that is not read here.
-        DamagedError: broken.
+        ImageError: this kind of JPEG is not read.
+        DamagedError: the frame is malformed.
     """
 
     def __init__(self, kind: int, content: bytes) -> None:
@@ -78,10 +78,10 @@ class JpegScans:
         self.at_once, self.count, self.samples = kind & 3 < 2, 0, 0
 
     def add(self, content: bytes, size: int) -> None:
-        """Read a start of scan: what follows its length, and the bytes of data behind it.
+        """Add a scan: the header of its start, after the length, and the number of bytes of its data.
 
         Raises:
-            DamagedError: broken, or of more blocks than its data can have.
+            DamagedError: the header is malformed, or the data is too short for its blocks.
         """
         if not content or len(content) != 4 + 2 * content[0]:
             raise DamagedError
@@ -91,7 +91,7 @@ class JpegScans:
             raise DamagedError
         blocks = sum(self._blocks[name] for name in names)
         if self._huffman and first == 0 and bits < 16 and blocks > 8 * size:
-            raise DamagedError  # the first scan has a code of a bit or more for every block
+            raise DamagedError  # the first scan needs at least one bit per block
         self.at_once &= len(names) == len(self._blocks)
         self.count += 1
         self.samples += 64 * blocks
@@ -99,18 +99,18 @@ class JpegScans:
             self._missing[name][first : last + 1] = [bits & 15] * (last + 1 - first)
 
     def complete(self, data: bytes) -> bool:
-        """Whether every coefficient came with all its bits, as far as the scans of ``data`` say what they hold."""
+        """Whether the scans of ``data`` have all bits of every coefficient, according to their headers."""
         unsure = self._progressive and _RESTART.search(data)
         return not unsure and not any(map(any, self._missing.values()))
 
 
 @dataclass(frozen=True)
 class Stripped:
-    """What decides the pixels of an image.
+    """An image without metadata.
 
     Attributes:
-        data: the image without the rest.
-        exif: its EXIF block, or nothing.
+        data: the encoded image.
+        exif: its EXIF block, or empty.
         transparent: the one transparent colour of a gray or RGB PNG, left out of ``data``: a gray value,
             three of RGB in 8 bits, or the upper bytes of three in 16 and then the lower ones.
         scans: of a JPEG.
@@ -125,10 +125,10 @@ class Stripped:
 
 
 def strip_metadata(data: bytes) -> Stripped:
-    """``data`` with only what decides its pixels, and its EXIF block; other formats than PNG and JPEG stay as they are.
+    """``data`` without metadata; formats other than PNG and JPEG are not changed.
 
     Raises:
-        ImageError: truncated, damaged, in more than `MAX_PARTS` parts, or a kind of JPEG that is not read.
+        ImageError: it is truncated, damaged, has more than `MAX_PARTS` parts, or is a kind of JPEG that is not read.
     """
     if data.startswith(_PNG_START):
         return _png(data)
@@ -158,10 +158,10 @@ def _png(data: bytes) -> Stripped:
 
 
 def _transparent_colour(content: bytes, depth: int, colour: int) -> tuple[int, ...]:
-    """What a tRNS chunk says, in the values that a decoder gives."""
+    """The colour in a tRNS chunk, in the values that the decoder returns."""
     if not content or colour not in (_GRAY, _RGB):
         return ()
-    # Of the two bytes of each sample only as many bits count as the image has.
+    # Each sample takes two bytes, of which only as many bits count as the image has.
     values = [value % 2**depth for value in struct.unpack_from(">H" if colour == _GRAY else ">HHH", content)]
     if depth < 8:  # gray, spread over 0 to 255
         return (values[0] * 255 // (2**depth - 1),)

@@ -1,6 +1,6 @@
-"""What is measured while serving, whatever server collects it. docs/metrics.md says what each is good for.
+"""Metrics of a server, independent of the kind of server; docs/metrics.md describes them.
 
-No value comes from a client: names, labels and their number are bounded by the bundle and this file.
+Names and labels do not depend on requests, so the number of time series is bounded.
 """
 
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """One series of figures: a "counter" that only grows, or a "histogram" of single values.
+    """A metric: a "counter", which only grows, or a "histogram" of values.
 
     Attributes:
-        label: name of the one label that tells its parts from each other; "" for none.
+        label: name of its label; "" for none.
     """
 
     name: str
@@ -37,12 +37,12 @@ SUSPICIOUS = Measure("mlvgm_suspicious", "counter", "count")
 MEASURES = (STAGE, REQUEST, QUEUE, BATCH, ANSWERS, REJECTED, FLAGGED, DISAGREED, FALLBACKS, SAMPLES, SCORE, SUSPICIOUS)
 
 REASONS = ("request", "image", "late", "overflow", "internal", "suspicious")
-"""Why something is not answered with 200: the request or an image of it cannot be read, it has waited for too long, a
-stage overflows in fp32 too, something broke here, or it looks attacked and the operator has such images refused."""
+"""Why a request or image is not answered with 200: it cannot be read, was queued for too long, overflows in fp32 too,
+hit an internal error, or looks attacked and the operator refuses such images."""
 
 Sink = Callable[[Measure, float, str], None]
-"""Takes one value: what a counter grows by, or one value of a histogram, and the label's value or ""."""
+"""Takes a metric, a value (an increment of a counter, or a value of a histogram) and the label's value or ""."""
 
 
 def nowhere(_measure: Measure, _value: float, _label: str) -> None:
-    """The sink of those who do not measure."""
+    """A sink that drops all values."""

@@ -1,7 +1,7 @@
-"""Counter-based noise: the draw for (seed, sample, latent) is always the same, whatever else is in the batch.
+"""Counter-based noise: the noise for (seed, sample, latent) is always the same, whatever else is in the batch.
 
 Philox is a keyed counter: the seed is the key; the latent, the sample and the stream number are words of the counter.
-Any draw can thus be made on its own, in any order, on any machine.
+So any part of the noise can be drawn separately, in any order, on any machine.
 """
 
 import secrets
@@ -40,7 +40,7 @@ def _normal(seeds: Sequence[int], samples: Sequence[int], latent: int, stream: i
     out = np.empty((len(seeds), *shape), np.float32)
     bits = np.random.Philox(0)
     generator = np.random.Generator(bits)
-    state = bits.state  # setting it anew is several times cheaper than one generator per row
+    state = bits.state  # setting its state is several times cheaper than one generator per row
     for row, seed, sample in zip(out, seeds, samples, strict=True):
         state["state"] = {
             "counter": np.array([0, latent, sample, stream], np.uint64),

@@ -20,16 +20,16 @@ from handlers.manifest import AUTO, Manifest
 from handlers.strict_json import RequestError, base64_bytes, given, quoted
 
 JSON_LENGTH_HEADER = "inference-header-content-length"
-"""How many bytes of the body are JSON; tensors follow."""
+"""Header with the number of bytes of the body that are JSON; tensors follow."""
 
 _ENTRIES = ("id", "inputs", "outputs", "parameters", "model_name", "model_version")
-"""The model is the one that the path names, whatever SDKs repeat beside it."""
+"""Entries that SDKs repeat in the body, and that are ignored: the path names the model."""
 _HINTS = ("binary_data_output", "content_type", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end")
-"""Parameters that SDKs add; nothing here depends on them. Answers are JSON whatever is asked for: tensors as small as
-these gain nothing from another form."""
+"""Parameters that SDKs add, and that are ignored. Answers are always JSON: tensors as small as these gain nothing from
+another form."""
 _MAX_SIDE, _MAX_DIMENSIONS = 20_000, 8
 _PIXELS: dict[str, tuple[np.dtype[Any], int]] = {"UINT8": (np.dtype("u1"), 255), "FP32": (np.dtype("<f4"), 1)}
-"""Type as it is sent, and the value of white."""
+"""Type of the tensor, and the value of white."""
 
 _PLAIN: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "label": ("BYTES", lambda answer: answer["label"]),
@@ -49,7 +49,7 @@ OUTPUTS = (*_PLAIN, *(f"top_{name}" for name in _RANKED))
 
 @dataclass(frozen=True)
 class Envelope:
-    """What of a request its answer needs: its own id, and the names of the outputs it wants."""
+    """The parts of a request that its answer needs: the id, and the names of the requested outputs."""
 
     id: str | None
     outputs: tuple[str, ...]
@@ -65,10 +65,10 @@ def read(
 
     Args:
         entries: its JSON.
-        binary: what followed the JSON.
+        binary: the bytes after the JSON.
 
     Raises:
-        RequestError: what does not fit the protocol or our one input, and what would.
+        RequestError: the request violates the protocol, or has other inputs; the message says what is allowed.
     """
     if unknown := [name for name in entries if name not in _ENTRIES]:
         raise RequestError(f"unknown entry {quoted(unknown[0])}: there are {', '.join(_ENTRIES)}")
@@ -81,7 +81,7 @@ def read(
 
 
 def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The answers about all images of a request, in their order, as tensors."""
+    """The answers for all images of a request, in order, as tensors."""
     outputs = []
     for name in envelope.outputs:
         if name in _PLAIN:
@@ -104,7 +104,7 @@ def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str
 
 
 def metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """How the protocol describes a model; -1 stands for any number.
+    """The protocol's metadata of a model; -1 is a dynamic size.
 
     Args:
         manifest: the content of a bundle's pipeline.json.
@@ -162,7 +162,7 @@ def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
 
 
 def _data(tensor: Mapping[str, Any], binary: bytes) -> Any:
-    """The tensor's data: bytes where they follow the JSON, else a list."""
+    """The tensor's data: bytes if it follows the JSON, otherwise a list."""
     parameters = _parameters(tensor)
     if any(name != "binary_data_size" for name in parameters):
         raise RequestError("inputs: of a tensor's parameters only binary_data_size is known; options go outside of it")
@@ -191,7 +191,7 @@ def _texts(data: Any, max_images: int) -> list[Any]:
 
 
 def _split(binary: bytes) -> Iterator[bytes]:
-    """Elements of a BYTES tensor in binary: each behind its length, 4 bytes, little-endian."""
+    """Elements of a binary BYTES tensor: each is preceded by its length, 4 bytes, little-endian."""
     place = 0
     while place < len(binary):
         if place + 4 > len(binary):
@@ -204,7 +204,7 @@ def _split(binary: bytes) -> Iterator[bytes]:
 
 
 def _pixels(data: Any, datatype: str, count: int) -> npt.NDArray[np.uint8]:
-    """(count,) in 8 bits."""
+    """Pixels as uint8, (count,)."""
     dtype, white = _PIXELS[datatype]
     refusal = RequestError(f"inputs: {datatype} must hold as many numbers as its shape says, each from 0 to {white}")
     if isinstance(data, bytes):
@@ -226,7 +226,7 @@ def _pixels(data: Any, datatype: str, count: int) -> npt.NDArray[np.uint8]:
 
 
 def _flat(data: list[Any]) -> list[Any]:
-    """Row by row, if it is nested."""
+    """The values of a nested list, row by row."""
     while data and all(isinstance(row, list) for row in data):
         data = list(chain.from_iterable(data))
     return data

@@ -1,7 +1,7 @@
-"""The pipeline: runs a bundle's stages on a batch of images. Every server, bulk job and benchmark stands on it.
+"""The pipeline: runs a bundle's stages on a batch of images. Servers, bulk commands and benchmarks use it.
 
-Nothing here knows a model family. The manifest declares which tensors each stage takes and gives; a stage that depends
-on noise, directly or through another stage, runs once per sample, any other once per image.
+It is independent of model families: the manifest declares the inputs and outputs of each stage. A stage that depends on
+noise, directly or through another stage, runs once per sample, any other once per image.
 """
 
 import logging
@@ -25,14 +25,14 @@ from handlers.runtimes import Array, Engine, EngineError, Options
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-PROGRESS = "getting ready:"  # `mlvgm serve` shows the lines of a worker's log that have this
-_OF_GRAPHS = (*runtimes.ON_CPU, "onnxruntime-cuda")  # runtimes that take a bundle's graphs as they are
+PROGRESS = "getting ready:"  # `mlvgm serve` shows lines of a worker's log that contain this
+_OF_GRAPHS = (*runtimes.ON_CPU, "onnxruntime-cuda")  # runtimes that load the graphs themselves, not engines
 
 logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(EngineError):
-    """A stage gave NaN or infinity for some images; ``items`` are their places in the batch."""
+    """A stage returned NaN or infinity for some images; ``items`` are their indices in the batch."""
 
     def __init__(self, stage: str, items: Sequence[int]) -> None:
         self.stage, self.items = stage, list(items)
@@ -62,7 +62,7 @@ class Pipeline:
         on_cpu = runtime in runtimes.ON_CPU
         self._buckets = buckets(manifest.batch, on_cpu)
         self._group = self._buckets[0]
-        # An image and its samples are classified together: the one is not worth a call of its own.
+        # An image is classified together with its samples, to save an engine call.
         self._classify_buckets = buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
         self._per_image, self._per_sample = _split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_sample)
@@ -79,7 +79,7 @@ class Pipeline:
             device: number of the GPU, for the runtimes that use one.
 
         Raises:
-            BundleError: the bundle is missing, damaged or inconsistent; no engine has been touched then.
+            BundleError: the bundle is missing, damaged or inconsistent. No engine is loaded then.
             RuntimeMissing: the runtime is unknown or not installed.
             EngineError: the runtime refuses an engine.
         """
@@ -90,19 +90,19 @@ class Pipeline:
         engines = _engines(name, files, Options(threads, device, manifest.precision))
 
         def fallback() -> Pipeline:
-            # Engines that were built beforehand were built of half precision: the graphs themselves run on the CPU.
+            # Engines are only built in half precision, so the fp32 graphs run on the CPU.
             graphs = name if name in _OF_GRAPHS else runtimes.choose("auto")
             files = {stage.name: folder / (stage.fallback or stage.file) for stage in manifest.stages}
             return cls(manifest, _engines(graphs, files, Options(threads, device, "fp32")), graphs)
 
-        in_half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
-        return cls(manifest, engines, name, fallback if in_half else None)
+        half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
+        return cls(manifest, engines, name, fallback if half else None)
 
     @property
     def fallback(self) -> "Pipeline | None":
-        """This pipeline in fp32, for images on which half precision overflows; loaded when it is first asked for.
+        """This pipeline in fp32, for images on which half precision overflows; loaded at its first use.
 
-        None where it computes in fp32 already, where the bundle has no graphs in fp32, and where they cannot be loaded.
+        None if this pipeline computes in fp32, or the bundle's fp32 graphs are missing or cannot be loaded.
         """
         if self._load_fallback is not None:
             load, self._load_fallback = self._load_fallback, None
@@ -125,17 +125,17 @@ class Pipeline:
 
         Args:
             images: uint8 (B, H, W, 3), or float (B, 3, H, W) in [0, 1].
-            samples: per image, K, from 1 to the bundle's maximum; "auto" stops at each image when its vote is decided
-                (`handlers.vote`), and K is the maximum then; None for the bundle's default.
-            seeds: one whole number from 0 to 2^63 - 1 per image; None takes fresh ones from the operating system.
+            samples: purified samples per image, 1 to the bundle's maximum K; "auto" draws up to K, until the image's
+                vote is decided (`handlers.vote`); None for the bundle's default.
+            seeds: one integer from 0 to 2^63 - 1 per image; None for fresh ones from the operating system.
             noise: replaces the drawn noise: per latent, coarse to fine, standard-normal (B * K, *noise_shapes[i]),
                 where row b * K + k belongs to sample k of image b.
             input_noise: replaces the drawn input noise: standard-normal (B * K, 3, H, W).
-            alphas: a schedule of the bundle by name, or the n effective weights in [0, 1]; None for the default one.
+            alphas: name of a schedule of the bundle, or n effective alphas in [0, 1]; None for the default schedule.
 
         Raises:
             InputError: an argument has the wrong shape, type or range.
-            NonFiniteError: a stage gave NaN or infinity, with the images concerned.
+            NonFiniteError: a stage returned NaN or infinity.
             EngineError: a stage cannot be run.
         """
         return self._run(PipelineInputs.of(self.manifest, images, samples, seeds, noise, input_noise, alphas))
@@ -157,12 +157,12 @@ class Pipeline:
         alpha: float = 0.001,
         alphas: str | Sequence[float] | None = None,
     ) -> Certified:
-        """Answers that no change of an image within a radius can change: see `handlers.certify`.
+        """Certified labels, which no change of an image within a radius can change; see `handlers.certify`.
 
         Args:
             images: as for `run`.
             sigma: standard deviation of the noise, per pixel of images in [0, 1].
-            draws: noisy images that are purified and classified for each image, beside the few that choose its class.
+            draws: counted noisy images per image, in addition to the few that choose its class.
             alpha: accepted probability, for each image, that its radius is too large.
             alphas: as for `run`.
 
@@ -173,7 +173,7 @@ class Pipeline:
         return certify(lambda noisy: self._labels(noisy, alphas), checked, classes, sigma, draws, alpha, self._group)
 
     def warm_up(self) -> None:
-        """Run every stage once at each size it will ever be run at, so that no request pays for a first time.
+        """Run every stage once at each batch size that requests can cause: first runs are slow.
 
         Raises:
             EngineError: a stage cannot be run at one of the sizes.
@@ -215,13 +215,13 @@ class Pipeline:
         return labels
 
     def _run(self, inputs: PipelineInputs, compare: bool = True) -> Result:
-        """As `run`; the images as they came are classified only to ``compare``."""
+        """As `run`; the unpurified images are classified only with ``compare``."""
         count, most, timing = len(inputs.images), inputs.samples, _Timing()
         sample_logits = np.full((count, most, len(self.manifest.classes)), np.nan, np.float32)
         unpurified_logits = np.full_like(sample_logits[:, 0], np.nan)
-        made: list[tuple[IntArray, Array]] = []  # rows, and the purified images in them
+        made: list[tuple[IntArray, Array]] = []  # rows, and their purified images
 
-        # A group of images after the other, so that few encoded ones need be kept.
+        # In groups, so that few encoded images need to be kept.
         for items in np.split(np.arange(count), range(self._group, count, self._group)):
             encoded = self._encode(inputs, items, timing)
             undecided, drawn = items, 0
@@ -234,7 +234,7 @@ class Pipeline:
                 purified = list(self._purify(inputs, encoded, rows, items[0], timing))
                 made += purified
                 batches = [(some // most, images) for some, images in purified]
-                if compare and drawn == 0:  # the images as they came are classified with their first samples
+                if compare and drawn == 0:  # unpurified images are classified together with their first samples
                     batches.insert(0, (items, inputs.images[items]))
                 logits = self._classify(batches, timing)
                 sample_logits[rows // most, rows % most] = logits[-len(rows) :]
@@ -252,7 +252,7 @@ class Pipeline:
         return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(timing.milliseconds))
 
     def _encode(self, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
-        """What the stages that run once per sample take from those that run once per image, for these images."""
+        """The outputs of the per-image stages that per-sample stages need, for these images."""
         parts = []
         for chunk in chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
             tensors: dict[str, Array] = {"images": inputs.images[chunk], "alphas": inputs.alphas}
@@ -264,7 +264,7 @@ class Pipeline:
     def _purify(
         self, inputs: PipelineInputs, encoded: Mapping[str, Array], rows: IntArray, first: int, timing: "_Timing"
     ) -> Iterator[tuple[IntArray, Array]]:
-        """Some of ``rows`` after the other with their purified images; ``encoded`` begins with image ``first``."""
+        """Chunks of ``rows`` with their purified images; the first row of ``encoded`` is that of image ``first``."""
         for chunk in chunks(0, len(rows), self._buckets):
             owners = rows[chunk] // inputs.samples
             tensors = {name: array[owners - first] for name, array in encoded.items()} | {"alphas": inputs.alphas}
@@ -277,9 +277,9 @@ class Pipeline:
             yield rows[chunk], tensors["images"]
 
     def _classify(self, batches: list[tuple[IntArray, Array]], timing: "_Timing") -> FloatArray:
-        """The logits of all images of ``batches``, each with the numbers of the images that its rows come from."""
+        """The logits of all ``batches``, each given as (index of the image that each row belongs to, rows)."""
         stage, parts = self.manifest.stages[-1], []
-        if all(isinstance(images, np.ndarray) for _, images in batches):  # what is kept on a device stays apart
+        if all(isinstance(images, np.ndarray) for _, images in batches):  # arrays on a device are not joined
             batches = [(np.concatenate([owners for owners, _ in batches]), _joined([images for _, images in batches]))]
         for owners, images in batches:
             for rows in chunks(0, len(images), self._classify_buckets):
@@ -290,7 +290,7 @@ class Pipeline:
     def _run_stage(
         self, stage: StageSpec, tensors: Mapping[str, Array], owners: IntArray, timing: "_Timing"
     ) -> dict[str, Array]:
-        """One engine call for the rows whose images are ``owners``, with everything that comes out of it checked."""
+        """One engine call, whose outputs are checked; row i belongs to image ``owners[i]``."""
         count = len(owners)
         padding = max(0, self.manifest.batch.min - count)
         feeds = {t.name: tensors[t.name] for t in stage.inputs}
@@ -303,19 +303,20 @@ class Pipeline:
             outputs = {name: array[np.arange(count)] for name, array in outputs.items()}
         for declared in stage.outputs:
             if declared.name not in outputs:
-                raise EngineError(f"stage {stage.name}: its file does not give {declared.name!r}, as declared")
+                raise EngineError(f"stage {stage.name}: its file has no output {declared.name!r}, which is declared")
             array = outputs[declared.name]
             expected = tuple(count if size == "B" else size for size in declared.shape)
             if tuple(array.shape) != expected:
                 raise EngineError(f"stage {stage.name}: {declared.name} has shape {tuple(array.shape)}, not {expected}")
-            # Arrays on a device are not fetched just for this: what is wrong there shows in the images and logits.
+            # Arrays on a device are not copied for this: NaN and infinity reach the images and logits, which are
+            # checked.
             if isinstance(array, np.ndarray):
                 _check_finite(stage.name, array, owners)
         return outputs
 
 
 def _engines(runtime: str, files: Mapping[str, Path], options: Options) -> dict[str, Engine]:
-    """The loaded files by stage; all or none."""
+    """The engines of all files, by stage; if one fails, the others are closed."""
     engines: dict[str, Engine] = {}
     try:
         for stage, file in files.items():
@@ -334,7 +335,7 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
-    """``array``, which ``stage`` gave, on the host. One that was there all the time has been checked already."""
+    """``array``, an output of ``stage``, on the host; checked now if it was on a device."""
     fetched: FloatArray = np.asarray(array)
     if fetched is not array:
         _check_finite(stage, fetched, owners)
@@ -342,7 +343,7 @@ def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
 
 
 def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
-    """Host arrays are looked through here; a device tells of its own, so that they stay there."""
+    """Raise NonFiniteError for NaN or infinity. Arrays on a device are checked by the device."""
     if not isinstance(array, np.ndarray):
         finite = array.finite()
     elif np.isfinite(array).all():
@@ -368,7 +369,7 @@ def _split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec
 
 
 def _inputs_from_outside(stages: Sequence[StageSpec]) -> set[str]:
-    """What ``stages``, run in order, take that none of them has made before."""
+    """The inputs of ``stages`` that are not outputs of an earlier one of them."""
     outside: set[str] = set()
     made: set[str] = set()
     for stage in stages:

@@ -1,4 +1,4 @@
-"""One prediction request, whichever way it came: raw bytes, a multipart form, JSON, or the Open Inference Protocol.
+"""Parse a prediction request: raw bytes, a multipart form, JSON, or the Open Inference Protocol.
 
 Options are ``samples``, ``top_k``, ``return`` ("json" or "purified"), ``alphas``, ``seed`` and ``certify``. A form has
 them as fields, JSON as entries beside "image" (base64), and any request as headers: X-Mlvgm-Samples and so on.
@@ -22,13 +22,13 @@ __all__ = ["MAX_BODY", "MOST_IMAGES", "OPTIONS", "Request", "RequestError", "par
 
 OPTIONS = ("samples", "top_k", "return", "alphas", "seed", "certify")
 MOST_IMAGES = 16
-"""In one request. Their samples together may be four times what one image may have; "auto" is not counted so."""
+"""Largest number of images in a request. All of them may have four times the maximum of samples of one image."""
 MAX_BODY = 6_553_500
-"""Bytes of a body, as deploy/config.properties and deploy/nginx.conf have it, and of what a body in gzip holds."""
+"""Largest body in bytes, compressed or not; the same as in deploy/config.properties and deploy/nginx.conf."""
 
 Layout = Literal["one", "list"] | Envelope
 _Content = tuple[tuple[Image, ...], dict[str, Any], Layout]
-"""What a body says: images, options, and what the answers go back as."""
+"""Content of a body: images, options, and layout of the answers."""
 
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
@@ -36,22 +36,22 @@ _MARK = b"\xef\xbb\xbf"  # of UTF-8
 _JSON_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
 _NEVER = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
 _DEFAULT_TOP_K = 5
-_MOST_TOP_K = 1000  # an answer larger than max_response_size would cost the worker its life
+_MOST_TOP_K = 1000  # a response larger than TorchServe's max_response_size kills the worker
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request with every option settled.
+    """A request with all options.
 
     Attributes:
         images: encoded, or uint8 (H, W, 3).
         samples: purified samples to draw, or "auto" for as many as the vote needs.
-        top_k: classes to name in the answer.
+        top_k: number of classes in the answer.
         wants_image: answer with the purified image instead of JSON.
         alphas: name of a schedule of the bundle.
-        seed: decides the noise, of the first image, and each further image has the next one; None takes fresh ones.
-        certify: noisy images of each image that count for a certificate; 0 for none.
-        layout: what the answers go back as: one, a list, or tensors in the envelope of the Open Inference Protocol.
+        seed: seed of the first image, which is incremented for each further image; None for fresh seeds.
+        certify: counted noisy images per image, for a certificate; 0 for none.
+        layout: of the answers: "one", a "list", or tensors in the `Envelope` of the Open Inference Protocol.
     """
 
     images: tuple[Image, ...]
@@ -74,13 +74,13 @@ def parse(
     """Read one request.
 
     Args:
-        fields: the form's fields by name, or the whole body as "body" or "data": bytes, or parsed JSON.
+        fields: fields of a form by name, or the whole body as "body" or "data": bytes, or parsed JSON.
         headers: HTTP headers, in any case.
         allow_seed: whether clients may choose the seed.
-        most_draws: what clients may have certified: the draws for all images together.
+        most_draws: largest number of draws for certificates of all images together.
 
     Raises:
-        RequestError: naming the option that is unknown or out of range, and the range; or saying that no image came.
+        RequestError: there is no image, or an option is unknown or out of range; the message names the range.
     """
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     fields = _unpacked(fields, headers)
@@ -115,7 +115,7 @@ def parse(
 
 
 def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Content:
-    """What a form says: one image, as TorchServe's own reader would have it, or several of one name."""
+    """Content of a form: one image, with the layout of a request that TorchServe has parsed, or several."""
     by_name = dict(fields)
     if len(by_name) == len(fields):
         return _content(by_name, headers)
@@ -129,10 +129,10 @@ def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Conte
 
 
 def _content(fields: Mapping[str, Any], headers: Mapping[str, str]) -> _Content:
-    """What the body says: images, and options beside them."""
+    """Content of a body that is not a form."""
     content_type = headers.get("content-type", "").lower()
     named = [name for name in _IMAGE_FIELDS if name in fields]
-    if not named and "urlencoded" in content_type:  # what curl claims of any body
+    if not named and "urlencoded" in content_type:  # which curl sends with any body
         raise RequestError("the content type is that of a web form: send one like image/png, or use curl -T FILE")
     if len(named) != 1:
         raise RequestError("send one image: as the body, as the form field 'image', or as 'image' in JSON")
@@ -181,7 +181,7 @@ def _behind_json(body: bytes, headers: Mapping[str, str], options: dict[str, Any
 
 
 def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[str, Any]:
-    """``fields`` with a body in gzip as it was before, and no larger than a body may be."""
+    """``fields`` with a gzip-compressed body decompressed, up to `MAX_BODY`."""
     coding, body = headers.get("content-encoding", "identity").strip().lower(), fields.get("body")
     if coding in ("", "identity") or not isinstance(body, bytes | bytearray):
         return fields
@@ -200,7 +200,7 @@ def _unpacked(fields: Mapping[str, Any], headers: Mapping[str, str]) -> Mapping[
 
 
 def _from_base64(body: bytes | bytearray) -> bytes | None:
-    """The image that stands in base64 or as a data URL in the place of one, in quotes or not; None for all else."""
+    """The image in a body that is base64 or a data URL, with or without quotes; None for any other body."""
     start = b"".join(body[:64].removeprefix(_MARK).split()).removeprefix(b'"')[:24].decode("latin-1")
     try:
         is_base64 = start.lower().startswith("data:") or format_of(base64_bytes(start))
@@ -219,7 +219,7 @@ def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _accepted(headers: Mapping[str, str]) -> str:
-    """A client that takes PNG and no JSON wants the image; browsers take everything."""
+    """Clients that accept PNG but not JSON get the image; browsers accept everything."""
     ranges = [part.partition(";") for part in headers.get("accept", "").lower().split(",")]
     taken = {kind.strip() for kind, _, quality in ranges if not _NEVER.fullmatch(quality)}
     takes_json = taken & {"application/json", "application/*", "*/*"}

@@ -1,4 +1,4 @@
-"""What a purified batch says: votes, mean logits, how far they agree, and how suspicious the images are."""
+"""The result of a pipeline run: votes, mean logits, agreement of the samples, and attack scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _TINY = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True)
 class Result:
-    """The answer for B images of up to K purified samples each and C classes.
+    """The result for B images with up to K purified samples each, and C classes.
 
     Attributes:
         sample_logits: (B, K, C), the logits of every sample; NaN from ``samples[b]`` on.
-        images: the purified images, or what fetches them from where they are; read them as ``purified``.
-        unpurified_logits: (B, C), the logits of the images as they came.
-        timing_ms: milliseconds spent in each stage, for the whole batch; "noise" is the drawing of it.
+        images: the purified images, or a function that copies them from their device; use ``purified``.
+        unpurified_logits: (B, C), the logits of the unpurified images.
+        timing_ms: milliseconds spent in each stage for the whole batch; "noise" is the time to draw it.
     """
 
     sample_logits: FloatArray
@@ -31,12 +31,12 @@ class Result:
 
     @cached_property
     def purified(self) -> FloatArray:
-        """(B, K, 3, H, W): nominally in [0, 1]; a generator may overshoot a little. NaN from ``samples[b]`` on."""
+        """(B, K, 3, H, W), about in [0, 1]: generators may overshoot a little. NaN from ``samples[b]`` on."""
         return self.images() if callable(self.images) else self.images
 
     @cached_property
     def samples(self) -> IntArray:
-        """(B,): samples drawn of each image: K, or as many as its vote needed."""
+        """(B,): number of samples of each image: K, or with "auto" as many as its vote needed."""
         return self._is_drawn.sum(axis=1)
 
     @cached_property
@@ -46,20 +46,20 @@ class Result:
 
     @cached_property
     def sample_labels(self) -> IntArray:
-        """(B, K): the class each sample votes for; -1 from ``samples[b]`` on."""
+        """(B, K): the class that each sample votes for; -1 from ``samples[b]`` on."""
         labels: IntArray = self.sample_logits.argmax(axis=2)
         return labels if self._all_are_drawn else np.where(self._is_drawn, labels, -1)
 
     @cached_property
     def votes(self) -> IntArray:
-        """(B, C): samples that vote for each class; row b sums to ``samples[b]``."""
+        """(B, C): number of votes for each class; row b sums to ``samples[b]``."""
         classes = np.arange(self.sample_logits.shape[2])
         counts: IntArray = (self.sample_labels[:, :, None] == classes).sum(axis=1)
         return counts
 
     @cached_property
     def ranking(self) -> IntArray:
-        """(B, C): classes from best to worst, by votes; equal votes are ordered by the mean logits."""
+        """(B, C): classes by number of votes, the best first; ties are broken by the mean logits."""
         return np.lexsort((-self.logits, -self.votes), axis=1)
 
     @cached_property
@@ -69,13 +69,13 @@ class Result:
 
     @cached_property
     def unpurified_labels(self) -> IntArray:
-        """(B,): the class of the images as they came."""
+        """(B,): the class of the unpurified image."""
         labels: IntArray = self.unpurified_logits.argmax(axis=1)
         return labels
 
     @cached_property
     def agreement(self) -> FloatArray:
-        """(B,): share of the samples that vote for the label, above 0 and up to 1."""
+        """(B,): share of the samples that vote for the label, in (0, 1]."""
         won: IntArray = self.votes.max(axis=1)
         share: FloatArray = (won / self.samples).astype(np.float32)
         return share
@@ -88,10 +88,10 @@ class Result:
 
     @cached_property
     def scores(self) -> FloatArray:
-        """(B,): how suspicious an image is, 0 or more.
+        """(B,): attack score, 0 or more.
 
-        The Kullback-Leibler divergence, in nats, of the unpurified softmax from the mean softmax of the samples: an
-        attack that purification removes has moved the prediction far.
+        The Kullback-Leibler divergence, in nats, of the unpurified softmax from the mean softmax of the samples. It is
+        large if purification removes an attack, since that changes the prediction much.
         """
         before, after = self.unpurified_confidences, self._mean(softmax(self.sample_logits))
         ratio = np.maximum(before, _TINY) / np.maximum(after, _TINY)

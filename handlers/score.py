@@ -1,4 +1,4 @@
-"""From which attack score on an image is suspicious: a threshold with a known rate of false alarms."""
+"""The threshold of the attack score above which an image is suspicious, with a known rate of false alarms."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from handlers.binomial import lower_bound
 from handlers.errors import InputError
 
 _ROUNDING = 1e-12
-"""Of a product, relatively: 0.01 times 100 is one."""
+"""Relative rounding error of a product: 0.01 times 100 counts as 1."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ScoreThreshold:
     Attributes:
         threshold: in nats, 0 or more.
         false_alarms: the share of clean images that may be suspicious on average, from 0 to 1.
-        low, high: the share of clean images that are suspicious lies between these, at a confidence of 95 %.
+        low, high: 95 % confidence interval of the share of clean images that are suspicious.
     """
 
     threshold: float
@@ -36,7 +36,7 @@ class ScoreThreshold:
 
     @classmethod
     def of(cls, scores: npt.ArrayLike, false_alarms: float) -> "ScoreThreshold":
-        """The least threshold that clean images exceed at this rate at most, on average.
+        """The smallest threshold that clean images exceed at no more than this rate, on average.
 
         The k-th least of n scores, k = n + 1 - floor((n + 1) rate), as in split conformal prediction (Vovk, Gammerman
         and Shafer, "Algorithmic Learning in a Random World", 2005): a further clean image exceeds it with probability
@@ -44,7 +44,7 @@ class ScoreThreshold:
         distribution of the scores.
 
         Args:
-            scores: (n,), of clean images that are like those to come and have not been used to choose anything.
+            scores: (n,), of clean images that are like those to be served, and were not used for training or tuning.
 
         Raises:
             InputError: the rate is out of range, or there are too few scores for it.

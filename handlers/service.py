@@ -1,4 +1,4 @@
-"""Requests in, responses out: what every server has in common. An image that fails takes no neighbour with it."""
+"""Answer batches of requests; common to all servers. An image that fails does not affect the others of its batch."""
 
 import functools
 import logging
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An image on its way to the pipeline.
+    """A decoded image.
 
     Attributes:
-        place: among all images of the batch.
+        place: its index among all images of the batch.
         pixels: uint8 (H, W, 3).
     """
 
@@ -53,13 +53,13 @@ class Service:
     Args:
         allow_seed: let clients choose the noise.
         max_wait_s: requests queued for longer are refused; needs `X-Request-Start` from the proxy.
-        sink: takes what is measured.
-        suspicious: what becomes of an image whose attack score is above the bundle's threshold: "pass" only says so,
-            "review" marks the answer, "refuse" answers 422.
-        certificates: what clients may have certified.
+        sink: takes the metrics.
+        suspicious: what to do with an image whose attack score is above the bundle's threshold: "pass" only reports it,
+            "review" marks the answer for review, "refuse" answers 422.
+        certificates: limits of certificates.
 
     Raises:
-        InputError: images shall be reviewed or refused, and the bundle has no threshold.
+        InputError: suspicious images are to be reviewed or refused, but the bundle has no threshold.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Service:
                 sink(measure, 0, label)
 
     def answer(self, requests: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Response]:
-        """One response for each (fields, headers), as `handlers.request.parse` takes them, in the same order.
+        """One response for each (fields, headers), the arguments of `handlers.request.parse`, in the same order.
 
-        Never raises: what is wrong with a request becomes its 400 response, and what goes wrong here a 500.
+        Never raises: a wrong request gets a 400, and an internal error becomes a 500.
         """
         start = time.perf_counter()
         parsed = [self._parse(fields, headers) for fields, headers in requests]
@@ -107,7 +107,7 @@ class Service:
         return responses
 
     def purify(self, requests: Sequence[Request]) -> list[list[Outcome]]:
-        """What becomes of the images of each request, in order; never raises, as `answer`."""
+        """The outcomes for the images of each request, in order. Never raises."""
         outcomes: dict[int, Outcome] = {}
         groups: defaultdict[tuple[int | str, str], list[_Decoded]] = defaultdict(list)
         with limits.memory(_READING_BYTES):
@@ -123,7 +123,7 @@ class Service:
         return [[next(in_order) for _ in request.images] for request in requests]
 
     def self_test(self) -> None:
-        """Warm every batch size up, then answer one request.
+        """Warm up every batch size, then answer one request.
 
         Raises:
             RuntimeError: the pipeline cannot be run or its answer is not 200.
@@ -151,7 +151,7 @@ class Service:
     def _decode_all(self, requests: Sequence[Request]) -> Iterator[_Decoded | Outcome]:
         owners = [(request, i) for request in requests for i in range(len(request.images))]
         size = sum(len(request.images[i]) for request, i in owners)
-        # Decoders let go of the interpreter, but handing them small images costs more than it saves.
+        # Decoders release the GIL, but for small images threads cost more than they save.
         each = self._readers.map if size >= _WORTH_THREADS and len(owners) > 1 else map
         return iter(each(self._decode, range(len(owners)), *zip(*owners, strict=True))) if owners else iter(())
 
@@ -168,7 +168,7 @@ class Service:
         return _Decoded(place, request, pixels, seed, (time.perf_counter() - start) * 1000)
 
     def _run(self, images: list[_Decoded], samples: int | str, alphas: str, pipeline: Pipeline) -> dict[int, Outcome]:
-        """Outcomes by place. Images do not depend on each other, so those without a fault can simply be run again."""
+        """Outcomes by index. Images do not depend on each other, so if some overflow, the others are run again."""
         outcomes: dict[int, Outcome] = {}
         while images:
             try:

@@ -1,4 +1,4 @@
-"""What an archive says about how its bundle is served."""
+"""Settings of an archive for serving its bundle."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -9,19 +9,19 @@ from handlers.fields import Range, none_of
 
 @dataclass(frozen=True)
 class HandlerSettings:
-    """The ``handler:`` section of the model's yaml file.
+    """The section ``handler:`` of the model's YAML file.
 
     Attributes:
         runtime: one of `handlers.runtimes.NAMES`.
         threads: CPU threads of each worker; 0 for every core.
-        allow_seed: let clients choose the noise. Whoever can do that can search for noise that suits an attack.
-        max_wait_s: a request that has waited for longer is answered 503 instead of costing a worker's time; this needs
-            a proxy that says when it came (`handlers.arrival`).
-        suspicious: what becomes of an image whose attack score is above the bundle's threshold: "pass" only says so,
-            "review" marks the answer, "refuse" answers 422.
-        certify_draws: noisy images that count for the certificates of a request, at most; 0 refuses certificates. They
-            cost what as many samples do, and everybody waits for them.
-        certify_sigma, certify_alpha: standard deviation of their noise, and the risk that a radius is too large.
+        allow_seed: let clients choose the seed. An attacker could then search for noise that helps an attack.
+        max_wait_s: requests queued for longer are answered with 503; needs `X-Request-Start` from the proxy
+            (`handlers.arrival`).
+        suspicious: what to do with an image whose attack score is above the bundle's threshold: "pass" only reports it,
+            "review" marks the answer for review, "refuse" answers 422.
+        certify_draws: largest number of counted noisy images for the certificates of a request; 0 for no certificates.
+            They take as long as that many samples, and all requests of the batch wait for them.
+        certify_sigma, certify_alpha: standard deviation of the noise, and the probability that a radius is too large.
     """
 
     runtime: str = "auto"

@@ -1,4 +1,4 @@
-"""What clients wrote, read strictly: JSON and base64."""
+"""Strict readers of clients' JSON and base64."""
 
 import base64
 import binascii
@@ -10,21 +10,21 @@ from typing import Any
 from handlers.errors import MlvgmError
 
 MAX_JSON_PARTS = 250_000
-"""Objects, lists and texts in one body. Each costs memory many times the two bytes it takes to write one."""
+"""Largest number of objects, lists and texts in a body. Each takes far more memory than the two bytes of its text."""
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 
 
 class RequestError(MlvgmError, ValueError):
-    """A request that cannot be answered as it stands; the message is ASCII and fit for the client."""
+    """A request is malformed, or has a wrong option; the message is ASCII, and is sent to the client."""
 
 
 def json_object(body: Any) -> dict[str, Any]:
-    """A body that must be a JSON object, without entries that are null; the server may have parsed it already.
+    """The JSON object in a body, which the server may have parsed already, without entries that are null.
 
     Raises:
-        RequestError: it is none, says a name twice, holds NaN or Infinity, or has more than `MAX_JSON_PARTS` parts.
+        RequestError: it is not an object, has a name twice, NaN or Infinity, or more than `MAX_JSON_PARTS` parts.
     """
     entries = body
     if isinstance(body, str | bytes | bytearray):
@@ -43,15 +43,15 @@ def json_object(body: Any) -> dict[str, Any]:
 
 
 def given(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """``entries`` without those that are null: clients with typed models write null for what they leave out."""
+    """``entries`` without those that are null, which typed clients write for missing entries."""
     return {name: value for name, value in entries.items() if value is not None}
 
 
 def base64_bytes(text: Any) -> bytes:
-    """The bytes of an image in base64: wrapped or not, padded or not, of either alphabet, alone or in a data URL.
+    """The bytes of an image in base64: of either alphabet, with or without line breaks and padding, or in a data URL.
 
     Raises:
-        RequestError: not a text, or not base64.
+        RequestError: it is not a text, or not base64.
     """
     if not isinstance(text, str):
         raise RequestError(f"an image in JSON must be a text in base64 under 'image', not {quoted(text)}")
@@ -68,7 +68,7 @@ def base64_bytes(text: Any) -> bytes:
 
 
 def quoted(text: Any) -> str:
-    """A client's own word, fit for an answer: short and ASCII."""
+    """A client's text for an error message, shortened and in ASCII."""
     if not isinstance(text, str):
         return f"a {type(text).__name__}"
     return ascii(text[: 40 if text.isascii() else 10])

@@ -1,6 +1,6 @@
-"""TorchServe's entry point: settings in, a `Service` behind it, answers out.
+"""TorchServe's handler, which answers batches with a `Service`.
 
-TorchServe takes the one class that this file defines, and refuses a file with two.
+TorchServe uses the class that this file defines, and refuses a file with two classes.
 """
 
 import gc
@@ -24,19 +24,19 @@ BUNDLE = "bundle"
 FAILED = "mlvgm cannot serve this bundle"  # `mlvgm serve` looks for this line in the log
 THREADS_VARIABLE = "MLVGM_THREADS"
 PROBE_HEADER = "X-Readiness-Probe"
-"""Marks a request that is no traffic: it is answered, and not measured."""
+"""Header of a readiness probe: it is answered, but not counted in the metrics."""
 
 logger = logging.getLogger(__name__)
 
 
 class PurifierHandler:
-    """Loads the bundle that travels in the archive, and answers batches."""
+    """Loads the bundle in the archive, and answers batches."""
 
     def initialize(self, context: Any) -> None:
         """Load, warm up and self-test; called once per worker.
 
         Raises:
-            Exception: whatever keeps the bundle from being served; the worker then dies and is tried again later.
+            Exception: the bundle cannot be served. The worker ends, and TorchServe restarts it later.
         """
         try:
             given = context.model_yaml_config.get("handler") or {}
@@ -58,14 +58,14 @@ class PurifierHandler:
             self._service.self_test()
             self._unmeasured = Service(pipeline)
             self._write_metrics()
-            gc.freeze()  # what is loaded stays: passes of the garbage collector need not visit it
+            gc.freeze()  # loaded objects stay, so the garbage collector need not visit them
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)
         except Exception as error:
             logger.error("%s: %s", FAILED, str(error).replace("\n", " "))
             raise
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """One body per request, in order; status, content type and headers are set on ``context``."""
+        """One body per request, in order. Sets status, content type and headers on ``context``."""
         requests = [(fields, context.get_all_request_header(i)) for i, fields in enumerate(data)]
         answers: dict[int, Response] = {}
         for service, marked in ((self._service, False), (self._unmeasured, True)):
@@ -75,7 +75,7 @@ class PurifierHandler:
         for i, answer in answers.items():
             if not requests[i][1]:  # only gRPC has no headers; its streaming call waits for a last part
                 context.set_response_header(i, "ts_stream_next", "false")
-            # The phrase must be ASCII: anything else breaks the frame of the whole batch.
+            # The reason phrase must be ASCII: otherwise the answers of the whole batch are lost.
             context.set_response_status(answer.status, HTTPStatus(answer.status).phrase, i)
             context.set_response_content_type(i, answer.content_type)
             for name, value in answer.headers.items():
@@ -89,10 +89,10 @@ class PurifierHandler:
 
 
 def sink(context: Any, lines: list[str]) -> metrics.Sink:
-    """Adds what is measured to ``lines`` for TorchServe, as far as its metrics configuration declares it.
+    """A sink that adds metrics to ``lines`` for TorchServe, if its metrics configuration declares them.
 
-    TorchServe reads metrics from the lines of this worker's output (deploy/metrics.yaml). Its own function logs each
-    value by itself, which takes 20 microseconds, and a request has a dozen.
+    TorchServe reads metrics from lines of the worker's output (deploy/metrics.yaml). Its own function logs each value
+    separately, which takes 20 microseconds, and a request has a dozen.
     """
     declared = {name: metric for group in context.metrics.cache.values() for name, metric in group.items()}
     host = socket.gethostname()

@@ -1,4 +1,4 @@
-"""Reading checkpoint files: no pickled code is ever run, and every fault is one sentence that names file and key."""
+"""Read checkpoint files without running pickled code; every error is one sentence that names the file and the key."""
 
 import json
 import re
@@ -29,11 +29,11 @@ _KINDS: tuple[tuple[str, str], ...] = (  # how a file begins, and what it is the
 
 
 class CheckpointError(MlvgmError, ValueError):
-    """A checkpoint cannot be used: not a checkpoint, unsafe, of another family, or with wrong tensors."""
+    """A checkpoint cannot be used: it is not a checkpoint, unsafe, of another family, or has wrong tensors."""
 
 
 def kind_of(path: Path) -> str:
-    """What the first bytes of a file say that it is, as the end of "This file is ..."; "" where they say nothing.
+    """The kind of file by its first bytes, as the end of "This file is ..."; "" if unknown.
 
     Raises:
         OSError: it cannot be read.
@@ -46,11 +46,10 @@ def kind_of(path: Path) -> str:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that ``torch.save`` wrote to ``path``, on the CPU, read with ``weights_only=True``.
 
-    A safetensors file gives the same layout: its tensors under ``state_dict``, its metadata beside them, parsed where
-    it is JSON.
+    For a safetensors file: its tensors under ``state_dict``, and the entries of its metadata, parsed if they are JSON.
 
     Raises:
-        CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors and plain values.
+        CheckpointError: the file is missing, truncated, not a checkpoint, or has anything but tensors and plain values.
     """
     path = Path(path)
     try:
@@ -77,7 +76,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def entry(checkpoint: Mapping[str, Any], key: str, path: str | Path) -> Any:
-    """``checkpoint[key]``, or a clear error that lists what the file holds instead."""
+    """``checkpoint[key]``, or an error that lists the entries of the file."""
     if key not in checkpoint:
         raise CheckpointError(f"{path}: has no entry {key!r} ({_held(checkpoint)}): is it of another family?")
     return checkpoint[key]
@@ -92,7 +91,7 @@ def read_mapping(checkpoint: Mapping[str, Any], key: str, path: str | Path) -> M
 
 
 def read_option(opts: Mapping[str, Any], key: str, kind: type, path: str | Path, default: Any = None) -> Any:
-    """A training option of a given type; without a ``default`` it has to be there."""
+    """A training option of a given type; required if there is no ``default``."""
     value = opts.get(key, default)
     if type(value) is not kind:
         raise CheckpointError(f"{path}: option {key!r} should be a {kind.__name__}, not {value!r:.80}")
@@ -102,11 +101,12 @@ def read_option(opts: Mapping[str, Any], key: str, kind: type, path: str | Path,
 def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path, key: str = "state_dict") -> Tensors:
     """The weights of a model that has a tensor named ``known``, under the model's own names.
 
-    They stand under ``key``, under any other one, or are the whole file; their names may have what wrappers put there:
-    ``module.`` (data parallel), ``model.`` (Lightning), ``_orig_mod.`` (torch.compile), or any other common prefix.
+    They are the value of ``key`` or of another key, or the whole file. Prefixes of wrappers are removed from their
+    names: ``module.`` (data parallel), ``model.`` (Lightning), ``_orig_mod.`` (torch.compile), or any other common
+    prefix.
 
     Raises:
-        CheckpointError: there are none, or several that fit.
+        CheckpointError: there are no such weights, or several.
     """
     entries = {k: v for k, v in {**checkpoint, "the file itself": checkpoint}.items() if isinstance(v, Mapping)}
     found = {k: own for k, v in entries.items() if (own := unwrapped(v, known)) is not None}
@@ -134,7 +134,7 @@ def bare_weights(path: str | Path, known: str) -> Tensors:
 
 
 def unwrapped(tensors: Tensors, known: str) -> Tensors | None:
-    """``tensors`` without what wrappers put into their names, so that one is ``known``; None if none can be."""
+    """``tensors`` without prefixes of wrappers, so that one is named ``known``; None if that is impossible."""
     for wrapper in (None, "_orig_mod", "module"):
         named = {_without(name, wrapper): value for name, value in tensors.items()}
         if len(named) < len(tensors):
@@ -149,9 +149,9 @@ def unwrapped(tensors: Tensors, known: str) -> Tensors | None:
 
 
 def width(tensors: Tensors, key: str, axis: int, published: int, path: str | Path) -> int:
-    """Size of one axis of a tensor, if it is a narrower version of the ``published`` one; else the published size.
+    """Size of an axis of a tensor if it is smaller than the ``published`` one, which is returned otherwise.
 
-    Wrong tensors thus meet the published shape, and the loader's comparison names them.
+    So a wrong tensor does not fit the model, and `load_tensors` names it.
 
     Raises:
         CheckpointError: there is no such tensor.
@@ -165,7 +165,7 @@ def width(tensors: Tensors, key: str, axis: int, published: int, path: str | Pat
 
 
 def load_tensors(module: nn.Module, tensors: Tensors, path: str | Path) -> None:
-    """Fill every parameter and buffer of ``module`` from ``tensors``: none missing, none left over.
+    """Set every parameter and buffer of ``module`` from ``tensors``, of which none may be missing or left over.
 
     Raises:
         CheckpointError: naming the file and the first missing, unexpected, misshapen or non-finite key.
@@ -188,7 +188,7 @@ def load_tensors(module: nn.Module, tensors: Tensors, path: str | Path) -> None:
     for key in tensors:
         if key not in own:
             raise CheckpointError(f"{path}: unexpected tensor {key!r}")
-    # Copied: the tensors may be a memory map of a file that somebody overwrites later.
+    # Copied: the tensors may be a memory map of a file that is overwritten later.
     cast = {key: _cast(tensors[key], key, value.dtype, path) for key, value in own.items()}
     module.load_state_dict(cast, strict=True, assign=True)
 
@@ -204,7 +204,7 @@ def _cast(tensor: Tensor, key: str, dtype: torch.dtype, path: str | Path) -> Ten
 
 
 def _without(name: Any, component: str | None) -> Any:
-    """A tensor's name without the parts that are ``component``."""
+    """A tensor's name without its parts equal to ``component``."""
     if component is None or not isinstance(name, str):
         return name
     return ".".join(part for part in name.split(".") if part != component)
@@ -227,7 +227,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What JSON there is in ``text``, or the text itself."""
+    """``text`` parsed as JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -235,7 +235,7 @@ def _parsed(text: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Why PyTorch does not load a file; its own words are a page of advice that nobody should follow."""
+    """Why PyTorch cannot load a file. PyTorch's own message recommends to load it without ``weights_only``."""
     text = str(error)
     if names := re.findall(r"GLOBAL (\S+)", text):
         cure = "save the weights alone: torch.save(model.state_dict(), FILE)"

@@ -1,4 +1,4 @@
-"""Image files as they lie in folders: found, read within bounds, and named on one line."""
+"""Find image files in folders, and read them with a size limit."""
 
 import errno
 import os
@@ -8,18 +8,18 @@ from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_BYTES = 256 * 2**20
-"""Of an image file. The largest image that is decoded, 16 million pixels of four 16-bit channels, has 128 MiB."""
+"""Largest image file. The largest image that is decoded, 16 million pixels of four 16-bit channels, has 128 MiB."""
 
 Complain = Callable[[Path, str], None]
-"""Takes a file or folder, and what is wrong with it."""
+"""Called with a file or folder, and its error."""
 
 
 def image_files(folder: Path, apart_from: Path | None = None, complain: Complain | None = None) -> Iterator[Path]:
-    """What is called like an image file below ``folder``, by name. Links to folders are not followed.
+    """Files below ``folder`` with the name of an image file, sorted. Links to folders are not followed.
 
     Args:
-        apart_from: a folder below ``folder`` that is left out.
-        complain: is told about each folder that cannot be read; without it, that is an OSError.
+        apart_from: a folder below ``folder`` to leave out.
+        complain: called for each folder that cannot be read; without it, an OSError is raised.
     """
 
     def fail(error: OSError) -> None:
@@ -52,7 +52,7 @@ def read_file(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 
     Raises:
-        OSError: with the reason as its ``strerror``; what is no regular file is not opened, for that may wait for ever.
+        OSError: with the reason as its ``strerror``. Only regular files are opened: others could block.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -65,5 +65,5 @@ def read_file(path: Path) -> bytes:
 
 
 def shown(path: Path | str) -> str:
-    """``path`` on one line of a terminal: what cannot be printed is escaped."""
+    """``path`` for a terminal: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))

@@ -1,4 +1,4 @@
-"""Loading models by name: purifiers, classifiers, and the default model that is shipped."""
+"""Load models by name: purifiers, classifiers, and the default model, whose weights are included."""
 
 import importlib
 import inspect
@@ -31,12 +31,12 @@ CLASSIFIERS: dict[str, Callable[[str | Path, int], nn.Module]] = {
 
 
 class ModelError(MlvgmError, ValueError):
-    """There is no model of this name, or a callable gives none."""
+    """There is no model of this name, or a callable returns none."""
 
 
 @dataclass(frozen=True)
 class Default:
-    """A shipped model as references in eager PyTorch, with the weights a_i that it is served with, and its recipe."""
+    """A model with included weights: its references in eager PyTorch, the alphas it is served with, its recipe."""
 
     purifier: Purifier
     classifier: nn.Module
@@ -56,15 +56,15 @@ def load_purifier(
     """The purifier of a published checkpoint, ready for inference on the CPU.
 
     Args:
-        family: "e4e", "style_transformer" or "nvae"; "avae" or "ndvae" for those that the paper compares with.
+        family: "e4e", "style_transformer" or "nvae"; "avae" or "ndvae" for the baselines of the paper.
         path: the checkpoint as it was published.
-        temperature: of the NVAE prior; the other families have none.
-        image_size: of A-VAE alone: side of its images in pixels.
-        h: of ND-VAE alone, whose files lack it: the constant (1, C, h, w) that its decoder starts from.
+        temperature: of the NVAE prior; for NVAE only.
+        image_size: side of the images in pixels; for A-VAE only.
+        h: the constant (1, C, h, w) from which the decoder starts; for ND-VAE only, whose files lack it.
 
     Raises:
         CheckpointError: the file cannot be used; the message names the file and the first offending key.
-        ModelError: unknown family, or one that needs an argument more.
+        ModelError: the family is unknown, or an argument that it needs is missing.
     """
     if family == "nvae":
         return read_nvae(path, temperature)
@@ -84,7 +84,7 @@ def load_purifier(
 
 
 def load_classifier(architecture: str, path: str | Path, n_classes: int) -> nn.Module:
-    """The classifier of a published checkpoint; it normalises images in [0, 1] by itself.
+    """The classifier of a published checkpoint, for images in [0, 1]: it includes the normalisation.
 
     Args:
         architecture: "resnet50", "resnext50" or "vgg11".
@@ -103,10 +103,10 @@ def load_classifier(architecture: str, path: str | Path, n_classes: int) -> nn.M
 def load_callable(reference: str) -> nn.Module:
     """The module that the Python callable ``package.module:function`` returns, in eval mode.
 
-    It is looked for on the Python path and in the current folder.
+    It is imported from the Python path or the current folder.
 
     Raises:
-        ModelError: there is no such callable, it raises, wants arguments, or returns something else.
+        ModelError: there is no such callable, it raises, needs arguments, or does not return a module.
     """
     where, colon, name = reference.partition(":")
     if not colon:
@@ -126,7 +126,7 @@ def load_callable(reference: str) -> nn.Module:
         raise ModelError(f"classifier {reference!r}: there is no module {missing!r}: {cure}") from None
     except AttributeError as error:
         raise ModelError(f"classifier {reference!r}: {_one_line(error)}") from None
-    except TypeError as error:  # of `signature` and `bind`: no callable, or one that wants an argument
+    except TypeError as error:  # by `signature` or `bind`: it is not callable, or needs an argument
         raise ModelError(f"classifier {reference!r} must be a function without arguments: {_one_line(error)}") from None
     except (Exception, SystemExit) as error:
         raise ModelError(f"classifier {reference!r}: importing it raised {_one_line(error)}") from None
@@ -152,7 +152,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def load_default(name: str = "road-signs") -> Default:
-    """A model that is shipped with its weights.
+    """A model whose weights are included.
 
     Raises:
         RecipeError: there is no such recipe.
@@ -166,7 +166,7 @@ def load_default(name: str = "road-signs") -> Default:
 
 
 def load_shipped_classifier(name: str) -> nn.Module:
-    """The classifier alone of a model that is shipped with its weights.
+    """The classifier of a model whose weights are included.
 
     Raises:
         RecipeError: there is no such recipe.

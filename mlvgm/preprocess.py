@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def blur_kernel_size(image_size: int) -> int:
-    """Taps of the blur for a square image, as the published code computes them: 3, 15, 31, 255 for 32, 64, 128, 256.
+    """Taps of the blur for a square image, as in the published code: 3, 15, 31, 255 for 32, 64, 128, 256 pixels.
 
-    The published formula takes a square root where a logarithm was meant; with sigma 1 the extra taps weigh nothing.
+    The published formula has a square root where a logarithm was meant; with sigma 1 the additional taps are about 0.
     """
     return 2 ** int(math.sqrt(image_size) // 2) - 1
 

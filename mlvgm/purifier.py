@@ -1,4 +1,4 @@
-"""What every purifier family shares: the interface, the result, and the preprocessing in front of it."""
+"""The interface of all purifier families, their result, and the preprocessing of their inputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from mlvgm.preprocess import add_noise, blur_images
 
 @dataclass(frozen=True)
 class Purified:
-    """A purified batch. ``codes`` and ``mixed`` hold one tensor per latent, coarse to fine.
+    """A purified batch. ``codes`` and ``mixed`` have one tensor per latent, coarse to fine.
 
     Attributes:
-        images: (B, 3, H, W), nominally in [0, 1]; the StyleGAN2 families do not clamp.
-        codes: what the encoder says, (B, 512) or (B, z, h, w) each.
-        mixed: the codes after interpolation with the resampled ones, same shapes.
+        images: (B, 3, H, W), about in [0, 1]; the StyleGAN2 families do not clamp.
+        codes: the encoder's latents, (B, 512) or (B, z, h, w) each.
+        mixed: the latents after interpolation with resampled ones, same shapes.
     """
 
     images: Tensor
@@ -31,7 +31,7 @@ class Purifier(nn.Module, ABC):
 
     Attributes:
         image_size: side of the square images, in pixels.
-        noise_shapes: shape of one item's noise for each latent, coarse to fine: (512,) or (z, h, w).
+        noise_shapes: shape of one sample's noise for each latent, coarse to fine: (512,) or (z, h, w).
     """
 
     image_size: int
@@ -39,11 +39,11 @@ class Purifier(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Everything the generator needs to know of ``images`` (B, 3, H, W) in [0, 1]."""
+        """The encoder's outputs for ``images`` (B, 3, H, W) in [0, 1], as `generate` takes them."""
 
     @abstractmethod
     def generate(self, encoded: tuple[Tensor, ...], noise: Sequence[Tensor], alphas: Tensor) -> Purified:
-        """Resample from ``noise``, interpolate with weights ``alphas`` (n,) and decode."""
+        """Resample latents from ``noise``, interpolate by ``alphas`` (n,), and decode."""
 
     @property
     def n_latents(self) -> int:
@@ -63,7 +63,7 @@ class Purifier(nn.Module, ABC):
         Args:
             images: float32 (B, 3, H, W) in [0, 1].
             noise: one standard-normal tensor per latent, coarse to fine, (B, *noise_shapes[i]).
-            alphas: the n effective weights (attenuation included): 0 keeps a latent, 1 replaces it.
+            alphas: the n effective alphas (attenuation included): 0 keeps a latent, 1 replaces it.
             blur: blur the input first, as the paper's blur variant does.
             input_noise: standard-normal (B, 3, H, W), scaled per image to the L2 norm ``input_noise_l2`` and added.
             input_noise_l2: norm of the added noise, in units of the [0, 1] image.
@@ -89,11 +89,11 @@ class Purifier(nn.Module, ABC):
 
 
 class Autoencoder(nn.Module, ABC):
-    """A purifier that encodes, samples and decodes, without the mixing: what the paper compares with (section 4).
+    """A purifier that encodes, samples and decodes, without interpolation: a baseline of the paper (section 4).
 
     Attributes:
         image_size: side of the square images, in pixels.
-        noise_shapes: shape of one item's noise for each draw, in the order they are used.
+        noise_shapes: shape of one image's noise for each draw, in the order of their use.
     """
 
     image_size: int
@@ -111,7 +111,7 @@ class Autoencoder(nn.Module, ABC):
             noise: standard-normal tensors, (B, *noise_shapes[i]).
 
         Returns:
-            As other purifiers; ``codes`` are the posterior means, ``mixed`` what was drawn around them.
+            As of other purifiers; ``codes`` are the posterior means, ``mixed`` the samples drawn around them.
 
         Raises:
             InputError: an argument has the wrong shape or count.

@@ -1,4 +1,4 @@
-"""A recipe: everything about a pipeline that is not in its weights."""
+"""Recipes: all settings of a pipeline except its weights."""
 
 import dataclasses
 import math
@@ -30,13 +30,13 @@ class RecipeError(MlvgmError, ValueError):
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """The classifier that the purified images go to.
+    """The classifier of the purified images.
 
     Attributes:
         architecture: a published one (resnet50, resnext50, vgg11), "onnx", or a callable ``package.module:function``
             that returns a `torch.nn.Module`.
-        file: its weights; None where the user names them at export. In the YAML file, relative to it.
-        mean, std: of each channel, for normalisation in front of an ONNX classifier; the published ones normalise by
+        file: its weights; None if they are given at export. In a YAML file, the path is relative to that file.
+        mean, std: of each channel, for the normalisation of an ONNX classifier's inputs; other classifiers normalise by
             themselves.
     """
 
@@ -62,17 +62,17 @@ _BATCH, _SAMPLES = Batch(1, 8, 32), Samples(8, 32)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One pipeline.
+    """The settings of a pipeline.
 
     Attributes:
-        family: of the purifier.
+        family: family of the purifier.
         image_size: side of the square images, in pixels.
-        classes: names in the order of the logits; in the file, a number stands for that many neutral names.
-        schedule: the one of ``alphas`` that is served by default.
-        purifier: its weights; None where the user names them at export. In the YAML file, relative to it.
-        alphas: named schedules, n weights each, before ``attenuation``; "linear" and "cosine" are there by themselves.
+        classes: names in the order of the logits; a YAML file may have their number instead.
+        schedule: name of the default schedule among ``alphas``.
+        purifier: its weights; None if they are given at export. In a YAML file, the path is relative to that file.
+        alphas: named schedules of n alphas each, before ``attenuation``; "linear" and "cosine" are predefined.
         temperature: of the NVAE prior.
-        input_noise_l2: norm of the noise added to the input, 0 for none.
+        input_noise_l2: L2 norm of the noise added to each input image, 0 for none.
         precision: "fp32", "fp16" (graphs in half precision) or "bf16" (fp32 graphs that OpenVINO computes in bf16).
     """
 
@@ -115,18 +115,18 @@ class Recipe:
             raise ValueError(f"classes has {twice!r} twice")
 
     def effective_alphas(self, schedule: str | None = None) -> list[float]:
-        """The n effective weights a_i = attenuation * alpha_i of a schedule (the default one)."""
+        """The n effective alphas, attenuation * alpha_i, of a schedule (by default the default one)."""
         return [self.attenuation * alpha for alpha in self.alphas[schedule or self.schedule]]
 
     @classmethod
     def read(cls, name_or_path: str | Path, **changes: Any) -> "Recipe":
-        """A recipe by the name of a built-in one, or by the path of a YAML file.
+        """Read a recipe, given by the name of a built-in one or the path of a YAML file.
 
         Args:
-            changes: fields that replace the file's.
+            changes: fields that replace those of the file.
 
         Raises:
-            RecipeError: naming the file and what is wrong in it.
+            RecipeError: there is no such recipe, or a field is wrong; the message names the file and the field.
         """
         path = _find(name_or_path)
         try:

@@ -1,7 +1,7 @@
 """StyleGAN2 generator (Karras et al., CVPR 2020), laid out as in the rosinality-style checkpoints, and its purifier.
 
 The operators are the published ones, sample by sample: modulated weights in a grouped convolution, resampling by zero
-insertion and a 4x4 filter. `export/families/stylegan2.py` holds the form that is fast.
+insertion and a 4x4 filter. `export/families/stylegan2.py` has the form that is fast.
 """
 
 import math
@@ -224,7 +224,7 @@ class Generator(nn.Module):
         x = self.input.input.expand(len(codes), -1, -1, -1)
         x = self.conv1(x, codes[:, 0], noise[0])
         image: Tensor = self.to_rgb1(x, codes[:, 1])
-        # The colour layer of one resolution and the first convolution of the next share a row of the code.
+        # The ToRGB layer of one resolution and the first convolution of the next share a row of the code.
         for i, to_rgb in enumerate(self.to_rgbs):
             row = 2 * i + 1
             x = self.convs[2 * i](x, codes[:, row], noise[row])
@@ -234,7 +234,7 @@ class Generator(nn.Module):
 
 
 class StyleGan2Purifier(Purifier):
-    """What both StyleGAN2 families share: the mapping network is the prior, W+ is the latent space.
+    """Base class of both StyleGAN2 families: the mapping network is the prior, W+ is the latent space.
 
     Attributes:
         encoder: images in [-1, 1] to offsets from ``latent_avg``, (B, n, d).

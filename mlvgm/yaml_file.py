@@ -1,4 +1,4 @@
-"""YAML files that people write: read with bounds, no name twice, and every error in one line."""
+"""Read YAML files with limits on size and nesting; duplicate names are refused, and every error is one line."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def read_yaml(path: str | Path) -> Any:
     """The content of a YAML or JSON file, for `handlers.fields.read_strict`.
 
     Raises:
-        FieldError: naming the file and, where there is one, the line that cannot be read.
+        FieldError: it cannot be parsed; the message names the file and the line.
         OSError: it cannot be opened.
     """
     path = Path(path)
@@ -47,12 +47,12 @@ def read_yaml(path: str | Path) -> Any:
     return content
 
 
-# The reader in C is fast and bounds the nesting; not every build of PyYAML has it.
+# The loader in C is fast and limits the nesting, but not every build of PyYAML has it.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):  # type: ignore[misc]
-    """Refuses a name that stands twice in a mapping, and merges: a few lines of them fill any memory."""
+    """Refuses duplicate names in a mapping, and merges, a few lines of which can fill the memory."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         seen: set[tuple[str, str]] = set()

@@ -1,9 +1,9 @@
-"""The purifier on Ray Serve: the requests and the answers of TorchServe, on as many machines as a cluster has.
+"""The purifier on Ray Serve, on all machines of a cluster, with the same requests and answers as TorchServe.
 
     pip install -e '.[cpu,scale]'
     serve run deploy/ray/serve.yaml
 
-Ray's HTTP proxy takes requests from anybody: put nginx in front of it, as in front of TorchServe (deploy/nginx.conf).
+Ray's HTTP proxy has no authentication: run it behind nginx, like TorchServe (deploy/nginx.conf).
 """
 
 import asyncio
@@ -22,27 +22,27 @@ from handlers.service import Service
 
 @serve.deployment
 class Purifier:
-    """One pipeline and its engines; Ray runs as many of these as the load needs.
+    """A replica: one pipeline with its engines. Ray runs as many replicas as the load needs.
 
     Args:
-        bundle: folder of the bundle, on every machine the same.
+        bundle: folder of the bundle, the same on every machine.
         runtime: see `Pipeline.load`.
         threads: CPU threads; give the deployment as many ``num_cpus``.
-        allow_seed: let clients choose the noise.
-        batch: images that are answered together at most.
+        allow_seed: let clients choose the seed.
+        batch: largest number of requests per batch.
     """
 
     def __init__(self, bundle: str, runtime: str = "auto", threads: int = 1, allow_seed: bool = False, batch: int = 8):
         self._service = Service(Pipeline.load(bundle, runtime, threads), allow_seed)
         self._service.self_test()
-        self._together.set_max_batch_size(batch)
+        self._answer_batch.set_max_batch_size(batch)
 
     async def __call__(self, request: Request) -> Response:
-        """What is wrong with a request becomes its own answer: nothing is raised, so no neighbour can be hit."""
-        return await predict(request, self._together)
+        """Answer a request. Errors become its response; nothing is raised, which would fail the whole batch."""
+        return await predict(request, self._answer_batch)
 
     @serve.batch(batch_wait_timeout_s=0.002)
-    async def _together(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[answer.Response]:
+    async def _answer_batch(self, requests: list[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[answer.Response]:
         return await asyncio.to_thread(self._service.answer, requests)
 
 

@@ -1,6 +1,6 @@
-"""Fourteen German road signs in front of sky and foliage, one PNG each: test pictures that anyone may have.
+"""Drawn test pictures without copyright restrictions: fourteen German road signs before sky and foliage, one PNG each.
 
-They are drawn, not photographed, and look as a small camera would see them: turned a little, lit, blurred and noisy.
+They look like photographs of a small camera: rotated a little, unevenly lit, blurred and noisy.
 """
 
 from dataclasses import dataclass

@@ -208,7 +208,7 @@ def test_an_upgrade_that_fails_changes_nothing(
         conf = pair.folder / "etc" / "nginx.conf"
         conf.write_text(conf.read_text() + "nonsense;\n")
         pair.process.send_signal(signal.SIGUSR2)
-        until(lambda: "nginx does not take its configuration" in pair.log(), WAIT)
+        until(lambda: "nginx rejects its configuration" in pair.log(), WAIT)
         until(lambda: [process.name() for process in family_of(pair)].count("java") == 1)
         assert not pair.predict()[1]["label"].isupper()
     finally:

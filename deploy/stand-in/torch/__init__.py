@@ -1,5 +1,5 @@
-"""In place of PyTorch where nothing computes with it: TorchServe's worker only asks whether an answer is a tensor."""
+"""A stand-in for PyTorch if no runtime needs it: TorchServe's worker only checks whether an answer is a tensor."""
 
 
 class Tensor:
-    """What no answer is an instance of."""
+    """No answer is an instance of this class."""

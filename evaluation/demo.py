@@ -160,11 +160,11 @@ def save_sheet(
                 Picture(sign.image, answer["clean"]["unpurified"]["label"]),
                 Picture(pixels, answer["attacked"]["unpurified"]["label"]),
                 contact_sheet.change(sign.image, pixels),
-                *copies,
+                *pictures,
             ],
             vote=answer["attacked"]["label"],
         )
-        for sign, pixels, answer, copies in zip(signs, attacked, answers, purified, strict=True)
+        for sign, pixels, answer, pictures in zip(signs, attacked, answers, purified, strict=True)
     ]
     counts = sorted({answer["attacked"]["samples"] for answer in answers})
     votes = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])

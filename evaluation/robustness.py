@@ -98,12 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compared(pipeline: Pipeline, samples: int, seed: int, schedule: str) -> dict[str, Defence]:
     """The defences of the report by name, in its order, for `measure`; "linear" where the bundle has that schedule."""
     nothing = [0.0] * pipeline.manifest.n_latents
-    copies = samples if pipeline.manifest.input_noise_l2 else 1  # without any noise all samples are the same
+    voters = samples if pipeline.manifest.input_noise_l2 else 1  # without any noise all samples are the same
     table = {
         "none": defences.bare(pipeline),
         "blur": defences.blur(pipeline),
         "noise": defences.noise(pipeline, samples, seed),
-        "kept": defences.purifier(pipeline, copies, seed, nothing),
+        "kept": defences.purifier(pipeline, voters, seed, nothing),
         "purifier": defences.purifier(pipeline, samples, seed, schedule),
     }
     if "linear" in pipeline.manifest.alphas:

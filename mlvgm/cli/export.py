@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
         say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")
     for name in args.engines:
         if name != "torch":
-            sealed = _build(name, out, args.target, say).report[name]
-            shares = sealed["half_share"].items()
+            built = _build(name, out, args.target, say).report[name]
+            shares = built["half_share"].items()
             halves = ", ".join(f"{stage} {'fp32' if share is None else f'{share:.0%}'}" for stage, share in shares)
-            say(f"built engines with {name} {sealed['version']}; half products: {halves}")
+            say(f"built engines with {name} {built['version']}; share of fp16: {halves}")
     print(f"Next: mlvgm archive {out}")
     return 0
 

@@ -65,9 +65,9 @@ def test_the_contact_sheet_shows_the_pixels_and_colours_the_answers(tmp_path: Pa
     other = "priority at next intersection"
     answer: Any = {"clean": {"unpurified": {"label": "stop"}}, "attacked": {"unpurified": {"label": other}}}
     answer["attacked"] |= {"label": "stop", "samples": 8}
-    copies = [Picture(clean, other), Picture(attacked, "stop"), Picture(clean, other)]
+    pictures = [Picture(clean, other), Picture(attacked, "stop"), Picture(clean, other)]
     sign = Sign("stop", 14, clean)
-    demo.save_sheet([sign] * 3, [attacked] * 3, [answer] * 3, [copies] * 3, tmp_path / "new" / "sheet.png")
+    demo.save_sheet([sign] * 3, [attacked] * 3, [answer] * 3, [pictures] * 3, tmp_path / "new" / "sheet.png")
     with Image.open(tmp_path / "new" / "sheet.png") as picture:
         pixels = np.asarray(picture)
     assert pixels.shape[1] == 1400

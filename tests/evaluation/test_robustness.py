@@ -63,15 +63,15 @@ def test_the_null_of_the_purifier(content: dict, nvae_bundle: Path) -> None:
     labels[:2] = (labels[:2] + 1) % 3
     with Pipeline.load(nvae_bundle, runtime="onnxruntime") as pipeline:
         kept = pipeline.run(images, samples=1, alphas=[0.0, 0.0]).labels
-        copies = pipeline.run(images, samples=5, seeds=range(12), alphas="linear")
+        linear = pipeline.run(images, samples=5, seeds=range(12), alphas="linear")
         spread = defences.sample_deviation(pipeline, images, 5, alphas="linear")
         assert defences.sample_deviation(pipeline, images, 5, alphas="none") < 1e-6
     accuracy = {name: row["clean"]["count"] for name, row in content["accuracy"].items()}
     assert accuracy["kept"] == (kept == labels).sum()
-    assert accuracy["one"] == (copies.sample_labels[:, 0] == labels).sum()
-    assert accuracy["linear"] == accuracy["purifier"] == (copies.labels == labels).sum()
+    assert accuracy["one"] == (linear.sample_labels[:, 0] == labels).sum()
+    assert accuracy["linear"] == accuracy["purifier"] == (linear.labels == labels).sum()
     assert len({accuracy[name] for name in ("kept", "one", "purifier")}) > 1
-    assert spread == pytest.approx(copies.purified.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert spread == pytest.approx(linear.purified.std(axis=1, ddof=1).mean(), rel=1e-5)
 
 
 def test_noise_in_front(nvae_bundle: Path) -> None:

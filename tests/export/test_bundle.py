@@ -33,12 +33,12 @@ def test_pipeline_agrees_with_the_reference(bundle: Path, runtime: str, batch: i
     pytest.importorskip(runtime)
     purifier, classifier = models.purifier(), models.classifier()
     torch.manual_seed(batch)
-    images, copies = torch.rand(batch, 3, 32, 32), 2
-    noise = [torch.randn(batch * copies, *shape) for shape in purifier.noise_shapes]
-    eager = purifier.purify(images.repeat_interleave(copies, dim=0), noise, models.recipe().effective_alphas("linear"))
-    logits = classifier(eager.images).unflatten(0, (batch, copies)).mean(dim=1)
+    images, samples = torch.rand(batch, 3, 32, 32), 2
+    noise = [torch.randn(batch * samples, *shape) for shape in purifier.noise_shapes]
+    eager = purifier.purify(images.repeat_interleave(samples, dim=0), noise, models.recipe().effective_alphas("linear"))
+    logits = classifier(eager.images).unflatten(0, (batch, samples)).mean(dim=1)
     with Pipeline.load(bundle, runtime=runtime) as pipeline:
-        result = pipeline.run(images.numpy(), samples=copies, noise=[tensor.numpy() for tensor in noise])
+        result = pipeline.run(images.numpy(), samples=samples, noise=[tensor.numpy() for tensor in noise])
     assert relative_error(result.purified.reshape(-1, 3, 32, 32), eager.images) < 1e-4
     assert relative_error(result.logits, logits) < 1e-4
     assert relative_error(result.unpurified_logits, classifier(images)) < 1e-4

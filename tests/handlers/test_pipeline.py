@@ -461,7 +461,7 @@ def test_wrong_arguments_are_named(nvae: Pipeline, name: str) -> None:
 
 
 def test_an_engine_that_breaks_its_declaration_is_an_error(nvae_bundle: Path, tmp_path: Path) -> None:
-    """A sealed bundle can still declare what its files do not do."""
+    """A bundle with right digests can still declare what its files do not do."""
     shutil.copytree(nvae_bundle, tmp_path, dirs_exist_ok=True)
     shutil.copy(tmp_path / "encode.onnx", tmp_path / "decode.onnx")
     Manifest.read(nvae_bundle).write(tmp_path)

@@ -47,21 +47,18 @@ class DynamicEngine:
     """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays."""
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
-        self._request = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1}).create_infer_request()
+        self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
-            self._request.infer(feeds, share_inputs=True)
+            outputs = self._model(feeds, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO: {error}") from error
-        outputs: dict[str, Array] = {}
-        for port in self._request.model_outputs:
-            outputs |= dict.fromkeys(port.names, self._request.get_tensor(port).data.copy())
-        return outputs
+        return {name: array for port, array in outputs.items() for name in port.names}
 
     def close(self) -> None:
-        del self._request
+        del self._model
 
 
 class StaticEngine:

@@ -69,7 +69,7 @@ def _serve(args: argparse.Namespace, archives: list[Path]) -> int:
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     workers, threads = chosen(args.workers, args.threads, sizes_of(archives))
-    server.start(archives, workers, args.timeout, threads, _tell)
+    server.start(archives, workers, args.timeout, threads, _print_step)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:
         print(_curl(server, model), flush=True)
@@ -90,7 +90,7 @@ def _archives(store: Path, names: list[str] | None) -> list[Path]:
     return found
 
 
-def _tell(step: str) -> None:
+def _print_step(step: str) -> None:
     print(step, file=sys.stderr, flush=True)
 
 

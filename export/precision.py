@@ -92,27 +92,28 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
-class Fp16Region(nn.Module):
-    """A half-precision module among fp32 ones: fp32 inputs and outputs."""
+class _InDtype(nn.Module):
+    """A module that computes in one type among modules of another; casts its inputs and outputs."""
+
+    inside, outside = FP16, torch.float32
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *tensors: Tensor) -> Any:
-        result = self.module(*(t.to(FP16) for t in tensors))
-        return result.float() if isinstance(result, Tensor) else tuple(t.float() for t in result)
+        result = self.module(*(tensor.to(self.inside) for tensor in tensors))
+        return result.to(self.outside) if isinstance(result, Tensor) else tuple(t.to(self.outside) for t in result)
 
 
-class Fp32Island(nn.Module):
-    """An fp32 module among half-precision ones: fp16 input and output."""
+class Fp16Region(_InDtype):
+    """A half-precision module among fp32 ones: fp32 inputs and outputs."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.module(x.float()).to(FP16))
+class Fp32Island(_InDtype):
+    """An fp32 module among half-precision ones: fp16 inputs and outputs."""
+
+    inside, outside = torch.float32, FP16
 
 
 class Affine(nn.Module):
@@ -156,9 +157,5 @@ def _(norm: nn.BatchNorm1d) -> nn.Module:
     return Affine(*scale_and_shift(norm), spatial=0)
 
 
-@fp16_layer.register(nn.LayerNorm)
-@fp16_layer.register(nn.GroupNorm)
-@fp16_layer.register(nn.InstanceNorm2d)
-@fp16_layer.register(nn.Softmax)
-def _fp32_island(module: nn.Module) -> nn.Module:
-    return Fp32Island(module)
+for _layer in (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.Softmax):
+    fp16_layer.register(_layer, Fp32Island)

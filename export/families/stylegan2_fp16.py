@@ -54,16 +54,6 @@ def _block(module: Block) -> nn.Module:
 
 
 @fp16_layer.register
-def _conv(module: StaticConv) -> nn.Module:
-    return Fp16Conv(module)
-
-
-@fp16_layer.register
-def _to_rgb(module: StaticToRGB) -> nn.Module:
-    return Fp16ToRGB(module)
-
-
-@fp16_layer.register
 def _excite(module: SqueezeExcite) -> nn.Module:
     return Excite(nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), module.fc1, nn.ReLU(), module.fc2, nn.Sigmoid()))
 
@@ -129,3 +119,7 @@ def normalised_style(scale: Tensor) -> tuple[Tensor, Tensor]:
     """Styles (B, in) of magnitude 1 at most, and the largest magnitudes (B, 1), which were divided out."""
     peak = scale.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
     return scale / peak, peak
+
+
+fp16_layer.register(StaticConv, Fp16Conv)
+fp16_layer.register(StaticToRGB, Fp16ToRGB)

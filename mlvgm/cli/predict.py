@@ -1,8 +1,6 @@
 """``mlvgm predict``: ask a running server about image files."""
 
 import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 from deploy.errors import CliError
 from deploy.server import Server
 from handlers.client import Client, ServerError
+from mlvgm.cli.bulk import Row, print_row
 from mlvgm.cli.options import add_files, add_port, add_request, add_rows, request
 from mlvgm.files import named_files, read_file, shown
 
@@ -51,18 +50,13 @@ def run(args: argparse.Namespace) -> int:
     refused = 0
     for path, target in files:
         try:
-            answer = _ask(client, model, path, target, args)
+            row = {"file": str(path), **_ask(client, model, path, target, args)}
         except (ServerError, OSError) as error:
             if isinstance(error, ServerError) and error.status in _HOPELESS:
                 raise
             refused += 1
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            if args.json:
-                print(json.dumps({"file": str(path), "error": reason}))
-            else:
-                print(f"{shown(path)}: {reason}", file=sys.stderr)
-            continue
-        print(json.dumps({"file": str(path), **answer}) if args.json else _row(path, width, answer), flush=True)
+            row = {"file": shown(path), "error": error.strerror if isinstance(error, OSError) else str(error)}
+        print_row(row, args.json, lambda row: _text(row, width))
     return 1 if refused else 0
 
 
@@ -115,10 +109,10 @@ def _with_targets(given: Sequence[Path], folder: Path | None) -> list[tuple[Path
     return list(targets.items())
 
 
-def _row(path: Path, width: int, answer: dict[str, Any]) -> str:
-    before = f"{answer['unpurified']['label']} {answer['unpurified']['confidence']:.0%}"
-    row = f"{shown(path):{width}}  {answer['label']:30}  {answer['confidence']:10.1%}  {answer['agreement']:9.0%}  "
-    row += f"{before:34}  {'yes' if answer['flagged'] else 'no'}"
-    for entry in answer.get("top_k", [])[1:]:
-        row += f"\n{'':{width}}  {entry['label']:30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
-    return row
+def _text(row: Row, width: int) -> str:
+    before = f"{row['unpurified']['label']} {row['unpurified']['confidence']:.0%}"
+    text = f"{shown(row['file']):{width}}  {row['label']:30}  {row['confidence']:10.1%}  {row['agreement']:9.0%}  "
+    text += f"{before:34}  {'yes' if row['flagged'] else 'no'}"
+    for entry in row.get("top_k", [])[1:]:
+        text += f"\n{'':{width}}  {entry['label']:30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
+    return text

@@ -62,7 +62,7 @@ def _profile(stage: StageSpec, batch: Batch) -> list[str]:
 
 
 def _shapes(stage: StageSpec, rows: int) -> str:
-    """Only inputs with a batch axis have a shape to be told."""
+    """As trtexec takes them; inputs without a batch axis have fixed shapes and are left out."""
     return ",".join(
         f"{tensor.name}:{'x'.join(str(rows if n == 'B' else n) for n in tensor.shape)}"
         for tensor in stage.inputs

@@ -21,7 +21,7 @@ REFUSALS = (429, 503)
 _PAUSE = 0.05  # seconds a client waits after a failure, or the rate of failures would be measured
 
 Say = Callable[[str], None]
-"""Is told each line of progress."""
+"""Takes a line of progress."""
 
 
 class Answer(NamedTuple):
@@ -53,7 +53,7 @@ class LoadResult:
     cpu_seconds: float = 0.0
 
     def add(self, call: Call, due: float, sent: float, reply: RawReply) -> None:
-        """Take down the reply that has just come."""
+        """Record the reply that has just come."""
         correct = call.is_correct(*reply)
         self.answers.append(Answer(due, sent, time.monotonic(), reply.status, correct, call.label is not None))
         if not correct and len(self.wrong) < 20:
@@ -84,7 +84,7 @@ class LoadResult:
         return float((len(done) - burst) / max(done[-1] - done[burst - 1], 1e-9))
 
     def show_failure(self, where: str, say: Say) -> None:
-        """Tell the first request that failed."""
+        """Say which request was the first to fail."""
         for kind, status, body in [wrong for wrong in self.wrong if wrong[1] not in REFUSALS][:1]:
             say(f"{where}: wrong answer to a {kind} request: {status} {body[:100]!r}")
 
@@ -96,7 +96,7 @@ async def closed_load(
 
     Args:
         timeout: seconds to wait for an answer.
-        result: is filled and returned; to be given by who wants to look at it meanwhile.
+        result: is filled and returned; give one to look at it while the load runs.
     """
     result = LoadResult() if result is None else result
     remaining = iter(calls)
@@ -153,7 +153,7 @@ def poisson(rate: float, seconds: float, seed: int = 0) -> list[float]:
 
 
 def percentiles(seconds: NDArray[np.float64], prefix: str = "") -> dict[str, Any]:
-    """``p50_ms``, ``p90_ms``, ``p99_ms``; None where there is nothing to tell them from."""
+    """``p50_ms``, ``p90_ms``, ``p99_ms``; None for no times."""
     return {
         f"{prefix}p{share}_ms": float(np.percentile(seconds, share)) * 1000 if len(seconds) else None
         for share in (50, 90, 99)

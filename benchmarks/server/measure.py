@@ -1,4 +1,4 @@
-"""A bundle on a server: images a second against the pipeline alone, latency against load, and then what hurts it."""
+"""A bundle on TorchServe: throughput against the pipeline alone, latency against offered load, and stress tests."""
 
 import asyncio
 import collections
@@ -24,14 +24,14 @@ _ENOUGH, _LONGEST = 3000, 60.0  # requests that say it well, and seconds to wait
 IN_PROCESS, TORCHSERVE, DEV_SERVER = "in process", "TorchServe", "development server"
 
 Stress = Callable[[Workload, servers.Deployment, float, Say], dict[str, Any]]
-"""Does something to a deployment that can answer so many images a second, and says what came of it."""
+"""A stress test (tests/stress): gets the images a second that the deployment can answer, and returns its findings."""
 
 
 def measure(plan: Plan, stress: Mapping[str, Stress], say: Say) -> dict[str, Any]:
     """Serve a bundle on free ports of loopback, measure it, and leave nothing behind.
 
     Returns:
-        ``settings``, ``saturation``, and by its name what each ``stress`` has found.
+        ``settings``, ``saturation``, and the findings of each stress test under its name.
     """
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")

@@ -8,7 +8,7 @@ from benchmarks.server.measure import DEV_SERVER, IN_PROCESS, TORCHSERVE
 from evaluation.report import conditions, digits, figure, table
 
 Section = Callable[[Mapping[str, Any]], str]
-"""A chapter of the page, from what a `benchmarks.server.measure.Stress` has found."""
+"""Makes a chapter of the page from the findings of a stress test."""
 
 _COLUMNS = {
     "offered/s": "offered_per_s",
@@ -85,7 +85,9 @@ def plot(content: Mapping[str, Any], file: Path, sections: Iterable[str] = ()) -
         latency.plot(offered, [row[key] for row in rows], "o-", color=colour, label=label)
     for name, rate in found["median"].items():
         colour, style = _STYLES[name]
-        latency.axvline(rate, color=colour, linestyle=style, linewidth=1.2, label=f"most: {name}, {digits(rate)}/s")
+        latency.axvline(
+            rate, color=colour, linestyle=style, linewidth=1.2, label=f"saturation, {name}: {digits(rate)}/s"
+        )
     if any(row["p50_ms"] for row in rows):  # there is no logarithmic axis without a value on it
         latency.set_yscale("log")
         latency.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))

@@ -43,7 +43,7 @@ class Deployment:
 
 @contextmanager
 def torchserve(workload: Workload) -> Iterator[Deployment]:
-    """The bundle, archived for it."""
+    """A TorchServe with an archive of the bundle."""
     plan = workload.plan
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
         built = archive.build_archive(plan.bundle, Path(folder) / "store", plan.archive)
@@ -58,7 +58,7 @@ def torchserve(workload: Workload) -> Iterator[Deployment]:
 
 @contextmanager
 def nginx(deployment: Deployment) -> Iterator[Target]:
-    """nginx in front of it, over TLS, as deploy/pair.py puts it there: what clients see."""
+    """nginx in front of ``deployment``, over TLS, as deploy/pair.py runs it: what clients see."""
     keys = [f"client-{i}" for i in range(_CLIENTS)]
     lines = cycle([f"X-Api-Key: {key}\r\n".encode() for key in keys])
     port, server = free_ports(1), deployment.server
@@ -77,7 +77,7 @@ def nginx(deployment: Deployment) -> Iterator[Target]:
 
 @contextmanager
 def dev_server(workload: Workload) -> Iterator[Target]:
-    """The bundle in the one process of ``mlvgm serve --dev``, with the cores and the batches of TorchServe."""
+    """The server of ``mlvgm serve --dev``: one process, with as many threads as the workers of TorchServe together."""
     plan, port = workload.plan, free_ports(1)
     threads, delay_s = plan.threads * plan.workers, plan.archive.batch_delay_ms / 1000
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:

@@ -55,7 +55,7 @@ class Technique:
 
 
 @dataclass(frozen=True)
-class Workload:
+class ModelUnderTest:
     """What is measured: a recipe, its bundle, and checkpoints if the recipe has none."""
 
     recipe: str
@@ -106,7 +106,7 @@ def techniques() -> list[Technique]:
 
 
 def measure(
-    workload: Workload,
+    model: ModelUnderTest,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
     seconds: float = 10.0,
@@ -136,9 +136,9 @@ def measure(
     ]
     counted: dict[tuple[str, int], float | None] = {}
     for technique in chosen or techniques():
-        say(f"{workload.recipe}: {technique.label}")
+        say(f"{model.recipe}: {technique.label}")
         try:
-            peak, results = _apart(_run, workload, technique, images, loads, seconds, threads)
+            peak, results = _apart(_run, model, technique, images, loads, seconds, threads)
         except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
             say(f"  not measured: {error}")
             continue
@@ -151,7 +151,7 @@ def measure(
             gflops = counted.setdefault((kind, load.samples), result.gflops)
             per_second = load.batch / result.seconds
             row = {
-                "recipe": workload.recipe,
+                "recipe": model.recipe,
                 "technique": technique.name,
                 "runtime": technique.runtime,
                 "precision": technique.precision,
@@ -195,7 +195,7 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _run(
-    workload: Workload,
+    model: ModelUnderTest,
     technique: Technique,
     images: NDArray[np.uint8],
     loads: Sequence[Load],
@@ -204,12 +204,12 @@ def _run(
 ) -> tuple[float, list[Measured]]:
     torch.set_num_threads(threads or cores.usable())
     if technique.runtime == "eager":
-        eager = _Eager(workload, technique.name == REWRITTEN)
+        eager = _Eager(model, technique.name == REWRITTEN)
         results = [_measure(eager.pipeline(load.batch), images, load, seconds, eager.gflops) for load in loads]
     else:
         with (
-            tempfile.TemporaryDirectory(dir=workload.bundle.parent) as folder,
-            Pipeline.load(_in_precision(workload.bundle, technique.precision, Path(folder)), technique.runtime, threads)
+            tempfile.TemporaryDirectory(dir=model.bundle.parent) as folder,
+            Pipeline.load(_in_precision(model.bundle, technique.precision, Path(folder)), technique.runtime, threads)
             as pipeline,
         ):  # fmt: skip
             results = [_measure(pipeline, images, load, seconds) for load in loads]
@@ -261,12 +261,12 @@ def _measure(
 class _Eager:
     """Pipelines of stages in eager PyTorch: of the published operators, or of the modules that are exported."""
 
-    def __init__(self, workload: Workload, rewritten: bool) -> None:
-        recipe = Recipe.read(workload.recipe)
-        purifier, classifier = load_models(recipe, workload.purifier, workload.classifier)
+    def __init__(self, model: ModelUnderTest, rewritten: bool) -> None:
+        recipe = Recipe.read(model.recipe)
+        purifier, classifier = load_models(recipe, model.purifier, model.classifier)
         purifies = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
         stages = (*purifies, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
-        self._manifest = Manifest.read(workload.bundle)
+        self._manifest = Manifest.read(model.bundle)
         self._engines = {
             stage.name: ReferenceEngine(stage, _rewritten(stage) if rewritten else stage.reference) for stage in stages
         }

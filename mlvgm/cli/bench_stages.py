@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from benchmarks.stages import Workload
+    from benchmarks.stages import ModelUnderTest
 
 
 def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +27,7 @@ def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_models(parser, action="append", help="name or YAML file; repeatable (default: road-signs)")
     parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
-    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="K", help="purified samples (1)")
+    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples (1)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
     parser.add_argument(
         "--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)"
@@ -50,15 +50,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for name in recipes:
-            workload = _workload(args, name, work)
-            rows += stages.measure(workload, _images(args, workload), loads, args.seconds, args.threads, say=say)
+            model = _model(args, name, work)
+            rows += stages.measure(model, _images(args, model), loads, args.seconds, args.threads, say=say)
     weights = "Synthetic weights." if args.synthetic else "The recipe's or the given weights."
     return {"weights": weights, "rows": rows}, stages.markdown, lambda content, file: stages.plot(content["rows"], file)
 
 
-def _workload(args: argparse.Namespace, name: str, work: Path) -> "Workload":
+def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     """The recipe with its files, exported where no bundle of it is there yet."""
-    from benchmarks.stages import Workload
+    from benchmarks.stages import ModelUnderTest
     from benchmarks.synthetic import write_checkpoints
     from export.bundle import export_bundle
     from export.models import load_models
@@ -74,15 +74,15 @@ def _workload(args: argparse.Namespace, name: str, work: Path) -> "Workload":
     if not (bundle / FILE_NAME).is_file():
         models = load_models(recipe, purifier, classifier)
         export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
-    return Workload(name, bundle, purifier, classifier)
+    return ModelUnderTest(name, bundle, purifier, classifier)
 
 
-def _images(args: argparse.Namespace, workload: "Workload") -> "NDArray[np.uint8]":
+def _images(args: argparse.Namespace, model: "ModelUnderTest") -> "NDArray[np.uint8]":
     from evaluation.photographs import pictures
     from handlers.manifest import Manifest
 
     count = max(*args.batch, args.compare)
-    images = pictures(args.images, count, Manifest.read(workload.bundle).image_size)
+    images = pictures(args.images, count, Manifest.read(model.bundle).image_size)
     if len(images) < count:
         raise CliError(f"{args.images}: holds {len(images)} images; --batch and --compare want {count}")
     return images

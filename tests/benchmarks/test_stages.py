@@ -70,10 +70,10 @@ def test_another_model_is_noticed(recipe: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = tmp_path / "other.pt"
     torch.save(synthetic.nvae(small.CONFIG) | {"state_dict_temp=0.6": _halved(small.nvae())}, other)
-    workload = stages.Workload(str(recipe), tmp_path / "bundle", other, classifier)
+    model = stages.ModelUnderTest(str(recipe), tmp_path / "bundle", other, classifier)
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     chosen = [stages.Technique(stages.PUBLISHED, "eager"), stages.Technique(stages.EXPORTED, "onnxruntime")]
-    rows = stages.measure(workload, images, [stages.Load(2, 1, 2)], 0, chosen=chosen)
+    rows = stages.measure(model, images, [stages.Load(2, 1, 2)], 0, chosen=chosen)
     assert rows[1]["relative_error"] > 1e-3
 
 

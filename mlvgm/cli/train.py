@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             f"{trial.parameters:,} parameters; {trial.seconds:.2f} s a step and {trial.memory / 1e9:.1f} GB of memory: "
             f"about {trial.seconds * settings.steps / 3600:.1f} h for {settings.steps:,} steps on {device}"
         )
-        shown = to_tensor(images.images[images.validation[:IMAGES]], device)
+        shown = to_tensor(images.images[images.validation[:: max(1, len(images.validation) // IMAGES)]], device)
 
         def draw(network: object, step: int) -> None:
             draw_latents(network, shown, TEMPERATURE, work / f"step-{step:07d}.png")  # type: ignore[arg-type]

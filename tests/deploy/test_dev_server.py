@@ -141,7 +141,8 @@ def test_both_layers_say_the_same(kind: str, pipeline: Pipeline) -> None:
     service = Service(pipeline, allow_seed=True, max_wait_s=30)
     response = asyncio.run(asked(application(pipeline.manifest, service), body, headers))
     handler, context = PurifierHandler(), Context(behind_nginx(headers))
-    handler._service = service
+    handler._service = handler._unmeasured = service
+    handler._metric_lines = []
     (expected,) = handler.handle([{"body": body}], context)
     here = without_times(response.status_code, response.headers["content-type"], response.content)
     assert here == without_times(context.status, context.content_type, expected)

@@ -169,6 +169,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"content-type": "application/x-www-form-urlencoded"},
     ),
     "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
+    "an image in JSON must be a text in base64 under 'image', not a NoneType": ({"body": b"{}"}, {}),
     "image: not valid base64": ({"body": {"image": "%"}}, {}),
     "image: this is an address, and images are not fetched from anywhere: send its bytes in base64": (
         {"body": {"image": "https://example.com/sign.png"}},
@@ -183,8 +184,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": gzip.compress(bytes(7_000_000))},
         {"content-encoding": "gzip"},
     ),
+    "the gzip of the body is followed by something: send it in one stream": (
+        {"body": gzip.compress(SIGN) + b"x"},
+        {"content-encoding": "gzip"},
+    ),
     "inference-header-content-length says 2, and of the body's first 2 bytes: the body is neither image bytes nor a "
     "JSON object with 'image' in base64": ({"body": b'{"}'}, {"inference-header-content-length": "2"}),
+    "bytes follow the JSON, but it has no tensor in 'inputs' to hold them": (
+        {"body": b"{}x"},
+        {"inference-header-content-length": "2"},
+    ),
+    "the JSON has 'image' and 'images': send one of them": ({"body": {"image": IMAGE, "images": [IMAGE]}}, {}),
     "the JSON has 'samples' twice": ({"body": b'{"samples": 1, "samples": 2}'}, {}),
     "the JSON has more than 250000 lists, objects and texts": ({"body": b'{"image":' + b"[" * 250_001}, {}),
     "the JSON holds NaN, which is no number": ({"body": b'{"samples": NaN}'}, {}),

@@ -123,6 +123,23 @@ def segments(kind: int, content: bytes = b"") -> Callable[[int], bytes]:
     return lambda n: little_jpeg(part * (n // len(part)))
 
 
+def webp(kind: bytes, flags: int = 0, content: bytes = b"") -> Callable[[int], bytes]:
+    """Chunks of one kind in front of a picture of 8 x 8."""
+
+    def made(size: int) -> bytes:
+        some = (kind + struct.pack("<I", len(content)) + content) * (size // (8 + len(content)))
+        head = b"VP8X" + struct.pack("<I", 10) + bytes((flags, 0, 0, 0, 7, 0, 0, 7, 0, 0))
+        body = b"WEBP" + head + some + encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True)[12:]
+        return b"RIFF" + struct.pack("<I", len(body)) + body
+
+    return made
+
+
+def bmp(offset: int, colours: int) -> bytes:
+    header = struct.pack("<IHHI", offset + 64, 0, 0, offset)
+    return b"BM" + header + struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 0, 0, 0, 0, colours, 0) + bytes(offset + 10)
+
+
 IMAGES: dict[str, Callable[[int], bytes]] = {
     "chunks": idle_chunks(b"teXt"),
     "profiles": idle_chunks(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)),
@@ -152,6 +169,14 @@ IMAGES: dict[str, Callable[[int], bytes]] = {
     "scans": progressive,
     "runs": short_runs,
     "jumps": lambda n: rle_bmp(512, 512, b"\0\2\0\0" * (n // 4)),
+    "WebP chunks": webp(b"XXXX"),
+    "WebP profiles": webp(b"ICCP", 32, b"ab"),
+    "WebP transparencies": webp(b"ALPH", 16, bytes(64)),
+    "WebP frames": webp(b"ANMF", 2, bytes(16)),
+    "BMP colours": lambda n: bmp(54 + n, n // 4),
+    "BMP gap": lambda n: bmp(54 + n, 256),
+    "comments in a scan": lambda n: little_jpeg(b"")[:-2] + b"\xff\xfe\0\2" * (n // 4) + b"\xff\xd9",
+    "stuffed bytes": lambda n: little_jpeg(b"")[:-2] + b"\xff\0" * (n // 2) + b"\xff\xd9",
     "nothing": lambda n: b"\xff\xd8\xff" + bytes(n),
     "zeros": bytes,
 }

@@ -1,122 +1,187 @@
-"""An adaptive attack: the attacker knows all but the noise, and computes gradients through the whole defence.
+"""Adaptive attacks: the attacker knows all but the noise, and computes gradients through the whole defence.
 
-Projected gradient descent within an L2 ball (Madry et al., ICLR 2018), whose gradient is averaged over fresh draws of
-the purifier's noise (expectation over transformation, Athalye et al., ICML 2018), through the eager purifier and the
-classifier without any approximation.
+Auto-PGD (Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+attacks", ICML 2020): gradient ascent with momentum, whose steps halve where they stop paying. Where the defence is
+random, every gradient is the mean over fresh draws (expectation over transformation, Athalye et al., ICML 2018).
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from evaluation.attacks import to_bytes, to_float
-from evaluation.progress import track
-from mlvgm.load import Default
-
-Logits = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) in [0, 1] to logits (S, B, C): of S samples, each with its own noise."""
-
-_CHUNK = 25
+from evaluation.changes import Change
 
 
 @dataclass(frozen=True)
-class PgdSettings:
-    """Settings of projected gradient descent.
+class Trace:
+    """What a defence computes of a batch, with S draws of its noise.
 
     Attributes:
-        l2: radius of the ball, for images in [0, 1].
-        steps: number of steps; each has the length 2.5 * l2 / steps.
-        seed: seed of the starting points.
+        logits: (S, B, C).
+        stages: what each stage takes, by its name, in the order in which they run; the images come first.
     """
 
-    l2: float
+    logits: Tensor
+    stages: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+Forward = Callable[[Tensor, int], Trace]
+"""Images (B, 3, H, W) in [0, 1] and the number of draws to what the defence computes, differentiably."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What an attack may cost.
+
+    Attributes:
+        steps: of gradient ascent.
+        restarts: from fresh starting points, each on the images that have resisted so far.
+        draws: of the noise of a random defence, that each gradient is averaged over.
+    """
+
     steps: int = 20
-    seed: int = 0
+    restarts: int = 1
+    draws: int = 1
 
 
-def bare(classifier: nn.Module) -> Logits:
-    """The classifier without any defence."""
+@dataclass(frozen=True)
+class Found:
+    """The best images (B, 3, H, W) of one ascent, and the margin of the true class there.
 
-    def logits(images: Tensor) -> Tensor:
-        alone: Tensor = classifier(images)
-        return alone[None]
-
-    return logits
-
-
-def defended(default: Default, samples: int, seed: int) -> Logits:
-    """The classifier behind the purifier as it is served, with ``samples`` independent draws of the noise."""
-    recipe, purifier = default.recipe, default.purifier
-    generator = torch.Generator().manual_seed(seed)
-
-    def logits(images: Tensor) -> Tensor:
-        repeated = images.repeat(samples, 1, 1, 1)
-        purified = purifier.purify(
-            repeated,
-            [torch.randn(len(repeated), *shape, generator=generator) for shape in purifier.noise_shapes],
-            default.alphas,
-            blur=recipe.blur,
-            input_noise=torch.randn(repeated.shape, generator=generator) if recipe.input_noise_l2 else None,
-            input_noise_l2=recipe.input_noise_l2,
-        )
-        classified: Tensor = default.classifier(purified.images)
-        return classified.view(samples, len(images), -1)
-
-    return logits
-
-
-def attack_within(
-    logits: Logits, images: NDArray[np.uint8], labels: NDArray[np.int64], settings: PgdSettings, what: str = "PGD"
-) -> NDArray[np.uint8]:
-    """8-bit images (B, H, W, 3) within the ball around ``images`` that minimise the margin of ``labels``.
-
-    Returns the iterate with the smallest mean margin over its samples. Rounding to 8 bits may leave the ball a little.
+    Attributes:
+        images: those with the least margin, before they are rounded to 8 bits.
+        margins: (B,), the mean over the draws.
+        earlier: (B,), the least margin after three quarters of the steps.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    parts = []
-    for start in track(range(0, len(images), _CHUNK), what, f"x{_CHUNK} image"):
-        clean, truth = to_float(images[start : start + _CHUNK]), torch.from_numpy(labels[start : start + _CHUNK])
-        parts.append(to_bytes(_descend(logits, clean, truth, settings, generator)))
-    return np.concatenate(parts)
+
+    images: Tensor
+    margins: Tensor
+    earlier: Tensor
 
 
-def _descend(
-    logits: Logits, clean: Tensor, labels: Tensor, settings: PgdSettings, generator: torch.Generator
-) -> Tensor:
-    step = 2.5 * settings.l2 / settings.steps
-    images = _project(clean + step * _unit(torch.randn(clean.shape, generator=generator)), clean, settings.l2)
-    best, lowest = images, torch.full((len(clean),), torch.inf)
-    for _ in range(settings.steps + 1):
-        images = images.detach().requires_grad_()
-        margin = _margins(logits(images), labels).mean(dim=0)
-        better = margin.detach() < lowest
-        lowest = torch.where(better, margin.detach(), lowest)
-        best = torch.where(better[:, None, None, None], images.detach(), best)
-        (gradient,) = torch.autograd.grad(margin.sum(), images)
-        images = _project(images - step * _unit(gradient), clean, settings.l2)
-    return best
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,): the loss of the mean logits, of (S, B, C)."""
+    return torch.nn.functional.cross_entropy(logits.mean(dim=0), labels, reduction="none")
 
 
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(S, B): the logit of the true class minus the largest other logit. Unlike cross-entropy, it does not saturate."""
-    index = labels.expand(len(logits), -1)[:, :, None]
-    others = logits.scatter(2, index, -torch.inf)
-    margins: Tensor = logits.gather(2, index).squeeze(2) - others.amax(dim=2)
-    return margins
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,): by how much the true class beats the best other one, in the mean logits of (S, B, C)."""
+    mean, index = logits.mean(dim=0), labels[:, None]
+    return mean.gather(1, index).squeeze(1) - mean.scatter(1, index, -torch.inf).amax(dim=1)
 
 
-def _unit(direction: Tensor) -> Tensor:
-    norm = direction.flatten(1).norm(dim=1).clamp_min(1e-12)
-    scaled: Tensor = direction / norm[:, None, None, None]
-    return scaled
+LOSSES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda logits, labels: -margin(logits, labels),
+    cross_entropy,
+)
+"""To be maximised, one restart after the other. The margin never saturates; cross-entropy weighs all classes."""
 
 
-def _project(images: Tensor, clean: Tensor, l2: float) -> Tensor:
-    change = images.detach() - clean
-    norm = change.flatten(1).norm(dim=1).clamp_min(1e-12)
-    inside: Tensor = clean + change * (l2 / norm).clamp_max(1.0)[:, None, None, None]
-    return inside.clamp(0, 1)
+def ascend(
+    forward: Forward, clean: Tensor, labels: Tensor, change: Change, effort: Effort, attempt: int = 0, seed: int = 0
+) -> Found:
+    """One run of Auto-PGD within ``change``; ``attempt`` chooses the loss and the starting point."""
+    loss, generator = LOSSES[attempt % len(LOSSES)], torch.Generator().manual_seed(seed + 7919 * attempt)
+    count, momentum = len(clean), 0.75
+    best_images, least = clean, torch.full((count,), torch.inf)
+    earlier = least
+
+    def look(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss (B,) and its gradient; keeps the images of the least margin."""
+        nonlocal best_images, least
+        parameters = parameters.detach().requires_grad_()
+        images = change.apply(clean, parameters)
+        logits = forward(images, effort.draws).logits
+        value = loss(logits, labels)
+        (gradient,) = torch.autograd.grad(value.sum(), parameters)
+        margins = margin(logits.detach(), labels)
+        better = margins < least
+        least = torch.where(better, margins, least)
+        best_images = torch.where(better[:, None, None, None], images.detach(), best_images)
+        return value.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)  # `examine` tells where it is broken
+
+    def rows(values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (here.ndim - 1))
+
+    here = before = change.start(clean, generator)
+    value, gradient = look(here)
+    peak, peak_value, peak_gradient = here, value, gradient
+    length = torch.full((count,), 2 * change.size)
+    checkpoints = _checkpoints(effort.steps)
+    gains, since = torch.zeros(count), 0
+    halved, peak_then = torch.ones(count, dtype=torch.bool), peak_value
+    for step in range(1, effort.steps + 1):
+        straight = change.project(clean, here + rows(length) * change.direction(gradient))
+        ahead = straight
+        if step > 1:
+            ahead = change.project(clean, here + momentum * (straight - here) + (1 - momentum) * (here - before))
+        before, here, last = here, ahead, value
+        value, gradient = look(here)
+        gains, since = gains + (value > last), since + 1
+        better = value > peak_value
+        peak, peak_gradient = torch.where(rows(better), here, peak), torch.where(rows(better), gradient, peak_gradient)
+        peak_value = torch.where(better, value, peak_value)
+        if step == -(-3 * effort.steps // 4):
+            earlier = least
+        if step in checkpoints:
+            stuck = (gains < 0.75 * since) | (~halved & (peak_value <= peak_then))
+            length = torch.where(stuck, length / 2, length)
+            here, gradient = torch.where(rows(stuck), peak, here), torch.where(rows(stuck), peak_gradient, gradient)
+            value = torch.where(stuck, peak_value, value)
+            halved, peak_then, gains, since = stuck, peak_value, torch.zeros(count), 0
+    return Found(best_images, least, earlier)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Whether the gradients of a defence are fit to attack it.
+
+    Attributes:
+        zero, broken: stage -> share of images whose gradient at its input is zero, or not finite.
+        cosine: of two gradients at the same image, each the mean over as many draws as the attack takes; the mean over
+            images. 1 where a defence is deterministic.
+    """
+
+    zero: dict[str, float]
+    broken: dict[str, float]
+    cosine: float
+
+
+def examine(forward: Forward, clean: Tensor, labels: Tensor, draws: int) -> Gradients:
+    """Take two gradients of the margin at each of ``clean``, and look at them stage by stage."""
+    found = []
+    for _ in range(2):
+        images = clean.detach().requires_grad_()
+        trace = forward(images, draws)
+        stages = {"images": (images,), **trace.stages}
+        inputs = [tensor for tensors in stages.values() for tensor in tensors]
+        gradients = iter(torch.autograd.grad(margin(trace.logits, labels).sum(), inputs, allow_unused=True))
+        found.append(
+            {name: _per_image([next(gradients) for _ in tensors], len(clean)) for name, tensors in stages.items()}
+        )
+    first, second = (gradients["images"] for gradients in found)
+    cosine = torch.nn.functional.cosine_similarity(first, second, dim=1)
+    norms = {name: gradient.norm(dim=1) for name, gradient in found[0].items()}
+    return Gradients(
+        {name: float((norm == 0).float().mean()) for name, norm in norms.items()},
+        {name: float((~norm.isfinite()).float().mean()) for name, norm in norms.items()},
+        float(cosine.nan_to_num().mean()),
+    )
+
+
+def _per_image(gradients: list[Tensor | None], count: int) -> Tensor:
+    """(B, N): all that a stage was given for an image, over its draws."""
+    parts = [g.view(-1, count, g[0].numel()).transpose(0, 1).flatten(1) for g in gradients if g is not None]
+    return torch.cat(parts, dim=1) if parts else torch.zeros(count, 1)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """After which steps the length is looked at: the first after 22 % of them, then ever more often."""
+    shares, found = [0.0, 0.22], set()
+    while shares[-1] <= 1:
+        found.add(math.ceil(round(shares[-1] * steps, 6)))
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    return found

@@ -66,7 +66,7 @@ class DeepFool:
         return asdict(self)
 
     def _run(self, classifier: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Tensor:
-        foolbox = _foolbox()
+        foolbox = load_foolbox()
         attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, candidates=self.candidates, overshoot=self.overshoot)
         return _run_foolbox(attack, classifier, images, labels)
 
@@ -92,7 +92,7 @@ class CarliniWagner:
 
     def perturb(self, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The attacked images, (B, 3, H, W) in [0, 1]; if an attack fails, the image itself."""
-        attack = _foolbox().attacks.L2CarliniWagnerAttack(
+        attack = load_foolbox().attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.searches,
             steps=self.steps,
             stepsize=self.stepsize,
@@ -152,7 +152,7 @@ def attack(
         if method not in METHODS:
             raise AttackError(f"no attack is called {method!r}: there are {', '.join(METHODS)}")
         method = METHODS[method]
-    _foolbox()
+    load_foolbox()
     key = fingerprint(classifier, method)
     fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -163,7 +163,7 @@ def attack(
         def compute(chunk: NDArray[np.uint8] = chunk, truth: NDArray[np.int64] = truth) -> NDArray[np.uint8]:
             return _attack_chunk(fast, classifier, chunk, truth, method)
 
-        attacked = _cached(cache, key, chunk, truth, compute)
+        attacked = cached(cache, key, chunk, truth, compute)
         parts.append(_judge(classifier, chunk, attacked, truth))
     return AttackResult(
         np.concatenate([part.images for part in parts]),
@@ -172,7 +172,7 @@ def attack(
     )
 
 
-def fingerprint(classifier: nn.Module, method: Method) -> str:
+def fingerprint(classifier: nn.Module, method: object) -> str:
     """SHA-256 of all that an attack depends on except the images: the weights of ``classifier`` and the settings."""
     digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
     for name, tensor in classifier.state_dict().items():
@@ -243,26 +243,28 @@ def _fooled(classifier: nn.Module, images: Tensor, labels: Tensor, margin: float
 
 
 def _run_foolbox(attack: Any, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    foolbox = _foolbox()
+    foolbox = load_foolbox()
     model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=images.device)
     result: Tensor = attack.run(model, images, foolbox.criteria.Misclassification(labels))
     return result.detach()
 
 
-def _foolbox() -> Any:
+def load_foolbox() -> Any:
+    """Raises AttackError if it is not installed."""
     try:
         return importlib.import_module("foolbox")
     except ImportError:
         raise AttackError("foolbox is not installed: pip install foolbox") from None
 
 
-def _cached(
+def cached(
     folder: Path | None,
     key: str,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
     compute: Callable[[], NDArray[np.uint8]],
 ) -> NDArray[np.uint8]:
+    """The result of ``compute`` on images (N, H, W, 3), stored in ``folder`` under all that it depends on."""
     if folder is None:
         return compute()
     digest = hashlib.sha256(key.encode() + images.tobytes() + labels.tobytes()).hexdigest()

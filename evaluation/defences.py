@@ -1,24 +1,39 @@
-"""Defences: the purifier as it is served, the classifier alone, and two simple baselines."""
+"""Defences: the purifier as it is served, its ablations, the classifier alone, and simple baselines.
 
+Each has two implementations: ``serve`` classifies 8-bit images with the served engines and decides the results;
+``forward`` computes the same with the PyTorch reference, for the gradients of attacks.
+"""
+
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
 
-from evaluation.attacks import to_float
-from evaluation.progress import track
+from evaluation.adaptive import Forward, Trace
+from evaluation.attacks import to_bytes, to_float
+from evaluation.photographs import encode
+from handlers.client import Client
 from handlers.pipeline import Pipeline
+from handlers.result import Result
 from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
+from mlvgm.purifier import Purifier
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Seeds = Sequence[int]
 
 NOISE_L2 = 1.0
 """L2 norm of the noise defence, for images in [0, 1]: half of that in the paper's ablation at 64x64."""
+
+JPEG_QUALITY, BITS = 75, 3
 
 _CHUNK = 64
 
@@ -29,22 +44,68 @@ class Predictions:
 
     Attributes:
         labels: (N,), the predicted classes.
-        sample_labels: (N, S), the class of each of the S purified or noisy samples that vote.
-        flagged: (N,), whether the label differs from that of the classifier alone.
+        sample_labels: (N, S), the class of each of up to S purified or noisy samples, the voters; -1 for none.
+        logits: (N, C), their mean, or the logarithms of the confidences.
+        flagged: (N,), whether it differs from the bare classifier.
+        scores: (N,), how suspicious each image is (`handlers.result.Result.scores`); 0 for defences that do not say.
+        deviation: (N,), how far purified samples differ: their standard deviation, mean over the pixels.
     """
 
     labels: Labels
     sample_labels: Labels
+    logits: Floats
     flagged: NDArray[np.bool_]
+    scores: Floats
+    deviation: Floats
+
+    @classmethod
+    def of(cls, sample_logits: Floats, before: Floats, deviation: Floats | float = 0.0) -> "Predictions":
+        """From the logits (N, S, C) of the samples, NaN for none, and those of the images as they came, (N, C)."""
+        result = Result(sample_logits, sample_logits, before, {})
+        spread = np.broadcast_to(np.float32(deviation), len(before))
+        return cls(result.labels, result.sample_labels, result.logits, result.flagged, result.scores, spread)
 
     @property
     def agreement(self) -> NDArray[np.float64]:
         """(N,): share of the samples that vote for the predicted class."""
-        share: NDArray[np.float64] = (self.sample_labels == self.labels[:, None]).mean(axis=1)
+        drawn = self.sample_labels >= 0
+        share: NDArray[np.float64] = ((self.sample_labels == self.labels[:, None]) & drawn).sum(1) / drawn.sum(1)
         return share
 
 
-Defence = Callable[[Images], Predictions]
+Serve = Callable[[Images, Seeds], Predictions]
+"""Images uint8 (N, H, W, 3), and for each a seed of its noise."""
+
+
+@dataclass(frozen=True)
+class Defence:
+    """One row: see the top of this file.
+
+    Attributes:
+        name: by which it is chosen.
+        title: as the report says it; also says all settings.
+        is_random: whether it draws noise.
+    """
+
+    name: str
+    title: str
+    serve: Serve
+    forward: Forward
+    is_random: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a bundle as it is served, and the models that it was made from.
+
+    Attributes:
+        blur: whether the bundle blurs its input.
+    """
+
+    pipeline: Pipeline
+    purifier: Purifier
+    classifier: nn.Module
+    blur: bool = False
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -64,91 +125,175 @@ def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"share": count / n if n else None, "low": low, "high": high, "count": count, "n": n}
 
 
-def bare(pipeline: Pipeline) -> Defence:
-    """No defence: the classifier of the bundle alone."""
+def defences(subject: Subject, samples: int | str | None = None, served: str | None = None) -> dict[str, Defence]:
+    """All rows for a bundle by name, in the order of a report: also each schedule of the bundle that is not served.
 
-    def predict(images: Images) -> Predictions:
-        labels = _classify(pipeline, images.__getitem__, len(images))
-        return Predictions(labels, labels[:, None], np.zeros(len(images), np.bool_))
-
-    return predict
-
-
-def blur(pipeline: Pipeline) -> Defence:
-    """The classifier behind a Gaussian blur with sigma 1."""
-
-    def predict(images: Images) -> Predictions:
-        taps = gaussian_taps(7)
-        labels = _classify(pipeline, lambda part: _array(blur_images(to_float(images[part]), taps)), len(images))
-        return Predictions(labels, labels[:, None], labels != bare(pipeline)(images).labels)
-
-    return predict
-
-
-def noise(pipeline: Pipeline, samples: int, seed: int = 0, l2: float = NOISE_L2) -> Defence:
-    """A vote of the classifier over ``samples`` noisy samples, each with Gaussian noise of norm ``l2``."""
-
-    def predict(images: Images) -> Predictions:
-        generator = torch.Generator().manual_seed(seed)
-
-        def noisy(part: slice) -> NDArray[np.float32]:
-            clean = to_float(images[part])
-            return _array(add_noise(clean, torch.randn(clean.shape, generator=generator), l2))
-
-        voters = np.stack([_classify(pipeline, noisy, len(images)) for _ in range(samples)], axis=1)
-        labels = vote(voters)
-        return Predictions(labels, voters, labels != bare(pipeline)(images).labels)
-
-    return predict
+    Args:
+        samples: purified or noisy samples that vote; None for the bundle's own default.
+        served: the schedule in the place of the bundle's own default.
+    """
+    manifest = subject.pipeline.manifest
+    voters = manifest.samples.default if samples is None else samples
+    count = voters if isinstance(voters, int) else manifest.samples.max
+    served = served or manifest.default_alphas
+    nothing, vote_of = (
+        (0.0,) * manifest.n_latents,
+        f"vote of {voters}" if isinstance(voters, int) else "vote of as many samples as it needs",
+    )
+    rows = [
+        Defence("none", "no defence", _serve(subject), _forward(subject)),
+        _blur(subject),
+        _noise(subject, count),
+        _squeezed(subject, "jpeg", f"JPEG, quality {JPEG_QUALITY}", _jpeg),
+        _squeezed(subject, "bits", f"{BITS} bits per value", _few_bits),
+        _purifier(subject, "kept", "nothing resampled (all alphas 0)", nothing, voters),
+        _purifier(subject, "one", f"{served} schedule (served), one sample", manifest.alphas[served], 1),
+        _purifier(subject, "served", f"{served} schedule (served), {vote_of}", manifest.alphas[served], voters),
+    ]
+    for name, alphas in manifest.alphas.items():
+        if name not in (served, *(row.name for row in rows)):
+            rows.append(_purifier(subject, name, f"{name} schedule, {vote_of}", alphas, voters))
+    return {row.name: row for row in rows}
 
 
-def purifier(pipeline: Pipeline, samples: int, seed: int = 0, alphas: str | list[float] | None = None) -> Defence:
-    """The whole pipeline as it is served; image i has the seed ``seed`` + i."""
+def remote(served: Defence, client: Client, model: str, classes: int) -> Defence:
+    """A running server, asked as anybody asks it; its gradients are those of the reference. It draws its own seeds."""
 
-    def predict(images: Images) -> Predictions:
-        labels, voters, flagged = [], [], []
-        for start in track(range(0, len(images), _CHUNK), f"purifying, {samples} samples each", f"x{_CHUNK} image"):
-            part = images[start : start + _CHUNK]
-            seeds = range(seed + start, seed + start + len(part))
-            result = pipeline.run(part, samples=samples, seeds=seeds, alphas=alphas)
-            labels.append(result.labels)
-            voters.append(result.sample_labels)
-            flagged.append(result.flagged)
-        return Predictions(np.concatenate(labels), np.concatenate(voters), np.concatenate(flagged))
+    def serve(images: Images, _: Seeds) -> Predictions:
+        labels, logits, flagged, scores = [], [], [], []
+        for i in range(len(images)):
+            answer = client.predict(encode(images[i]), model, top_k=classes)
+            confidences = np.zeros(classes, np.float32)
+            for entry in answer["top_k"]:
+                confidences[entry["index"]] = entry["confidence"]
+            labels.append(answer["index"])
+            logits.append(np.log(confidences.clip(1e-12)))
+            flagged.append(answer["flagged"])
+            scores.append(answer.get("score", 0.0))
+        found = np.array(labels, np.int64)
+        floats = (np.array(logits, np.float32), np.array(flagged, np.bool_), np.array(scores, np.float32))
+        return Predictions(found, found[:, None], *floats, np.zeros(len(images), np.float32))
 
-    return predict
+    return Defence("server", f"the server's {model}", serve, served.forward, served.is_random)
 
 
-def gaussian(images: Images, sigma: float, seed: int) -> Images:
-    """Images with Gaussian noise of standard deviation ``sigma``, for pixels in [0, 1], rounded to 8 bits."""
-    drawn = np.random.default_rng(seed).standard_normal(images.shape, np.float32)
+def gaussian(images: Images, sigma: float, seeds: Seeds) -> Images:
+    """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
+    drawn = _drawn(images.shape[1:], seeds)
     noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
     return noisy
 
 
-def vote(sample_labels: Labels) -> Labels:
-    """(N,): the most frequent class of labels (N, S); the first one if there is a tie."""
-    return np.array([np.bincount(row).argmax() for row in sample_labels])
+def _serve(subject: Subject, change: Callable[[Images], NDArray[Any]] = lambda images: images) -> Serve:
+    """The served classifier behind ``change``, which may give 8-bit images or floats (N, 3, H, W)."""
+
+    def serve(images: Images, _: Seeds) -> Predictions:
+        return Predictions.of(_classify(subject, change(images))[:, None], _classify(subject, images))
+
+    return serve
 
 
-def sample_deviation(
-    pipeline: Pipeline, images: Images, samples: int, seed: int = 0, alphas: str | list[float] | None = None
-) -> float:
-    """Standard deviation of the purified samples of an image, averaged over pixels and images."""
-    deviations = []
-    for start in range(0, len(images), _CHUNK):
-        part = images[start : start + _CHUNK]
-        result = pipeline.run(part, samples, seeds=range(seed + start, seed + start + len(part)), alphas=alphas)
-        deviations.append(result.purified.std(axis=1, ddof=1).mean(axis=(1, 2, 3)))
-    return float(np.concatenate(deviations).mean())
+def _forward(subject: Subject, change: Callable[[Tensor], Tensor] = lambda images: images) -> Forward:
+    def forward(images: Tensor, _: int) -> Trace:
+        changed = change(images)
+        return Trace(subject.classifier(changed)[None], {"classify": (changed,)})
+
+    return forward
 
 
-def _classify(pipeline: Pipeline, images: Callable[[slice], NDArray[Any]], count: int) -> Labels:
-    parts = [pipeline.classify(images(slice(i, i + _CHUNK))).argmax(axis=1) for i in range(0, count, _CHUNK)]
-    labels: Labels = np.concatenate(parts)
-    return labels
+def _blur(subject: Subject) -> Defence:
+    def blurred(images: Tensor) -> Tensor:
+        return blur_images(images, gaussian_taps(7)).clamp(0, 1)
+
+    serve = _serve(subject, lambda images: blurred(to_float(images)).numpy())
+    return Defence("blur", "blur, sigma 1", serve, _forward(subject, blurred))
 
 
-def _array(images: torch.Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = images.clamp(0, 1).numpy()
-    return array
+def _noise(subject: Subject, samples: int, l2: float = NOISE_L2) -> Defence:
+    """A vote of the classifier over ``samples`` noisy samples, each with Gaussian noise of norm ``l2``."""
+
+    def serve(images: Images, seeds: Seeds) -> Predictions:
+        clean, voters = to_float(images), []
+        for sample in range(samples):
+            drawn = _drawn(images.shape[1:], [seed + (sample << 40) for seed in seeds]).transpose(0, 3, 1, 2)
+            voters.append(_classify(subject, add_noise(clean, torch.from_numpy(drawn), l2).numpy()))
+        return Predictions.of(np.stack(voters, axis=1), _classify(subject, images))
+
+    def forward(images: Tensor, draws: int) -> Trace:
+        noisy = images.repeat(draws, 1, 1, 1)
+        noisy = add_noise(noisy, torch.randn(noisy.shape), l2)
+        return Trace(subject.classifier(noisy).view(draws, len(images), -1), {"classify": (noisy,)})
+
+    return Defence("noise", f"noise of L2 {l2:g}, vote of {samples}", serve, forward, True)
+
+
+def _squeezed(subject: Subject, name: str, title: str, squeeze: Callable[[Images], Images]) -> Defence:
+    """``squeeze`` in front of the classifier; gradients go straight through it (Athalye et al., ICML 2018, BPDA)."""
+
+    def straight_through(images: Tensor) -> Tensor:
+        return images + (to_float(squeeze(to_bytes(images))) - images).detach()
+
+    return Defence(name, title, _serve(subject, squeeze), _forward(subject, straight_through))
+
+
+def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], samples: int | str) -> Defence:
+    """The whole pipeline as it is served."""
+    manifest, purifier = subject.pipeline.manifest, subject.purifier
+    l2 = manifest.input_noise_l2
+    is_random = any(alphas) or l2 > 0
+    if not is_random:
+        samples = 1  # without any noise all samples are the same
+
+    def serve(images: Images, seeds: Seeds) -> Predictions:
+        results = [
+            subject.pipeline.run(images[i : i + _CHUNK], samples, seeds[i : i + _CHUNK], alphas=list(alphas))
+            for i in range(0, len(images), _CHUNK)
+        ]
+        most = max(result.sample_logits.shape[1] for result in results)  # "auto" draws as many as a chunk needs
+        ends = [((0, 0), (0, most - result.sample_logits.shape[1]), (0, 0)) for result in results]
+        logits = [np.pad(r.sample_logits, e, constant_values=np.nan) for r, e in zip(results, ends, strict=True)]
+        before = [result.unpurified_logits for result in results]
+        deviation = [np.nanstd(result.purified, axis=1).mean(axis=(1, 2, 3)) for result in results]
+        return Predictions.of(np.concatenate(logits), np.concatenate(before), np.concatenate(deviation))
+
+    def forward(images: Tensor, draws: int) -> Trace:
+        repeated = images.repeat(draws, 1, 1, 1)
+        purified = purifier.purify(
+            repeated,
+            [torch.randn(len(repeated), *shape) for shape in purifier.noise_shapes],
+            torch.tensor(alphas),
+            blur=subject.blur,
+            input_noise=torch.randn(repeated.shape) if l2 else None,
+            input_noise_l2=l2,
+        )
+        stages = {"decode": purified.mixed, "classify": (purified.images,)}
+        return Trace(subject.classifier(purified.images).view(draws, len(images), -1), stages)
+
+    return Defence(name, title, serve, forward, is_random)
+
+
+def _classify(subject: Subject, images: NDArray[Any]) -> Floats:
+    parts = [subject.pipeline.classify(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)]
+    logits: Floats = np.concatenate(parts)
+    return logits
+
+
+def _drawn(shape: tuple[int, ...], seeds: Seeds) -> Floats:
+    """(N, *shape), standard normal: each image's noise is its own, whatever else is in the batch."""
+    return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
+
+
+def _jpeg(images: Images) -> Images:
+    decoded = []
+    for image in images:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "JPEG", quality=JPEG_QUALITY)
+        decoded.append(np.asarray(Image.open(stream).convert("RGB")))
+    return np.stack(decoded)
+
+
+def _few_bits(images: Images) -> Images:
+    """Feature squeezing (Xu, Evans and Qi, NDSS 2018)."""
+    most = 2**BITS - 1
+    squeezed: Images = ((images / 255 * most).round() / most * 255).round().astype(np.uint8)
+    return squeezed

@@ -8,7 +8,7 @@ from handlers import cores
 
 PACKAGES = (
     *("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"),
-    *("foolbox", "torchserve", "uvicorn"),
+    *("foolbox", "adversarial-robustness-toolbox", "torchserve", "uvicorn"),
 )
 
 

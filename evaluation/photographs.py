@@ -1,6 +1,8 @@
 """Labelled photographs for measurements: the GTSRB benchmark, or a folder of the user."""
 
 import io
+import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from handlers.image import decode
-from mlvgm.files import image_files, read_file
+from handlers.errors import MlvgmError
+from handlers.image import ImageError, decode
+from mlvgm.files import image_files, read_file, shown
 from mlvgm.training.data import Signs, load_signs, split_by_track
+
+
+class PhotographError(MlvgmError):
+    """Images or labels cannot be used."""
 
 
 def read_photographs(
@@ -26,7 +33,7 @@ def read_photographs(
 
     Raises:
         FileNotFoundError: ``folder`` holds neither.
-        ImageError: a file is no image.
+        PhotographError: a file is no image, or a folder no class.
     """
     own = folder / part
     if own.is_dir():
@@ -37,6 +44,29 @@ def read_photographs(
         signs = split_by_track(load_signs(folder, "train"))[1]
     order = np.random.default_rng(0).permutation(len(signs))[:limit]
     return Signs(signs.images[order], signs.labels[order])
+
+
+def read_labelled(
+    path: Path, classes: Sequence[str], size: tuple[int, int], limit: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The first ``limit`` labelled images in a fixed random order: uint8 (N, H, W, 3), and their classes (N,).
+
+    Args:
+        path: a folder with images as CLASS/IMAGE, where CLASS is a name of ``classes`` or its number; or an .npz file
+            with "images", uint8 (N, H, W, 3), and "labels", (N,).
+        size: (H, W) of the images.
+
+    Raises:
+        PhotographError: it holds something else.
+        ImageError, OSError: a file is no image, or cannot be read.
+    """
+    if path.suffix == ".npz" and path.is_file():
+        images, labels = _read_packed(path, len(classes), size)
+    else:
+        signs = _read_folders(path, classes, size)
+        images, labels = signs.images, signs.labels
+    order = np.random.default_rng(0).permutation(len(images))[:limit]
+    return images[order], labels[order]
 
 
 def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -69,14 +99,38 @@ def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
+def _read_packed(path: Path, classes: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    try:
+        with np.load(path) as packed:
+            images, labels = packed["images"], packed["labels"]
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise PhotographError(f"{path}: must hold the arrays images and labels ({error})") from None
+    if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
+        raise PhotographError(
+            f"{path}: images are {images.dtype} {images.shape}, must be uint8 (N, {size[0]}, {size[1]}, 3)"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        raise PhotographError(f"{path}: labels are {labels.dtype} {labels.shape}, must be a whole number per image")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise PhotographError(f"{path}: has labels {labels.min()} to {labels.max()}, the bundle has {classes} classes")
+    return images, labels.astype(np.int64)
+
+
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:
+    numbers = {name: label for label, name in enumerate(classes)}
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        for class_folder in (folder / name, folder / str(label)):
-            for path in image_files(class_folder) if class_folder.is_dir() else ():
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
+        name = class_folder.name
+        label = numbers.get(name, int(name) if re.fullmatch(r"[0-9]{1,9}", name) else -1)
+        if not 0 <= label < len(classes):
+            raise PhotographError(f"{shown(class_folder)}: is neither a label of the bundle nor the number of one")
+        for path in image_files(class_folder):
+            try:
                 images.append(decode(read_file(path), size))
-                labels.append(label)
+            except ImageError as error:
+                raise PhotographError(f"{shown(path)}: {error}") from None
+            labels.append(label)
     if not images:
-        raise FileNotFoundError(f"{folder}: no images in folders named like the classes, or by their numbers")
+        raise PhotographError(f"{shown(folder)}: no images in folders named like the classes, or by their numbers")
     return Signs(np.stack(images), np.array(labels, np.int64))

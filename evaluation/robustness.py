@@ -1,338 +1,270 @@
-"""Measure the robustness of purification as it is served: 8-bit images in, votes of the samples out.
+"""Evaluate every defence under every threat, chunk by chunk, and summarise the results.
 
-    python -m evaluation.robustness --bundle build/road-signs --data GTSRB --json benchmarks/results/robustness.json
-
-There are two kinds of attackers. The first knows only the classifier (DeepFool and Carlini-Wagner, as in the paper).
-The purifier is compared with the classifier alone, two simple defences, and ablations of itself: nothing resampled, one
-sample instead of a vote, and the paper's linear schedule. The second attacker knows the whole defence except its noise.
-``--noise-sigma`` also measures Gaussian noise on clean images. Attacked images are kept in build/attacks (``--cache``),
-so that it is quick to measure other alphas.
+Each cell, a defence under a threat on a chunk of images, is appended to a log with a key of everything it depends on.
+So an interrupted command resumes, and a cell is measured again if anything it depends on has changed.
 """
 
-import argparse
-import sys
+import dataclasses
+import hashlib
+import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from evaluation import adaptive, defences, report, robustness_report
-from evaluation.attacks import METHODS, AttackResult, attack, predict
-from evaluation.defences import Defence, Images, Labels, Predictions, share
-from evaluation.photographs import read_photographs
-from handlers.pipeline import Pipeline
-from mlvgm.load import Default, load_default
+from evaluation.attacks import fingerprint
+from evaluation.defences import Defence, Images, Labels, Subject, share
+from evaluation.progress import bar
+from evaluation.threats import Budget, Record, Target, Threat
 
-NOISE_DRAWS, NOISE_SAMPLES = 48, 8
-"""For images with Gaussian noise: number of noisy images that vote, and of purified samples of a single noisy image."""
-
-DEVIATION_IMAGES, DEVIATION_SAMPLES = 512, 8
-"""Number of clean images, and of purified samples of each, to measure how far samples differ."""
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CHUNK = 50
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+FALSE_ALARMS = (0.01, 0.05)
+NEAREST = ("deepfool", "cw")
+"""Threats that know no bound: they find the nearest image that is misclassified."""
+
+Cells = Mapping[tuple[str, str], Sequence[Record]]
+"""What was found for a defence under a threat, chunk after chunk."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a summary, and write JSON, a Markdown table and a plot. Returns 0."""
-    args = _parser().parse_args(arguments)
-    begun = time.monotonic()
-    with Pipeline.load(args.bundle, threads=args.threads) as pipeline:
-        manifest = pipeline.manifest
-        signs = read_photographs(args.data, args.part, manifest.classes, manifest.image_size, args.limit)
-        default = load_default(args.recipe or str(manifest.source.get("recipe", "road-signs")))
-        served = manifest.samples.default
-        samples = args.samples or (served if isinstance(served, int) else manifest.samples.max)
-        schedule = args.alphas or manifest.default_alphas
-        content: dict[str, Any] = {
-            "benchmark": "robustness",
-            "model": manifest.name,
-            "part": args.part,
-            "n": len(signs),
-            "samples": samples,
-            "schedule": schedule,
-            "served": schedule == manifest.default_alphas,
-            "alphas": list(manifest.alphas[schedule]),
-            "seed": args.seed,
-            "noise_l2": defences.NOISE_L2,
-            "runtime": pipeline.runtime,
-            "precision": manifest.precision,
-            "files": {name: seal.sha256 for name, seal in manifest.files.items()},
-            **report.measured_here(),
-        }
-        table = compared(pipeline, samples, args.seed, schedule)
-        bare, purifier = table["none"], table["purifier"]
-        content |= measure(default.classifier, table, signs.images, signs.labels, args.attacks, args.cache)
-        spread = min(DEVIATION_SAMPLES, manifest.samples.max)
-        few_images = signs.images[:DEVIATION_IMAGES]
-        content["sample_deviation"] = defences.sample_deviation(pipeline, few_images, spread, args.seed, schedule)
-        if args.noise_sigma:
-            noisy = slice(0, args.noise_images)
-            images, labels = signs.images[noisy], signs.labels[noisy]
-            content["noise"] = measure_noise(pipeline, images, labels, args.noise_sigma, args.seed, schedule)
-        if args.adaptive:
-            few = slice(0, args.adaptive)
-            whole = Default(default.purifier, default.classifier, content["alphas"], default.recipe)
-            content["adaptive"] = measure_adaptive(
-                whole,
-                bare,
-                purifier,
-                signs.images[few],
-                signs.labels[few],
-                args.adaptive_l2,
-                args.steps,
-                args.gradient_samples,
-            )
-    content["caveats"] = caveats(content)
-    content["seconds"] = round(time.monotonic() - begun, 1)
-    page = robustness_report.markdown(content)
-    print(page)
-    report.save(content, page, args.json, lambda file: robustness_report.plot(content, file))
-    return 0
+@dataclass(frozen=True)
+class Log:
+    """The cells in a file, one JSON object a line, each there as a whole or not at all."""
 
+    path: Path
 
-def compared(pipeline: Pipeline, samples: int, seed: int, schedule: str) -> dict[str, Defence]:
-    """The defences of the report by name, in its order, for `measure`; "linear" where the bundle has that schedule."""
-    nothing = [0.0] * pipeline.manifest.n_latents
-    voters = samples if pipeline.manifest.input_noise_l2 else 1  # without any noise all samples are the same
-    table = {
-        "none": defences.bare(pipeline),
-        "blur": defences.blur(pipeline),
-        "noise": defences.noise(pipeline, samples, seed),
-        "kept": defences.purifier(pipeline, voters, seed, nothing),
-        "purifier": defences.purifier(pipeline, samples, seed, schedule),
-    }
-    if "linear" in pipeline.manifest.alphas:
-        table["linear"] = defences.purifier(pipeline, samples, seed, "linear")
-    return table
+    def read(self) -> dict[str, Record]:
+        """The cells by their keys; a line that was cut off is left out."""
+        cells = {}
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            try:
+                cell = json.loads(line)
+                cells[cell["key"]] = cell["record"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return cells
+
+    def append(self, **cell: Any) -> None:
+        """Write one cell to the disk. Several processes may do so."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as stream:
+            # A new line first: what another run was cut off in must not take this cell with it.
+            stream.write(b"\n" + json.dumps(cell).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def measure(
-    classifier: nn.Module,
-    table: Mapping[str, Defence],
+    subject: Subject,
+    rows: Mapping[str, Defence],
+    columns: Mapping[str, Threat],
     images: Images,
     labels: Labels,
-    methods: Sequence[str],
+    budget: Budget,
+    log: Log,
     cache: Path | None = None,
-) -> dict[str, Any]:
-    """Attack ``classifier`` with each of ``methods``, and evaluate every defence on the attacked images.
+) -> dict[tuple[str, str], list[Record]]:
+    """All cells, from ``log`` where they are there already.
 
     Args:
-        table: defences by name: first "none", the classifier alone; "purifier" must be among them. The first sample of
-            the purifier is evaluated as another defence, "one".
+        images: uint8 (N, H, W, 3); those after ``budget.few`` meet transferred attacks only.
+        labels: (N,).
+        cache: folder for attacks that know the classifier alone.
+    """
+    known, identity = log.read(), _identity(subject)
+    cells: dict[tuple[str, str], list[Record]] = {(row, column): [] for row in rows for column in columns}
+    plan = list(_plan(len(images), rows.values(), columns, budget))
+    with bar(sum(size for *_, size in plan), "evaluating") as shown:
+        for start, defence, name, size in plan:
+            threat, part = columns[name], slice(start, start + size)
+            shown.set_description(f"{defence.name}, {name}")
+            what = (identity, start, defence.name, defence.title, threat)
+            key = hashlib.sha256(repr(what).encode() + images[part].tobytes() + labels[part].tobytes()).hexdigest()
+            if key not in known:
+                begun = time.monotonic()
+                record = threat.run(Target(subject, defence, images[part], labels[part], start, cache))
+                known[key] = {**record, "seconds": round(time.monotonic() - begun, 3)}
+                log.append(key=key, defence=defence.name, threat=name, first=start, record=known[key])
+            cells[defence.name, name].append(known[key])
+            shown.update(size)
+    return cells
+
+
+def _plan(
+    count: int, rows: Collection[Defence], columns: Mapping[str, Threat], budget: Budget
+) -> Iterator[tuple[int, Defence, str, int]]:
+    """Chunk after chunk, so that whatever ends the run, all cells have about as many images."""
+    for start in range(0, count, CHUNK):
+        for name, threat in columns.items():
+            size = min(CHUNK, (min(count, budget.few) if threat.is_costly else count) - start)
+            for defence in rows if size > 0 else ():
+                yield start, defence, name, size
+
+
+def _identity(subject: Subject) -> str:
+    """Whatever an answer depends on beside the images, the defence and the threat."""
+    manifest = subject.pipeline.manifest
+    files = sorted((name, digest.sha256) for name, digest in manifest.files.items())
+    settings = (manifest.alphas, manifest.samples, manifest.input_noise_l2, manifest.precision, manifest.batch)
+    models = [fingerprint(model, "") for model in (subject.purifier, subject.classifier)]
+    return repr((files, settings, subject.pipeline.runtime, subject.blur, models))
+
+
+def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, Threat], l2: float) -> dict[str, Any]:
+    """What a report says of the cells, as JSON.
+
+    Args:
+        l2: norm of the largest change that counts for the worst of attacks that find the nearest image; where they
+            need more, the attacker sends the clean image.
 
     Returns:
-        "attacks"; "accuracy", defence -> set of images -> share; "within", the same with the clean image instead of
-        larger perturbations than a bound; for the purifier "per_sample", "recovered" and "detection".
+        "defences" and "threats", name -> title; by defence and threat "accuracy", "unanimous" and "detection"; by
+        defence "worst", the images that withstand every attack, "deviation", "cost_ms" and "certified"; by threat of
+        `NEAREST` "within", for some bounds, by defence; and "conclusion".
     """
-    sets, attacks, sizes = {"clean": images}, {}, {}
-    right = predict(classifier, images) == labels
-    for method in methods:
-        begun = time.monotonic()
-        result = attack(classifier, images, labels, method, cache)
-        sets[method], sizes[method] = result.images, result.l2
-        attacks[method] = {"seconds": round(time.monotonic() - begun, 1), **_describe(method, result, right)}
-    rows: dict[str, dict[str, Predictions]] = {}
-    for name, defence in table.items():
-        found = {key: defence(attacked) for key, attacked in sets.items()}
-        if name == "purifier":
-            rows["one"] = {key: _first(found[key], rows["none"][key]) for key in found}
-        rows[name] = found
-    unpurified, purified = rows["none"], rows["purifier"]
-    for method in methods:
-        agreeing = unpurified[method].labels == predict(classifier, sets[method])
-        attacks[method]["engine_agrees"] = share(agreeing)["share"]
-    return {
-        "attacks": attacks,
-        "accuracy": {
-            name: {key: share(found.labels == labels) for key, found in row.items()} for name, row in rows.items()
-        },
+    found = {place: _joined(records) for place, records in cells.items() if records}
+    attacks = [name for name, threat in columns.items() if threat.knows]
+    content: dict[str, Any] = {
+        "defences": {name: row.title for name, row in rows.items()},
+        "threats": {name: column.title for name, column in columns.items()},
+        "knows": {name: column.knows for name, column in columns.items()},
+        "accuracy": _by_place(found, lambda cell: share(cell["right"] > 0)),
+        "worst": {row: share(worst) for row in rows if (worst := _worst(found, row, attacks, l2)) is not None},
+        "unanimous": _by_place(found, lambda cell: share(cell["unanimous"] > 0), "unanimous"),
+        "deviation": {row: float(found[row, "clean"]["deviation"].mean()) for row in rows if (row, "clean") in found},
+        "cost_ms": {row: _milliseconds(cells[row, "clean"]) for row in rows if cells.get((row, "clean"))},
+        "detection": {row: _detection(found, row, attacks) for row in rows if (row, "clean") in found},
         "within": {
-            method: [
-                {
-                    "l2": bound,
-                    **{name: _within(row, method, sizes[method] <= bound, labels) for name, row in rows.items()},
-                }
-                for bound in BOUNDS
-            ]
-            for method in methods
+            column: [{"l2": bound, **_within(found, rows, column, bound)} for bound in BOUNDS]
+            for column in NEAREST
+            if column in columns and "clean" in columns
         },
-        "per_sample": {key: _per_sample(found, labels) for key, found in purified.items()},
-        "recovered": {
-            key: share((found.labels == labels)[right & (unpurified[key].labels != labels)])
-            for key, found in purified.items()
-            if key != "clean"
-        },
-        "detection": {
-            key: {"flagged": share(found.flagged), "agreement": round(float(found.agreement.mean()), 4)}
-            for key, found in purified.items()
+        "certified": {
+            row: {str(radius): share(cell["radius"] > radius) for radius in RADII}
+            for (row, column), cell in found.items()
+            if column == "certify"
         },
     }
+    if ("none", "clean") in found:
+        content["engine_agrees"] = _mean(found["none", "clean"]["agrees"])
+    return content | {"conclusion": conclusion(content)}
 
 
-def measure_noise(
-    pipeline: Pipeline, images: Images, labels: Labels, sigmas: Sequence[float], seed: int, schedule: str
-) -> dict[str, Any]:
-    """Accuracy on clean ``images`` with Gaussian noise of each standard deviation, for pixels in [0, 1].
+def conclusion(content: Mapping[str, Any]) -> str:
+    """One sentence: whether the purifier as served withstands more than the best of the simple defences."""
+    worst, titles = content["worst"], content["defences"]
+    served = next((row for row in ("server", "served") if row in worst), None)
+    others = {row: entry for row, entry in worst.items() if row in ("blur", "noise", "jpeg", "bits", "kept")}
+    if served is None:
+        return "No attack was measured on the purifier as served."
+    said = f"Of {worst[served]['n']} images, {_percent(worst[served])} withstand every attack behind the purifier"
+    if not others:
+        return f"{said}."
+    best = max(others, key=lambda row: others[row]["share"])
+    said += f", {_percent(others[best])} behind {titles[best]}"
+    gain = 100 * (worst[served]["share"] - others[best]["share"])
+    if overlap(worst[served], others[best]):
+        return f"{said}: no difference."
+    return f"{said}: the purifier is {abs(gain):.0f} points {'better' if gain > 0 else 'WORSE'}."
 
-    Returns:
-        "n", "draws", "samples" and "sigmas", one row each: "sigma", and as shares "none", the classifier on one noisy
-        image; "purified", "samples" purified samples of that image; "vote", one purified sample of each of "draws"
-        noisy images; "vote_none", the classifier on each of these.
+
+def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the intervals of two shares have a part in common: then there is no difference to speak of."""
+    return bool(one["low"] <= other["high"] and other["low"] <= one["high"])
+
+
+def auroc(clean: NDArray[Any], attacked: NDArray[Any]) -> float:
+    """The probability that an attacked image scores above a clean one, equal scores counting half."""
+    above = (attacked[:, None] > clean).mean() + (attacked[:, None] == clean).mean() / 2
+    return round(float(above), 4)
+
+
+def _percent(entry: Mapping[str, Any]) -> str:
+    return f"{entry['share']:.0%} ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+
+
+def _joined(records: Sequence[Record]) -> dict[str, NDArray[Any]]:
+    """The columns of all chunks."""
+    lists = [name for name, value in records[0].items() if isinstance(value, list) and name != "broken"]
+    return {name: np.concatenate([record[name] for record in records]) for name in lists}
+
+
+def _by_place(
+    found: Mapping[tuple[str, str], dict[str, NDArray[Any]]],
+    entry: Callable[[dict[str, NDArray[Any]]], Any],
+    needs: str = "right",
+) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for (row, column), cell in found.items():
+        if needs in cell:
+            table.setdefault(row, {})[column] = entry(cell)
+    return table
+
+
+def _worst(
+    found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence[str], l2: float
+) -> NDArray[np.bool_] | None:
+    """(N,), whether an image is classified correctly under all attacks; of the images that met all.
+
+    A misclassified clean image counts as misclassified under attack. None if an attack is missing.
     """
-    samples = min(NOISE_SAMPLES, pipeline.manifest.samples.max)
-    bare, several = defences.bare(pipeline), defences.purifier(pipeline, samples, seed, schedule)
-    rows = []
-    for sigma in sigmas:
-        read, purified = [], []
-        for draw in range(NOISE_DRAWS):
-            noisy = defences.gaussian(images, sigma, seed + draw)
-            once = defences.purifier(pipeline, 1, seed + draw * len(images), schedule)
-            read.append(bare(noisy).labels)
-            purified.append(once(noisy).labels)
-        rows.append(
-            {
-                "sigma": sigma,
-                "none": share(read[0] == labels),
-                "purified": share(several(defences.gaussian(images, sigma, seed)).labels == labels),
-                "vote": share(defences.vote(np.stack(purified, axis=1)) == labels),
-                "vote_none": share(defences.vote(np.stack(read, axis=1)) == labels),
-            }
-        )
-    return {"n": len(images), "draws": NOISE_DRAWS, "samples": samples, "sigmas": rows}
+    if not attacks or any((row, column) not in found for column in ("clean", *attacks)):
+        return None
+    clean = found[row, "clean"]["right"] > 0
+    columns = [clean]
+    for column in attacks:
+        right = found[row, column]["right"] > 0
+        if column in NEAREST:
+            right = np.where(found[row, column]["l2"] <= l2, right, clean[: len(right)])
+        columns.append(right)
+    count = min(map(len, columns))
+    return np.logical_and.reduce([column[:count] for column in columns])
 
 
-def measure_adaptive(
-    default: Default,
-    bare: Defence,
-    purifier: Defence,
-    images: Images,
-    labels: Labels,
-    bounds: Sequence[float],
-    steps: int,
-    gradient_samples: int,
-) -> dict[str, Any]:
-    """Accuracy under projected gradient descent within each of ``bounds``, L2 norms.
-
-    Args:
-        gradient_samples: draws of the noise that each gradient through the purifier is averaged over.
-
-    Returns:
-        "n", "steps", "samples" and "bounds", one row each: "l2", and as shares "none", the classifier attacked and
-        undefended; "transfer", the same images purified; "adaptive", the whole defence attacked and purified.
-    """
-    rows = []
-    for l2 in bounds:
-        settings = adaptive.PgdSettings(l2, steps)
-        easy = adaptive.attack_within(adaptive.bare(default.classifier), images, labels, settings, f"PGD {l2:g}")
-        whole = adaptive.defended(default, gradient_samples, settings.seed)
-        hard = adaptive.attack_within(whole, images, labels, settings, f"adaptive PGD {l2:g}")
-        rows.append(
-            {
-                "l2": l2,
-                "none": share(bare(easy).labels == labels),
-                "transfer": share(purifier(easy).labels == labels),
-                "adaptive": share(purifier(hard).labels == labels),
-            }
-        )
-    return {"n": len(images), "steps": steps, "samples": gradient_samples, "bounds": rows}
+def _milliseconds(records: Sequence[Record]) -> float:
+    """Per clean image; the first chunk, which is slow, counts only where there is no other."""
+    counted = records[1:] or records
+    return round(1000 * sum(r["seconds"] for r in counted) / sum(len(r["right"]) for r in counted), 3)
 
 
-def caveats(content: Mapping[str, Any]) -> list[str]:
-    """Caveats: signs in a report that an attack was too weak, or an engine is wrong; one sentence each."""
-    found = []
-    attacks = content["attacks"]
-    for name, entry in attacks.items():
-        if entry["fooled"]["share"] < 0.99:
-            found.append(f"{name} fools only {entry['fooled']['share']:.1%}: it is not at its full strength.")
-        if entry["engine_agrees"] < 0.995:
-            found.append(
-                f"Engine and eager classifier agree on only {entry['engine_agrees']:.1%} of the {name} images: "
-                "is the bundle made from other weights?"
-            )
-    if {"deepfool", "cw"} <= attacks.keys() and attacks["cw"]["l2"]["0.5"] > 1.1 * attacks["deepfool"]["l2"]["0.5"]:
-        found.append("Carlini-Wagner needs larger changes than DeepFool: it has too few steps.")
-    for row in content.get("adaptive", {}).get("bounds", []):
-        if row["adaptive"]["share"] > row["transfer"]["share"]:
-            found.append(f"At L2 {row['l2']:g} the adaptive attack is weaker than one that knows the classifier alone.")
-    return found
+def _detection(found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence[str]) -> dict[str, Any]:
+    """How well scores and flags tell the images that attacks have changed from clean ones."""
+    clean = found[row, "clean"]
+    table: dict[str, Any] = {"clean": {"flagged": share(clean["flagged"] > 0), "agreement": _mean(clean["agreement"])}}
+    for name in attacks:
+        if (cell := found.get((row, name))) is None or not (changed := cell["l2"] > 0).any():
+            continue
+        scores = cell["score"][changed]
+        limits = {rate: np.quantile(clean["score"], 1 - rate, method="higher") for rate in FALSE_ALARMS}
+        table[name] = {
+            "flagged": share(cell["flagged"][changed] > 0),
+            "agreement": _mean(cell["agreement"]),
+            "auroc": auroc(clean["score"], scores),
+            "found": {str(rate): share(scores > limit) for rate, limit in limits.items()},
+        }
+    return table
 
 
-def _within(
-    predictions: Mapping[str, Predictions], method: str, small: NDArray[np.bool_], labels: Labels
-) -> dict[str, Any]:
-    """Accuracy against an attacker who sends the clean image if the perturbation is not ``small``."""
-    return share(np.where(small, predictions[method].labels, predictions["clean"].labels) == labels)
+def _mean(column: NDArray[Any]) -> float:
+    return round(float(column.mean()), 4)
 
 
-def _first(found: Predictions, unpurified: Predictions) -> Predictions:
-    """The predictions ``found`` with only the first sample of each image."""
-    voters = found.sample_labels[:, :1]
-    return Predictions(voters[:, 0], voters, voters[:, 0] != unpurified.labels)
+def _within(found: Mapping[tuple[str, str], Any], rows: Mapping[str, Defence], column: str, bound: float) -> Record:
+    """Accuracy against an attacker who may make changes up to ``bound`` only, and sends the clean image otherwise."""
+    table = {}
+    for row in rows:
+        if (row, column) in found and (row, "clean") in found:
+            cell, clean = found[row, column], found[row, "clean"]["right"]
+            table[row] = share(np.where(cell["l2"] <= bound, cell["right"], clean[: len(cell["right"])]) > 0)
+    return table
 
 
-def _describe(method: str, result: AttackResult, right: NDArray[np.bool_]) -> dict[str, Any]:
-    changed = result.l2[right & result.fooled]
-    quantiles = np.quantile(changed, QUANTILES) if len(changed) else np.full(len(QUANTILES), np.nan)
-    return {
-        "settings": METHODS[method].settings(),
-        "fooled": share(result.fooled[right]),
-        "l2": {str(q): round(float(value), 4) for q, value in zip(QUANTILES, quantiles, strict=True)},
-    }
-
-
-def _per_sample(found: Predictions, labels: Labels) -> dict[str, Any]:
-    """Accuracy of a single sample, and accuracy if one wrong sample makes the answer wrong."""
-    right = found.sample_labels == labels[:, None]
-    return {"one": round(float(right.mean()), 4), "all": share(right.all(axis=1))}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.robustness",
-        description="Measure accuracy under attack, as served, beside simple defences.",
-        epilog="Example: python -m evaluation.robustness --bundle build/road-signs --data ../gtsrb --limit 500",
-    )
-    parser.add_argument("--bundle", type=Path, default=Path("build/road-signs"), help="(%(default)s)")
-    parser.add_argument("--recipe", help="whose eager models are attacked (default: the one the bundle was made from)")
-    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or PART/CLASS/IMAGE")
-    parser.add_argument("--part", choices=("test", "validation"), default="test", help="(%(default)s)")
-    parser.add_argument("--limit", type=int, help="images to use, the first of a fixed random order (default: all)")
-    parser.add_argument("--samples", type=int, help="purified samples that vote (default: the bundle's)")
-    parser.add_argument("--alphas", help="schedule of the bundle (default: the bundle's)")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("build/attacks"), help="folder of the attacked images (%(default)s)"
-    )
-    parser.add_argument("--attacks", nargs="+", choices=list(METHODS), default=list(METHODS), help="(default: all)")
-    parser.add_argument(
-        "--adaptive", type=int, default=200, metavar="N", help="images for it, 0 for none (%(default)s)"
-    )
-    parser.add_argument("--adaptive-l2", type=float, nargs="+", default=[0.5, 1.0], help="(default: 0.5 1.0)")
-    parser.add_argument("--steps", type=int, default=20, help="of the adaptive attack (%(default)s)")
-    parser.add_argument(
-        "--gradient-samples",
-        type=int,
-        default=4,
-        help="draws of the noise to average each gradient of it over (%(default)s)",
-    )
-    parser.add_argument(
-        "--noise-sigma",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="SIGMA",
-        help="also read clean images behind Gaussian noise of this standard deviation, for pixels from 0 to 1",
-    )
-    parser.add_argument("--noise-images", type=int, default=200, metavar="N", help="images for it (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image's noise (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="of the engines, 0 for every core")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/robustness.json"), help="(%(default)s)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def settings(budget: Budget) -> dict[str, Any]:
+    """Of a report."""
+    return dataclasses.asdict(budget)

@@ -1,228 +1,170 @@
-"""The report of `evaluation.robustness` as Markdown and as a plot."""
+"""What `evaluation.robustness` has found, as a page and as a plot."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluation.report import Content, conditions, figure, share, table
 
-NAMES = {
-    "clean": "clean",
-    "deepfool": "DeepFool",
-    "cw": "Carlini-Wagner",
-    "none": "no defence",
-    "blur": "blur, sigma 1",
-    "noise": "noise, vote of {samples}",
-    "kept": "nothing resampled (all alphas 0)",
-    "one": "{schedule} schedule, one sample",
-    "purifier": "{schedule} schedule, vote of {samples}",
-    "linear": "linear schedule, vote of {samples}",
-}
-_COLOURS = {
-    "none": "#8a8a8a",
-    "blur": "#d9a441",
-    "noise": "#5a9a6a",
-    "kept": "#7d5fa8",
-    "one": "#86aedb",
-    "purifier": "#2f6db0",
-    "linear": "#3a9a9a",
-}
-_RED = "#b0362a"
+_COLOURS = (
+    "#8a8a8a",
+    "#d9a441",
+    "#5a9a6a",
+    "#b58a6a",
+    "#a07a9a",
+    "#7d5fa8",
+    "#86aedb",
+    "#2f6db0",
+    "#3a9a9a",
+    "#b0362a",
+)
 
 
 def markdown(content: Content) -> str:
     """The page."""
-    lines = [f"# Robustness of {content['model']}", "", _preamble(content), ""]
-    lines += ["Accuracy with 95 % intervals:", "", *_accuracy(content), ""]
-    lines += ["Accuracy when the change may not exceed an L2 norm:", "", *_within(content), ""]
-    lines += ["How often the attacks succeed, and how purification detects them:", "", *_attacks(content), ""]
-    if "noise" in content:
-        lines += [*_noise(content["noise"]), ""]
-    if "adaptive" in content:
-        lines += [*_adaptive(content["adaptive"]), ""]
+    lines = [f"# Robustness of {content['model']}", "", f"**{content['conclusion']}**", "", _preamble(content), ""]
+    lines += [
+        "Accuracy with 95 % intervals. The worst counts images that are classified correctly under every attack; "
+        f"DeepFool and Carlini-Wagner count only with changes of an L2 norm up to {content['l2']:g}:",
+        "",
+    ]
+    lines += [*_accuracy(content), ""]
+    lines += ["Detection: how flags and scores tell attacked images from clean ones:", ""]
+    lines += [*_detection(content), ""]
+    if any(content["within"].values()):
+        lines += ["Accuracy when the L2 norm of the change is limited:", "", *_within(content), ""]
+    if content["certified"]:
+        lines += ["Accuracy with a proven L2 radius larger than:", "", *_certified(content), ""]
+    lines += ["Cost, and how far the samples differ:", "", *_defences(content), ""]
     if content["caveats"]:
         lines += ["Caveats:", "", *(f"- {caveat}" for caveat in content["caveats"]), ""]
     return "\n".join(lines)
 
 
 def _preamble(content: Content) -> str:
-    alphas = ", ".join(f"{alpha:g}" for alpha in content["alphas"])
-    deviation = f"{content['sample_deviation']:.4f} (standard deviation for pixels from 0 to 1, mean over pixels)"
+    effort = content["budget"]["effort"]
     return (
-        f"{content['n']} images of the {content['part']} part, 8 bits each; alphas {content['schedule']} ({alphas}); "
-        f"purified samples of a clean image deviate by {deviation}; noise seeds from {content['seed']}; "
-        f"{content['runtime']}, {content['precision']}; {conditions(content)}; "
-        f"{content['seconds']:.0f} s."
+        f"{content['n']} images of {content['images']}, 8 bits each; budget {content['budget_name']}: gradients of "
+        f"{effort['steps']} steps, {effort['restarts']} restarts and {effort['draws']} draws at most, on "
+        f"{content['few']} images. Served by {content['runtime']} in {content['precision']}; {conditions(content)}; "
+        f"`{content['command']}`."
     )
 
 
 def _accuracy(content: Content) -> list[str]:
-    accuracy = content["accuracy"]
-    sets = list(accuracy["none"])
-    rows = [[_name(content, name), *(share(row[key]) for key in sets)] for name, row in accuracy.items()]
-    unanimous = f"{_schedule(content)} schedule, all {content['samples']} samples right"
-    rows.append([unanimous, *(share(content["per_sample"][key]["all"]) for key in sets)])
-    return table(["defence", *(NAMES[key] for key in sets)], rows)
+    columns = content["threats"]
+    rows = [
+        [
+            content["defences"][name],
+            *(share(entries[column]) if column in entries else "" for column in columns),
+            f"**{share(content['worst'][name])}**" if name in content["worst"] else "",
+        ]
+        for name, entries in content["accuracy"].items()
+    ]
+    return table(["defence", *columns.values(), "worst"], rows)
+
+
+def _detection(content: Content) -> list[str]:
+    rows = []
+    for name in ("server", "served", "kept"):
+        for column, entry in content["detection"].get(name, {}).items():
+            found = entry.get("found", {})
+            rows.append(
+                [
+                    content["defences"][name],
+                    content["threats"][column],
+                    content["knows"][column],
+                    share(entry["flagged"]),
+                    f"{entry['agreement']:.1%}",
+                    f"{entry['auroc']:.3f}" if "auroc" in entry else "",
+                    *(share(found[rate]) if rate in found else "" for rate in ("0.01", "0.05")),
+                ]
+            )
+    head = ["defence", "images", "attacker knows", "flagged", "mean agreement", "AUROC of score"]
+    return table([*head, "found at 1 % false alarms", "at 5 %"], rows)
 
 
 def _within(content: Content) -> list[str]:
+    names = list(content["accuracy"])
     rows = [
-        [NAMES[method], f"{entry['l2']:g}", *(share(entry[name]) for name in content["accuracy"])]
-        for method, entries in content["within"].items()
+        [content["threats"][column], f"{entry['l2']:g}", *(share(entry[n]) if n in entry else "" for n in names)]
+        for column, entries in content["within"].items()
         for entry in entries
     ]
-    defences = [_name(content, name) for name in content["accuracy"]]
-    return table(["attack", "L2 at most", *defences], rows)
+    return table(["attack", "L2 at most", *(content["defences"][name] for name in names)], rows)
 
 
-def _attacks(content: Content) -> list[str]:
-    detection = content["detection"]
-    rows = [["none", "", "", "", share(detection["clean"]["flagged"]), f"{detection['clean']['agreement']:.1%}"]]
-    for name, entry in content["attacks"].items():
-        found = detection[name]
-        rows.append(
-            [
-                NAMES[name],
-                share(entry["fooled"]),
-                f"{entry['l2']['0.5']:.3f}",
-                share(content["recovered"][name]),
-                share(found["flagged"]),
-                f"{found['agreement']:.1%}",
-            ]
-        )
-    return table(["attack", "fooled", "median L2", "recovered", "flagged", "mean agreement"], rows)
+def _certified(content: Content) -> list[str]:
+    radii = next(iter(content["certified"].values()))
+    rows = [[content["defences"][name], *map(share, row.values())] for name, row in content["certified"].items()]
+    return table(["defence", *radii], rows)
 
 
-def _name(content: Content, defence: str) -> str:
-    return NAMES[defence].format(samples=content["samples"], schedule=_schedule(content))
-
-
-def _schedule(content: Content) -> str:
-    """The name of the measured schedule, which need not be the served one."""
-    return "served" if content["served"] else str(content["schedule"])
-
-
-def _noise(entry: Mapping[str, Any]) -> list[str]:
-    """On the left one noisy image, on the right a vote of many noisy versions of one image."""
-    lines = [f"Gaussian noise on {entry['n']} clean images, by its standard deviation for pixels from 0 to 1:", ""]
-    draws = entry["draws"]
-    header = [
-        "deviation",
-        "one noisy image, no defence",
-        f"one noisy image, {entry['samples']} purified samples",
-        f"vote of {draws} noisy images, no defence",
-        f"vote of {draws} noisy images, one purified sample each",
-    ]
+def _defences(content: Content) -> list[str]:
     rows = [
-        [f"{row['sigma']:g}", *(share(row[key]) for key in ("none", "purified", "vote_none", "vote"))]
-        for row in entry["sigmas"]
+        [title, _number(content["cost_ms"], name), _number(content["deviation"], name), *_unanimous(content, name)]
+        for name, title in content["defences"].items()
     ]
-    return lines + table(header, rows)
+    return table(["defence", "ms per image", "deviation of samples", "all samples right, clean", "attacked"], rows)
 
 
-def _adaptive(entry: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"**An attacker who knows the whole defence** (projected gradient descent, {entry['steps']} steps, gradients "
-        f"averaged over {entry['samples']} samples), on {entry['n']} images:",
-        "",
-    ]
-    rows = [
-        [f"{row['l2']:g}", share(row["none"]), share(row["transfer"]), f"**{share(row['adaptive'])}**"]
-        for row in entry["bounds"]
-    ]
-    return lines + table(["L2 at most", "no defence", "purifier, classifier attacked", "purifier attacked"], rows)
+def _unanimous(content: Content, name: str) -> list[str]:
+    entries = content["unanimous"].get(name, {})
+    return [share(entries[column]) if column in entries else "" for column in ("clean", "deepfool")]
+
+
+def _number(entries: Mapping[str, float], name: str) -> str:
+    return f"{entries[name]:.3g}" if name in entries else ""
 
 
 def plot(content: Content, path: Path) -> None:
-    """Accuracy with intervals: on the left each attack and defence, on the right against the size of the change."""
-    groups = list(_groups(content))
-    lines = sum(len(rows) + 1 for _, rows in groups)
-    drawn = figure(13, 1.2 + 0.27 * lines)
+    """Accuracy with intervals, threat by threat; beside it against the size of the change, or by certified radius."""
+    colours = dict(zip(content["defences"], _COLOURS * 9, strict=False))
+    columns = {**content["threats"], "worst": "the worst of the attacks"}
+    entries = {
+        column: {name: row[column] for name, row in content["accuracy"].items() if column in row} for column in columns
+    }
+    entries["worst"] = content["worst"]
+    drawn = figure(13, 1.5 + 0.24 * sum(len(rows) + 1 for rows in entries.values()))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
-    place = 0
-    ticks: list[tuple[int, str]] = []
-    for title, rows in groups:
-        left.text(0, place, title, fontsize=9, fontweight="bold", va="center")
-        for name, entry, colour in rows:
+    place, ticks = 0, []
+    for column, rows in entries.items():
+        left.text(0, place, columns[column], fontsize=9, fontweight="bold", va="center")
+        for name, entry in rows.items():
             place += 1
-            ticks.append((place, name))
-            _point(left, 100 * entry["share"], place, entry, colour, across=True)
-            left.text(103, place, f"{entry['share']:.0%}", fontsize=8, va="center", color=colour)
+            ticks.append((place, content["defences"][name]))
+            _point(left, entry, place, colours[name])
         place += 1
     left.set_yticks([where for where, _ in ticks], [name for _, name in ticks], fontsize=8)
-    left.set_ylim(place, -0.7)
-    left.set_xlim(-2, 110)
-    left.set_xticks(range(0, 101, 20))
+    left.set(ylim=(place, -0.7), xlim=(-2, 110), xticks=range(0, 101, 20), xlabel="accuracy, %")
     left.grid(axis="x", alpha=0.25)
-    left.set_xlabel("accuracy, %")
-    _by_size(right, content)
+    _by_size(right, content, colours)
     drawn.suptitle(f"{content['model']}: {content['n']} images, 95 % intervals", fontsize=11)
     drawn.savefig(path)
 
 
-def _groups(content: Content) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any], str]]]]:
-    """For each attack its title and, one a line, defence, share and colour."""
-    accuracy = content["accuracy"]
-    for key in accuracy["none"]:
-        title = "no attack" if key == "clean" else f"{NAMES[key]}, which knows the classifier alone"
-        yield title, [(_name(content, name), row[key], _COLOURS[name]) for name, row in accuracy.items()]
-    adaptive = content.get("adaptive", {"bounds": []})
-    for row in adaptive["bounds"]:
-        yield (
-            f"PGD with L2 at most {row['l2']:g}, {adaptive['n']} images",
-            [
-                ("no defence", row["none"], _COLOURS["none"]),
-                ("purifier, unknown to the attacker", row["transfer"], _COLOURS["purifier"]),
-                ("purifier, known to the attacker", row["adaptive"], _RED),
-            ],
-        )
+def _point(panel: Any, entry: Mapping[str, Any], place: int, colour: str) -> None:
+    middle, low, high = (100 * entry[key] for key in ("share", "low", "high"))
+    ends = [[max(0.0, middle - low)], [max(0.0, high - middle)]]  # at 0 and 1 an end may be off by a rounding error
+    panel.errorbar(middle, place, xerr=ends, fmt="o", color=colour, capsize=3)
+    panel.text(103, place, f"{middle:.0f}%", fontsize=8, va="center", color=colour)
 
 
-def _by_size(panel: Any, content: Content) -> None:
-    """Accuracy against the largest change that the attacker may make; 0 is the clean image."""
-    accuracy = content["accuracy"]
-    styles = {"deepfool": "--", "cw": "-"}
-    for method, entries in content["within"].items():
-        for name in ("none", "purifier"):
-            points = [(0.0, accuracy[name]["clean"]), *((entry["l2"], entry[name]) for entry in entries)]
-            sizes = [size for size, _ in points]
-            panel.plot(
-                sizes,
-                [100 * entry["share"] for _, entry in points],
-                styles[method],
-                color=_COLOURS[name],
-                marker="o",
-                markersize=3,
-                label=f"{_name(content, name)}, {NAMES[method]}",
-            )
-            panel.fill_between(
-                sizes,
-                *([100 * entry[end] for _, entry in points] for end in ("low", "high")),
-                color=_COLOURS[name],
-                alpha=0.2,
-            )
-    labelled = {
-        "none": ("no defence, PGD", _COLOURS["none"]),
-        "transfer": ("purifier, PGD on the classifier", _COLOURS["purifier"]),
-        "adaptive": ("purifier, PGD that knows it", _RED),
-    }
-    for row in content.get("adaptive", {"bounds": []})["bounds"]:
-        for key, (label, colour) in labelled.items():
-            _point(panel, row["l2"], 100 * row[key]["share"], row[key], colour, across=False, label=label)
-        labelled = {key: ("", colour) for key, (_, colour) in labelled.items()}
-    panel.set_ylim(-3, 103)
-    panel.set_xlim(left=-0.03)
+def _by_size(panel: Any, content: Content, colours: Mapping[str, str]) -> None:
+    """Accuracy by the largest change that DeepFool and Carlini-Wagner may make, and proven accuracy by radius."""
+    lines: list[tuple[str, str, list[tuple[float, Mapping[str, Any]]]]] = []
+    for column, bounds in content["within"].items():
+        for name, row in content["accuracy"].items():
+            points = [(bound["l2"], bound[name]) for bound in bounds if name in bound]
+            lines.append((name, f", {content['threats'][column]}", [(0.0, row["clean"]), *points]))
+    for name, radii in content["certified"].items():
+        lines.append((name, ", proven", [(float(radius), entry) for radius, entry in radii.items()]))
+    for name, suffix, points in lines:
+        style = {", proven": ":", ", DeepFool": "--"}.get(suffix, "-")
+        sizes, shares = [size for size, _ in points], [100 * entry["share"] for _, entry in points]
+        label = content["defences"][name] + suffix
+        panel.plot(sizes, shares, style, color=colours[name], marker="o", markersize=3, label=label)
+    panel.set(ylim=(-3, 103), xlabel="L2 norm of the change, for pixels from 0 to 1", ylabel="accuracy, %")
     panel.grid(alpha=0.25)
-    panel.set_xlabel("L2 norm of the change at most, for pixels from 0 to 1")
-    panel.set_ylabel("accuracy, %")
-    panel.legend(fontsize=8, loc="center right")
-
-
-def _point(
-    panel: Any, x: float, y: float, entry: Mapping[str, Any], colour: str, across: bool, label: str = ""
-) -> None:
-    """A share with its interval as a whisker, across or upright."""
-    low, high = entry["share"] - entry["low"], entry["high"] - entry["share"]
-    ends = [[100 * max(0.0, low)], [100 * max(0.0, high)]]  # at 0 and 1, an end may be off by a rounding error
-    bars = {"xerr" if across else "yerr": ends}
-    panel.errorbar(x, y, **bars, fmt="o" if across else "s", color=colour, capsize=3, label=label)
+    if lines:
+        panel.legend(fontsize=7)

@@ -1,26 +1,34 @@
 """Search for alphas: how much of each latent to resample.
 
 Little resampling leaves attacks in place, much of it removes what the classifier needs, so the score is the mean of the
-accuracies on clean and on attacked images. First a few schedules are scaled, then the best one is varied alpha by
-alpha.
+accuracies on clean and on attacked images. A few scaled schedules come first, then Bayesian optimisation.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.defences import Images, Labels
+from handlers.errors import MlvgmError
 from handlers.pipeline import Pipeline
 
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-STEPS = (0.3, 0.15, 0.07)
+SCALES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+STEP = 0.005
+"""Resolution of the alphas: smaller differences cannot be measured."""
+_REPEATED = 50  # maximum number of proposals that repeat a trial
 _CHUNK = 64
 
 Weights = tuple[float, ...]
+
+
+class TuningError(MlvgmError):
+    """The search cannot run."""
 
 
 @dataclass(frozen=True)
@@ -84,48 +92,43 @@ def objective(
 
 
 def search(score: Objective, n: int, trials: int, tell: Callable[[Trial], object] = lambda _: None) -> list[Trial]:
-    """All trials, the best first. Stops early when no change of a single alpha is an improvement.
+    """All trials, the best first. Optuna's Gaussian process continues from the scaled schedules.
+
+    The published search (Serez et al., WACV 2025) is Bayesian optimisation with expected improvement, from five
+    schedules.
 
     Args:
         n: number of alphas.
-        trials: maximum number of trials; the scaled schedules come first.
+        trials: maximum number of trials; there are fewer if the process repeats its proposals.
         tell: called with each trial.
     """
+    optuna = _optuna()
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=0))
     done: dict[Weights, Trial] = {}
-
-    def attempt(weights: Weights, origin: str) -> Trial:
+    starts = dict.fromkeys(weights for _, weights in schedules(n))
+    origins = {weights: origin for origin, weights in schedules(n)}
+    for weights in starts:
+        study.enqueue_trial({str(i): weight for i, weight in enumerate(weights)})
+    for _ in range(trials + _REPEATED):
+        asked = study.ask()
+        weights = tuple(asked.suggest_float(str(i), 0.0, 1.0, step=STEP) for i in range(n))
         if weights not in done:
-            done[weights] = score(weights, origin)
+            if len(done) == trials:
+                break
+            done[weights] = score(weights, origins.get(weights, "Bayesian optimisation"))
             tell(done[weights])
-        return done[weights]
-
-    def full() -> bool:
-        return len(done) >= trials
-
-    for origin, weights in schedules(n):
-        if not full():
-            attempt(weights, origin)
-    best = ranked(done.values())[0]
-    for step in STEPS:
-        before = None
-        while before != best and not full():
-            before = best
-            for i in range(n):
-                for origin, weights in _moves(best.weights, i, step):
-                    trial = best if full() else attempt(weights, origin)
-                    if trial.score > best.score:
-                        best = trial
-                        break
+        study.tell(asked, done[weights].score)
     return ranked(done.values())
 
 
 def schedules(n: int) -> Iterator[tuple[str, Weights]]:
-    """The linear, cosine and constant schedules of ``n`` weights, at each of `SCALES`."""
+    """No resampling, and the linear, cosine and constant schedules of ``n`` weights at each of `SCALES`."""
     linear = [(i + 1) / n for i in range(n)]
     shapes = {"linear": linear, "cosine": [0.5 * (1 - math.cos(math.pi * a)) for a in linear], "constant": [1.0] * n}
+    yield "no resampling", (0.0,) * n
     for scale in SCALES:
         for name, shape in shapes.items():
-            yield f"{name} x {scale:g}", _rounded(scale * a for a in shape)
+            yield f"{name} x {scale:g}", tuple(round(round(scale * a / STEP) * STEP, 3) for a in shape)
 
 
 def gain(trial: Trial, over: Trial, candidates: int = 1) -> Gain:
@@ -154,13 +157,10 @@ def describe(trial: Trial) -> str:
     return f"score {trial.score:.4f} = ({trial.clean:.4f} clean + {trial.attacked:.4f} attacked) / 2: {weights}"
 
 
-def _moves(weights: Weights, i: int, step: float) -> Iterator[tuple[str, Weights]]:
-    """The alphas with alpha ``i`` one step higher, and one step lower, within [0, 1]."""
-    for change in (step, -step):
-        moved = min(1.0, max(0.0, weights[i] + change))
-        if moved != weights[i]:
-            yield f"weight {i} {change:+g}", _rounded([*weights[:i], moved, *weights[i + 1 :]])
-
-
-def _rounded(weights: Iterable[float]) -> Weights:
-    return tuple(round(a, 3) for a in weights)
+def _optuna() -> Any:
+    try:
+        optuna = importlib.import_module("optuna")
+    except ImportError:
+        raise TuningError("Optuna is not installed: pip install optuna") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

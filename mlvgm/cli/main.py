@@ -21,6 +21,7 @@ VERBS = {
     "predict": "ask a running server about image files",
     "purify": "purify a folder of images in bulk",
     "certify": "answer with a proven radius",
+    "evaluate": "measure a bundle under attack",
     "bench": "measure stages and servers",
     "attack": "attack a pipeline",
     "tune": "learn the interpolation weights",

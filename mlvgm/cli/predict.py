@@ -27,12 +27,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--url https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs",
     )
     add_files(parser)
-    parser.add_argument("--model", help="which model (default: the only one that mlvgm serve serves)")
-    where = parser.add_mutually_exclusive_group()
-    add_port(where, "of mlvgm serve on this machine")
-    where.add_argument("--url", help="of a server elsewhere: https://HOST:PORT")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the X-Api-Key for --url")
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="authorities that --url's certificate may be from")
+    add_server(parser)
     add_request(parser, "the model's")
     parser.add_argument("--top-k", type=int, help="classes to name (default: 5, or all if fewer)")
     parser.add_argument("--seed", type=int, help="choose the noise, where the server allows it")
@@ -40,10 +35,20 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--save-purified", type=Path, metavar="DIR", help="write the purified images there as PNG")
 
 
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """--model, --port or --url, --api-key-file and --ca-file, for `find_server`."""
+    parser.add_argument("--model", help="which model (default: the only one that mlvgm serve serves)")
+    where = parser.add_mutually_exclusive_group()
+    add_port(where, "of mlvgm serve on this machine")
+    where.add_argument("--url", help="of a server elsewhere: https://HOST:PORT")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="holds the X-Api-Key for --url")
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="authorities that --url's certificate may be from")
+
+
 def run(args: argparse.Namespace) -> int:
     """Ask about one file after the other; one that is refused does not stop the rest."""
     files = _with_targets(args.files, args.save_purified)
-    client, model = _server(args)
+    client, model = find_server(args)
     width = max(4, *(len(shown(path)) for path, _ in files))
     if not args.json:
         print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
-def _server(args: argparse.Namespace) -> tuple[Client, str]:
+def find_server(args: argparse.Namespace) -> tuple[Client, str]:
     """The client, and the name of the model."""
     key_file = args.api_key_file
     if args.url:

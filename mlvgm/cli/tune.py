@@ -24,7 +24,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "tune",
         help="find the interpolation weights",
         description="Choose how much of each latent is drawn afresh: scaled linear, cosine and constant schedules "
-        "first, then the best of them weight by weight. The score is the mean of the accuracies on clean and on "
+        "first, then Bayesian optimisation from there. The score is the mean of the accuracies on clean and on "
         "attacked validation images after purification. The best few are compared once more on images that the search "
         "has not seen, with the bundle's own weights beside them. A winner that is better by more than chance is "
         "printed as it goes into a recipe; or else that there is no difference.",

@@ -1,51 +1,110 @@
 import numpy as np
+import pytest
 import torch
+from torch import Tensor, nn
 
-from evaluation.adaptive import PgdSettings, attack_within, bare, defended
+from evaluation.adaptive import Effort, Forward, Trace, ascend, cross_entropy, examine, margin
 from evaluation.attacks import predict, to_float
-from mlvgm.load import Default
-from tests.evaluation.models import linear, pictures, shipped
+from evaluation.changes import L2, Linf
+from tests.evaluation.models import linear, pictures
+from tests.export import models
 
 
-def test_stays_in_the_ball_and_reaches_its_edge() -> None:
-    classifier, images = linear(), pictures(6)
-    labels = predict(classifier, images)
-    attacked = attack_within(bare(classifier), images, labels, PgdSettings(l2=0.3, steps=10))
-    change = (to_float(attacked) - to_float(images)).flatten(1).norm(dim=1)
-    rounding = np.sqrt(3 * 8 * 8 / 12) / 255
-    assert (change < 0.3 + 2 * rounding).all()
-    assert (change > 0.25).all()
+def _alone(classifier: nn.Module) -> Forward:
+    return lambda images, _: Trace(classifier(images)[None], {"classify": (images,)})
 
 
-def test_lowers_the_margin_as_far_as_a_linear_classifier_allows() -> None:
-    classifier, images = linear(classes=2), pictures(6)
-    labels = predict(classifier, images)
-    attacked = attack_within(bare(classifier), images, labels, PgdSettings(l2=0.3, steps=20))
+def _attack(classifier: nn.Module, steps: int = 20, attempt: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean images, their labels, and what an attack of L2 0.3 makes of them."""
+    clean = to_float(pictures(6))
+    labels = torch.from_numpy(predict(classifier, pictures(6)))
+    return clean, labels, ascend(_alone(classifier), clean, labels, L2(0.3), Effort(steps), attempt).images
 
-    def margins(pictures: np.ndarray) -> np.ndarray:
-        logits = classifier(to_float(pictures)).numpy()
-        return logits[np.arange(6), labels] - logits[np.arange(6), 1 - labels]
 
-    possible = 0.3 * np.linalg.norm(classifier.weights[:, 0] - classifier.weights[:, 1])
-    assert (margins(images) - margins(attacked) > 0.95 * possible).all()
+def test_margin_and_cross_entropy_are_of_the_mean_logits() -> None:
+    logits = torch.tensor([[[3.0, 1.0, 0.0]], [[1.0, 1.0, 4.0]]])
+    assert margin(logits, torch.tensor([0])).item() == pytest.approx(2.0 - 2.0)
+    assert margin(logits, torch.tensor([1])).item() == pytest.approx(1.0 - 2.0)
+    expected = -torch.log_softmax(torch.tensor([2.0, 1.0, 2.0]), 0)[1]
+    assert cross_entropy(logits, torch.tensor([1])).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_lowers_the_margin_as_far_as_a_linear_classifier_allows(attempt: int) -> None:
+    classifier = linear(classes=2)
+    clean, labels, attacked = _attack(classifier, attempt=attempt)
+    change = (attacked - clean).flatten(1).norm(dim=1)
+    assert (change < 0.3 + 1e-5).all()
+    possible = 0.3 * (classifier.weights[:, 0] - classifier.weights[:, 1]).norm()
+    gained = margin(classifier(clean)[None], labels) - margin(classifier(attacked)[None], labels)
+    assert (gained > 0.99 * possible).all()
 
 
 def test_the_seed_decides_the_attack() -> None:
-    classifier, images = linear(), pictures(3)
-    labels = predict(classifier, images)
-    runs = [attack_within(bare(classifier), images, labels, PgdSettings(0.3, 3, seed)) for seed in (0, 0, 1)]
-    assert np.array_equal(runs[0], runs[1])
-    assert not np.array_equal(runs[0], runs[2])
+    classifier, clean = linear(), to_float(pictures(3))
+    labels = torch.from_numpy(predict(classifier, pictures(3)))
+    runs = [ascend(_alone(classifier), clean, labels, L2(0.3), Effort(2), seed=seed).images for seed in (0, 0, 1)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
 
 
-def test_goes_through_the_whole_defence_with_fresh_noise() -> None:
-    default = shipped()
-    default = Default(default.purifier, default.classifier, [0.5] * default.purifier.n_latents, default.recipe)
-    logits = defended(default, samples=3, seed=0)
-    images = to_float(pictures(2, side=32)).requires_grad_()
-    read = logits(images)
-    assert read.shape == (3, 2, len(default.recipe.classes))
-    assert not torch.allclose(read[0], read[1])
-    assert not torch.allclose(read, logits(images))
-    (gradient,) = torch.autograd.grad(read.sum(), images)
-    assert gradient.flatten(1).norm(dim=1).min() > 0
+def test_the_best_images_are_kept_with_their_margin() -> None:
+    classifier, clean = models.classifier(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = classifier(clean).argmax(dim=1)
+    found = ascend(_alone(classifier), clean, labels, Linf(0.02), Effort(12))
+    assert torch.allclose(margin(classifier(found.images)[None], labels), found.margins, atol=1e-4)
+    assert (found.margins <= found.earlier).all()
+
+
+@pytest.mark.parametrize(("change", "norm"), [(L2(0.5), 2), (Linf(4 / 255), np.inf)])
+def test_is_about_as_strong_as_the_one_of_a_library(change: L2 | Linf, norm: float) -> None:
+    evasion = pytest.importorskip("art.attacks.evasion")
+    estimators = pytest.importorskip("art.estimators.classification")
+    classifier = models.classifier()
+    clean = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = classifier(clean).argmax(dim=1)
+    estimator = estimators.PyTorchClassifier(
+        classifier, nn.CrossEntropyLoss(), (3, 32, 32), 3, clip_values=(0, 1), device_type="cpu"
+    )
+    theirs = evasion.AutoProjectedGradientDescent(
+        estimator, norm=norm, eps=change.size, max_iter=20, nb_random_init=1, batch_size=24, verbose=False
+    )
+    other = torch.from_numpy(theirs.generate(clean.numpy(), np.eye(3, dtype=np.float32)[labels.numpy()]))
+    ours = ascend(_alone(classifier), clean, labels, change, Effort(20), attempt=1).images
+    margins = [margin(classifier(images)[None], labels).mean().item() for images in (clean, other, ours)]
+    assert margins[2] < margins[0]
+    assert margins[2] <= margins[1] + 0.05 * (margins[0] - margins[1])
+
+
+def test_broken_gradients_break_no_attack_and_are_told() -> None:
+    classifier, clean = linear(), to_float(pictures(4))
+    labels = torch.from_numpy(predict(classifier, pictures(4)))
+
+    def broken(images: Tensor, _: int) -> Trace:
+        """The gradient of the square root of 0 is infinite, and 0 times it is not a number."""
+        hole = torch.sqrt((images - images.detach()).abs()) * torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1, 1)
+        return Trace(classifier(images + 0 * hole)[None], {"classify": (images + hole,)})
+
+    found = ascend(broken, clean, labels, L2(0.3), Effort(3))
+    assert found.images.isfinite().all()
+    seen = examine(broken, clean, labels, 1)
+    assert seen.broken["images"] == 1.0
+    assert seen.broken["classify"] == 0.0
+    assert seen.zero["classify"] == 1.0  # nothing of it reaches the logits
+
+
+def test_gradients_that_vanish_and_gradients_that_are_noise_are_told() -> None:
+    classifier, clean = linear(), to_float(pictures(4))
+    labels = torch.from_numpy(predict(classifier, pictures(4)))
+    assert examine(_alone(classifier), clean, labels, 1).cosine == pytest.approx(1.0)
+    dead = examine(lambda x, _: Trace(classifier((x > 2) + 0.0 * x)[None]), clean, labels, 1)
+    assert dead.zero["images"] == 1.0
+
+    def noisy(images: Tensor, draws: int) -> Trace:
+        weights = torch.randn(draws, 1, 1, *images.shape[1:])
+        many = (images * weights[:, :, 0]).sum(dim=(2, 3, 4))
+        return Trace(torch.stack([many, -many, -many - 100], dim=2))
+
+    torch.manual_seed(0)
+    few, many = (examine(noisy, clean, torch.zeros(4, dtype=torch.long), draws).cosine for draws in (1, 2))
+    assert max(abs(few), abs(many)) < 0.5

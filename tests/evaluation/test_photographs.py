@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.photographs import read_photographs
+from evaluation.photographs import PhotographError, read_labelled, read_photographs
 
 CLASSES = ("stop", "give way", "danger")
 
@@ -42,7 +42,44 @@ def test_gtsrb_and_a_fixed_order(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
-    with pytest.raises(FileNotFoundError, match="classes"):
+    with pytest.raises(PhotographError, match="classes"):
         read_photographs(tmp_path, "test", CLASSES, (8, 8))
     with pytest.raises(FileNotFoundError):
         read_photographs(tmp_path, "validation", CLASSES, (8, 8))
+
+
+def test_labelled_folders_and_a_packed_file(tmp_path: Path) -> None:
+    _save(tmp_path / "set" / "give way" / "a.png", 10)
+    _save(tmp_path / "set" / "00002" / "b.png", 20)
+    images, labels = read_labelled(tmp_path / "set", CLASSES, (8, 8))
+    assert sorted(zip(labels.tolist(), images[:, 0, 0, 0].tolist(), strict=True)) == [(1, 10), (2, 20)]
+    np.savez(tmp_path / "set.npz", images=images, labels=labels.astype(np.uint8))
+    packed = read_labelled(tmp_path / "set.npz", CLASSES, (8, 8))
+    assert sorted(packed[1].tolist()) == [1, 2]
+    assert len(read_labelled(tmp_path / "set.npz", CLASSES, (8, 8), 1)[0]) == 1
+
+
+def test_what_is_no_class_and_no_image_is_named(tmp_path: Path) -> None:
+    _save(tmp_path / "a" / "yield" / "a.png", 10)
+    _save(tmp_path / "b" / "3" / "a.png", 10)
+    (tmp_path / "c" / "stop").mkdir(parents=True)
+    (tmp_path / "c" / "stop" / "a.png").write_text("no image")
+    for name, words in (("a", "yield: is neither"), ("b", "3: is neither"), ("c", r"a\.png: ")):
+        with pytest.raises(PhotographError, match=words):
+            read_labelled(tmp_path / name, CLASSES, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "labels"),
+        ({"images": np.zeros((2, 8, 8, 3), np.float32), "labels": np.zeros(2, int)}, "must be uint8"),
+        ({"images": np.zeros((2, 9, 8, 3), np.uint8), "labels": np.zeros(2, int)}, r"\(N, 8, 8, 3\)"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.zeros(3, int)}, "per image"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.array([0, 3])}, "0 to 3"),
+    ],
+)
+def test_packed_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], words: str) -> None:
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(PhotographError, match=words):
+        read_labelled(tmp_path / "set.npz", CLASSES, (8, 8))

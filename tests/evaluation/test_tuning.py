@@ -4,6 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("optuna")
+
 from evaluation.tuning import Trial, Weights, gain, objective, ranked, schedules, search
 from handlers.pipeline import Pipeline
 from tests import bundles
@@ -17,7 +19,7 @@ def near_target(weights: Weights, origin: str) -> Trial:
 
 
 def test_finds_weights_that_no_schedule_has() -> None:
-    trials = search(near_target, 4, trials=300)
+    trials = search(near_target, 4, trials=30)
     best_schedule = max(near_target(weights, name).score for name, weights in schedules(4))
     assert best_schedule < 0.85
     assert trials[0].score > 0.95
@@ -32,7 +34,7 @@ def test_keeps_to_the_number_of_trials_and_never_repeats_one() -> None:
         return near_target(weights, origin)
 
     told: list[Trial] = []
-    for limit in (3, 24, 40):
+    for limit in (3, 19, 22):
         asked.clear()
         told.clear()
         assert len(search(score, 4, limit, told.append)) == len(asked) == len(set(asked)) == len(told) == limit
@@ -42,7 +44,7 @@ def test_weights_stay_in_range() -> None:
     def towards_one(weights: Weights, origin: str) -> Trial:
         return Trial(weights, origin, sum(weights), sum(weights))
 
-    for trial in search(towards_one, 3, trials=200):
+    for trial in search(towards_one, 3, trials=21):
         assert all(0 <= weight <= 1 for weight in trial.weights)
 
 

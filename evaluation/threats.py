@@ -1,0 +1,344 @@
+"""Threats: what an attacker knows, may change, and spends, at three budgets."""
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from evaluation import changes
+from evaluation.adaptive import Effort, Forward, Found, Trace, ascend, examine
+from evaluation.attacks import AttackError, attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
+from evaluation.changes import Change
+from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
+from handlers.certify import certify
+
+Record = dict[str, Any]
+"""What a threat found on a chunk of images, as JSON: lists with an entry per image, and what the caveats need."""
+
+FLAT = 0.9
+"""Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
+_EXAMINED = 16  # images whose gradients tell so
+TRIES = 10
+_BALL, _EFFORT = changes.L2(0.5), Effort()
+_TRY = 1_000_003  # seeds of a further try at the same image are this far away
+
+
+@dataclass(frozen=True)
+class Target:
+    """A defence, with the images that it is attacked on.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        labels: (N,), their true classes.
+        first: number of the first of them among all images; chooses the noise.
+        cache: folder for attacks that know the classifier alone.
+    """
+
+    subject: Subject
+    defence: Defence
+    images: Images
+    labels: Labels
+    first: int = 0
+    cache: Path | None = None
+
+    def predict(self, images: Images, attempt: int = 0, rows: Any = slice(None)) -> Predictions:
+        """What the defence makes of ``images``, which stand in these ``rows``, at a further ``attempt``."""
+        places = np.arange(self.first, self.first + len(self.images))[rows]
+        return self.defence.serve(images, [int(place) + attempt * _TRY for place in places])
+
+    def record(self, images: Images, found: Predictions | None = None, **more: Any) -> Record:
+        """What is kept of the answers to ``images``."""
+        found = self.predict(images) if found is None else found
+        voters, labels = found.sample_labels, self.labels
+        columns: dict[str, Any] = {
+            "right": found.labels == labels,
+            "unanimous": ((voters == labels[:, None]) | (voters < 0)).all(axis=1),
+            "flagged": found.flagged,
+            "agreement": found.agreement,
+            "score": found.scores,
+            "deviation": found.deviation,
+            "l2": (to_float(images) - to_float(self.images)).flatten(1).norm(dim=1).numpy(),
+        }
+        return {**{name: _list(column) for name, column in columns.items()}, **more}
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """One column.
+
+    Attributes:
+        title: as the report says it; with the other fields, all settings.
+        knows: "nothing" of the models, "classifier" or "defence"; "" for a threat that is no attack and does not count
+            for the worst.
+        is_costly: whether it takes hundreds of answers per image.
+    """
+
+    title: str
+    knows: ClassVar[str] = ""
+    is_costly: ClassVar[bool] = False
+
+    def check(self) -> None:  # noqa: B027
+        """Raises AttackError where a library is missing that `run` needs: before hours of work, not after."""
+
+    @abstractmethod
+    def run(self, target: Target) -> Record:
+        """Attack the images of ``target``."""
+
+
+@dataclass(frozen=True)
+class Clean(Threat):
+    """The images as they are, or behind Gaussian noise of standard deviation ``sigma``."""
+
+    sigma: float = 0.0
+
+    def run(self, target: Target) -> Record:
+        images, places = target.images, range(target.first, target.first + len(target.images))
+        if self.sigma:
+            return target.record(gaussian(images, self.sigma, places))
+        found = target.predict(images)
+        if target.defence.name != "none":
+            return target.record(images, found)
+        return target.record(images, found, agrees=_list(predict(target.subject.classifier, images) == found.labels))
+
+
+@dataclass(frozen=True)
+class Transferred(Threat):
+    """Images that fool the classifier alone, found without the defence; sent ``tries`` times, each with fresh noise.
+
+    Attributes:
+        method: one of `evaluation.attacks.METHODS`, or "" for Auto-PGD with ``change`` and ``effort``.
+    """
+
+    knows: ClassVar[str] = "classifier"
+    method: str = ""
+    change: Change = _BALL
+    effort: Effort = _EFFORT
+    tries: int = 1
+
+    def check(self) -> None:
+        if self.method:
+            load_foolbox()
+
+    def run(self, target: Target) -> Record:
+        images = self._attacked(target)
+        found = target.predict(images)
+        for attempt in range(1, self.tries if target.defence.is_random else 1):
+            again = target.predict(images, attempt)
+            found = _replace(found, again, np.flatnonzero(again.labels != target.labels))
+        return target.record(images, found)
+
+    def _attacked(self, target: Target) -> Images:
+        classifier = target.subject.classifier
+        if self.method:
+            return attack(classifier, target.images, target.labels, self.method, target.cache).images
+
+        def compute() -> Images:
+            clean, labels = to_float(target.images), torch.from_numpy(target.labels)
+            best: Found | None = None
+            for attempt in range(self.effort.restarts):
+                found = ascend(_alone(classifier), clean, labels, self.change, self.effort, attempt, target.first)
+                best = found if best is None else _better(best, found)
+            assert best is not None
+            return to_bytes(best.images)
+
+        key = fingerprint(classifier, (self.change, self.effort, target.first))
+        return cached(target.cache, key, target.images, target.labels, compute)
+
+
+@dataclass(frozen=True)
+class White(Threat):
+    """Gradients through the whole defence; what comes out is rounded to 8 bits and judged by the served engines."""
+
+    is_costly: ClassVar[bool] = True
+    knows: ClassVar[str] = "defence"
+    change: Change = _BALL
+    effort: Effort = _EFFORT
+
+    def run(self, target: Target) -> Record:
+        torch.manual_seed(target.first)  # of the noise that the gradients are averaged over
+        forward = target.defence.forward
+        clean, labels = to_float(target.images), torch.from_numpy(target.labels)
+        effort, gradients = self._flat(target, clean, labels)
+        images, found = target.images.copy(), target.predict(target.images)
+        resisting = np.flatnonzero(found.labels == target.labels)
+        broken, late = [], 0
+        for attempt in range(effort.restarts):
+            if not len(resisting):
+                break
+            got = ascend(forward, clean[resisting], labels[resisting], self.change, effort, attempt, target.first)
+            changed = to_bytes(got.images)
+            answers = target.predict(changed, attempt, resisting)
+            images[resisting], found = changed, _replace(found, answers, resisting, np.arange(len(resisting)))
+            late += int(((got.margins < 0) & (got.earlier >= 0)).sum())
+            fell = answers.labels != target.labels[resisting]
+            broken.append(int(fell.sum()))
+            resisting = resisting[~fell]
+        return target.record(images, found, draws=effort.draws, broken=broken, late=late, gradients=gradients)
+
+    def _flat(self, target: Target, clean: torch.Tensor, labels: torch.Tensor) -> tuple[Effort, Record]:
+        """As many draws as make two gradients agree, but not more than the budget has; and how they look then."""
+        some, truth, draws = clean[:_EXAMINED], labels[:_EXAMINED], 1
+        seen = examine(target.defence.forward, some, truth, draws)
+        while target.defence.is_random and seen.cosine < FLAT and draws < self.effort.draws:
+            draws = min(2 * draws, self.effort.draws)
+            seen = examine(target.defence.forward, some, truth, draws)
+        return dataclasses.replace(self.effort, draws=draws), dataclasses.asdict(seen)
+
+
+@dataclass(frozen=True)
+class BlackBox(Threat):
+    """The Square attack (Andriushchenko et al., ECCV 2020) of ART, in Linf: it asks, each time with fresh noise."""
+
+    is_costly: ClassVar[bool] = True
+    knows: ClassVar[str] = "nothing"
+    queries: int = 500
+    size: float = 4 / 255
+
+    def check(self) -> None:
+        _art("attacks.evasion")
+
+    def run(self, target: Target) -> Record:
+        evasion, classification = (_art(name) for name in ("attacks.evasion", "estimators.classification"))
+        asked, (count, *shape) = 0, target.images.shape
+        np.random.seed(target.first)  # ART draws from there
+
+        def predict(images: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            pixels = (images * 255).round().astype(np.uint8)
+            seeds = [asked * _TRY + target.first + i for i in range(len(pixels))]
+            return target.defence.serve(pixels, seeds).logits
+
+        classes = len(target.subject.pipeline.manifest.classes)
+        box = classification.BlackBoxClassifierNeuralNetwork(
+            predict, tuple(shape), classes, channels_first=False, clip_values=(0, 1)
+        )
+        square = evasion.SquareAttack(
+            box, norm=np.inf, eps=self.size, max_iter=self.queries, p_init=0.3, batch_size=count, verbose=False
+        )
+        clean = (target.images / 255).astype(np.float32)
+        images = (square.generate(clean, target.labels) * 255).round().astype(np.uint8)
+        return target.record(images, target.predict(images, 1), queries=asked)
+
+
+@dataclass(frozen=True)
+class Certified(Threat):
+    """No attack: the class that wins under noise, and within which radius that is proven (`handlers.certify`)."""
+
+    is_costly: ClassVar[bool] = True
+    sigma: float = 0.25
+    draws: int = 100
+    alpha: float = 0.001
+    batch: int = 256
+
+    def run(self, target: Target) -> Record:
+        asked, classes = 0, len(target.subject.pipeline.manifest.classes)
+
+        def classify(noisy: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            pixels = (noisy.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+            seeds = [asked * _TRY + target.first + i for i in range(len(pixels))]
+            return target.defence.serve(pixels, seeds).labels
+
+        images = to_float(target.images).numpy()
+        found = certify(classify, images, classes, self.sigma, self.draws, self.alpha, self.batch)
+        voted = found.counts.argmax(axis=1) == target.labels
+        right = np.where(found.labels == target.labels, found.radii, 0.0)
+        return {"right": _list(voted), "radius": _list(right)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an evaluation may cost.
+
+    Attributes:
+        effort: of attackers with gradients.
+        queries: of those without.
+        draws: of a certificate.
+        images: None for all.
+        few: images that costly threats are measured on, the first ones.
+    """
+
+    effort: Effort
+    queries: int
+    draws: int
+    images: int | None
+    few: int
+
+
+BUDGETS: Mapping[str, Budget] = {
+    "quick": Budget(Effort(10, 1, 4), 100, 100, 100, 50),
+    "standard": Budget(Effort(100, 5, 16), 1000, 1000, 1000, 200),
+    "full": Budget(Effort(100, 5, 64), 5000, 1000, None, 1000),
+}
+
+QUICK = ("deepfool", "apgd", "white")
+QUICK_DEFENCES = ("none", "blur", "kept", "served")
+
+
+def threats(budget: Budget, l2: float = 0.5, linf: float = 4 / 255, sigma: float = 0.25) -> dict[str, Threat]:
+    """All columns by name, in the order of a report.
+
+    Args:
+        l2, linf: norms of the largest change, for pixels from 0 to 1.
+        sigma: standard deviation of noise.
+    """
+    effort, queries, draws, ball = budget.effort, budget.queries, budget.draws, changes.L2(l2)
+    return {
+        "clean": Clean("clean"),
+        "noise": Clean(f"noise, sigma {sigma:g}", sigma),
+        "deepfool": Transferred("DeepFool", "deepfool"),
+        "cw": Transferred("Carlini-Wagner", "cw"),
+        "apgd": Transferred(f"Auto-PGD on the classifier, L2 {l2:g}", "", ball, effort),
+        "repeat": Transferred(f"the same, sent {TRIES} times", "", ball, effort, TRIES),
+        "white": White(f"white box, L2 {l2:g}", ball, effort),
+        "linf": White(f"white box, Linf {255 * linf:g}/255", changes.Linf(linf), effort),
+        "square": BlackBox(f"Square, {queries} queries, Linf {255 * linf:g}/255", queries, linf),
+        "lowfreq": White(f"white box, low frequencies, L2 {2 * l2:g}", changes.LowFrequency(2 * l2), effort),
+        "patch": White("white box, patch of 4 %", changes.Patch(0.5), effort),
+        "flow": White("white box, flow of 1 pixel", changes.Flow(1.0), effort),
+        "defocus": White("white box, blur of up to 1 pixel", changes.Blur(0.5), effort),
+        "certify": Certified(f"certified at sigma {sigma:g}", sigma, draws),
+    }
+
+
+def _alone(classifier: torch.nn.Module) -> Forward:
+    return lambda images, _: Trace(classifier(images)[None])
+
+
+def _better(one: Found, other: Found) -> Found:
+    wins = other.margins < one.margins
+    images = torch.where(wins[:, None, None, None], other.images, one.images)
+    return Found(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
+
+
+def _replace(found: Predictions, other: Predictions, rows: Any, of: Any = None) -> Predictions:
+    """``found`` with what ``other`` says in ``rows``, where it stands in the rows ``of``, or the same."""
+    columns = {}
+    for entry in dataclasses.fields(Predictions):
+        old, new = getattr(found, entry.name), getattr(other, entry.name)[rows if of is None else of]
+        if entry.name == "sample_labels":  # "auto" draws more samples of some
+            most = max(old.shape[1], new.shape[1])
+            old, new = (np.pad(a, ((0, 0), (0, most - a.shape[1])), constant_values=-1) for a in (old, new))
+        columns[entry.name] = changed = old.copy()
+        changed[rows] = new
+    return Predictions(**columns)
+
+
+def _list(column: Any) -> list[Any]:
+    values: list[Any] = (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()
+    return values
+
+
+def _art(module: str) -> Any:
+    try:
+        return importlib.import_module(f"art.{module}")
+    except ImportError:
+        raise AttackError("ART is not installed: pip install adversarial-robustness-toolbox") from None

@@ -1,0 +1,185 @@
+"""``mlvgm evaluate``: how many labelled images a bundle reads rightly under attack, beside simple defences."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.errors import CliError
+from mlvgm.cli.options import add_engines, add_models, number, number_of_samples, positive, read_recipe
+from mlvgm.cli.predict import add_server, find_server
+
+if TYPE_CHECKING:
+    from evaluation.defences import Defence, Subject
+    from evaluation.threats import Budget, Threat
+    from handlers.pipeline import Pipeline
+
+THREATS = {
+    "clean": "the images as they are",
+    "noise": "Gaussian noise",
+    "deepfool": "DeepFool on the classifier alone",
+    "cw": "Carlini-Wagner on the classifier alone",
+    "apgd": "Auto-PGD on the classifier alone, L2",
+    "repeat": "the same, sent 10 times: one wrong answer is enough",
+    "white": "Auto-PGD through the whole defence, L2",
+    "linf": "the same, Linf",
+    "square": "Square, which only asks (needs ART)",
+    "lowfreq": "gradients through the defence, low frequencies alone, of twice the L2 norm",
+    "patch": "the same, any content in a square of 4 %%",
+    "flow": "the same, points moved by up to a pixel",
+    "defocus": "the same, a blur of up to a pixel",
+    "certify": "no attack: a proven radius under noise",
+}
+
+
+def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb's arguments."""
+    parser = verbs.add_parser(
+        "evaluate",
+        description="Classify labelled images under each threat with the bundle as it is served, without its purifier, "
+        "and with simple defences instead. The report has accuracies with 95 % intervals, the share of images that "
+        "withstand every attack, and a list of caveats. An interrupted command resumes. Exit code 1 where --strict or "
+        "--gate refuses.",
+        epilog="Example: mlvgm evaluate build/road-signs --images ../gtsrb/test.npz --json build/evaluation.json",
+    )
+    parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="CLASS/IMAGE, where CLASS is a label of the bundle or its number; or an .npz file with images and labels",
+    )
+    add_models(parser)
+    add_engines(parser)
+    add_server(parser)
+    parser.add_argument("--budget", choices=("quick", "standard", "full"), default="quick", help="(%(default)s)")
+    parser.add_argument(
+        "--threat",
+        action="append",
+        choices=THREATS,
+        metavar="NAME",
+        help="repeatable (default: clean, deepfool, apgd and white, but all where the budget is more than quick): "
+        + "; ".join(f"{name}: {said}" for name, said in THREATS.items()),
+    )
+    parser.add_argument(
+        "--defence",
+        action="append",
+        metavar="NAME",
+        help="repeatable: none, blur, noise, jpeg, bits, kept (nothing resampled), one (one sample), served, "
+        "server (a running one with this bundle, asked over HTTP), or another schedule of the bundle (default: none, "
+        "blur, kept and served, but all of the bundle where the budget is more)",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
+    parser.add_argument("--few", type=positive, metavar="N", help="of these, for threats that take long")
+    parser.add_argument("--samples", type=number_of_samples, help="samples that vote, or auto (default: the bundle's)")
+    parser.add_argument("--alphas", metavar="NAME", help="schedule that is evaluated as served (default: the bundle's)")
+    parser.add_argument("--l2", type=number, default=0.5, help="largest L2 norm of a change (%(default)s)")
+    parser.add_argument("--linf", type=number, default=4 / 255, help="largest change of a value (4/255)")
+    parser.add_argument("--sigma", type=number, default=0.25, help="of Gaussian noise (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path("build/attacks"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/evaluation.json"),
+        metavar="FILE",
+        help="for the report; .md and .png go beside it, and .jsonl, from which work goes on (%(default)s)",
+    )
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where the report has caveats")
+    parser.add_argument("--gate", type=Path, metavar="FILE", help="YAML of least shares that must be reached")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the page, write the report, and refuse what misses the gate."""
+    from evaluation import report, robustness_report
+    from evaluation.gate import Gate
+    from handlers.pipeline import Pipeline
+
+    gate = Gate.read(args.gate) if args.gate else None
+    with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
+        content = _measure(args, pipeline)
+    page = robustness_report.markdown(content)
+    print(page)
+    report.save(content, page, args.json, lambda file: robustness_report.plot(content, file))
+    refusals = gate.refusals(content) if gate else []
+    for line in refusals:
+        print(f"refused by {args.gate}: {line}", file=sys.stderr)
+    return 1 if refusals or (args.strict and content["caveats"]) else 0
+
+
+def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
+    from evaluation import report, robustness
+    from evaluation.caveats import caveats
+    from evaluation.photographs import read_labelled
+
+    manifest = pipeline.manifest
+    budget = _budget(args)
+    subject = _subject(args, pipeline)
+    rows, columns = _rows(args, subject), _columns(args, budget)
+    images, labels = read_labelled(args.images, manifest.classes, manifest.image_size, budget.images)
+    log = robustness.Log(args.json.with_suffix(".jsonl"))
+    cells = robustness.measure(subject, rows, columns, images, labels, budget, log, args.cache)
+    content = robustness.summarise(cells, rows, columns, args.l2) | {
+        "model": f"{manifest.name} {manifest.version}",
+        "images": str(args.images),
+        "n": len(images),
+        "l2": args.l2,
+        "few": min(budget.few, len(images)),
+        "budget_name": args.budget,
+        "budget": robustness.settings(budget),
+        "command": shlex.join(["mlvgm", *sys.argv[1:]]),
+        "runtime": pipeline.runtime,
+        "precision": manifest.precision,
+        "files": {name: digest.sha256 for name, digest in manifest.files.items()},
+        **report.measured_here(),
+    }
+    return {**content, "caveats": caveats(content, cells)}
+
+
+def _budget(args: argparse.Namespace) -> "Budget":
+    from evaluation.threats import BUDGETS
+
+    budget = BUDGETS[args.budget]
+    return dataclasses.replace(budget, images=args.limit or budget.images, few=args.few or budget.few)
+
+
+def _subject(args: argparse.Namespace, pipeline: "Pipeline") -> "Subject":
+    from evaluation.defences import Subject
+    from export.classifier import stage
+    from export.models import load_models
+
+    manifest = pipeline.manifest
+    recipe = read_recipe(args, manifest)
+    purifier, classifier = load_models(recipe, args.purifier, args.classifier)
+    adapted: Any = stage(classifier, recipe.image_size, len(recipe.classes)).reference
+    return Subject(pipeline, purifier.requires_grad_(False), adapted.requires_grad_(False), recipe.blur)
+
+
+def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
+    from evaluation.defences import defences, remote
+    from evaluation.threats import QUICK_DEFENCES
+
+    known = subject.pipeline.manifest.alphas
+    if args.alphas and args.alphas not in known:
+        raise CliError(f"the bundle has no schedule {args.alphas!r}: it has {', '.join(known)}")
+    rows = defences(subject, args.samples, args.alphas)
+    if "server" in (args.defence or ()):
+        rows["server"] = remote(rows["served"], *find_server(args), len(subject.pipeline.manifest.classes))
+    wanted = args.defence or (QUICK_DEFENCES if args.budget == "quick" else rows)
+    for name in wanted:
+        if name not in rows:
+            raise CliError(f"there is no defence {name!r}: there are {', '.join(rows)}")
+    return {name: row for name, row in rows.items() if name in wanted}
+
+
+def _columns(args: argparse.Namespace, budget: "Budget") -> "dict[str, Threat]":
+    from evaluation.threats import QUICK, threats
+
+    columns = threats(budget, args.l2, args.linf, args.sigma)
+    wanted = args.threat or (QUICK if args.budget == "quick" else columns)
+    chosen = {name: column for name, column in columns.items() if name in ("clean", *wanted)}
+    for column in chosen.values():
+        column.check()
+    return chosen

@@ -1,0 +1,184 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import defences
+from evaluation.adaptive import Effort, Trace
+from evaluation.attacks import AttackError, attack, predict, to_float
+from evaluation.changes import L2, Flow
+from evaluation.defences import Defence, Images, Predictions, Subject
+from evaluation.threats import BUDGETS, BlackBox, Certified, Clean, Target, Transferred, White, threats
+from handlers.pipeline import Pipeline
+from tests import bundles
+from tests.evaluation.models import Linear, of_bundle, pictures
+
+pytest.importorskip("foolbox")
+
+
+@pytest.fixture(scope="module")
+def subject(nvae_bundle: Path) -> Subject:
+    return Subject(Pipeline.load(nvae_bundle, runtime="onnxruntime"), None, of_bundle(nvae_bundle))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def rows(subject: Subject) -> dict[str, Defence]:
+    return defences.defences(subject)
+
+
+def _target(subject: Subject, defence: Defence, count: int = 12) -> Target:
+    images = pictures(count)
+    labels = predict(subject.classifier, images)
+    labels[:2] = (labels[:2] + 1) % 3  # misread from the start
+    return Target(subject, defence, images, labels)
+
+
+def _of(labels: Callable[[Images, list[int]], np.ndarray], classifier: Linear) -> Defence:
+    """A defence that is read as ``labels`` says, by images and seeds, and has the gradients of ``classifier``."""
+
+    def serve(images: Images, seeds: object) -> Predictions:
+        found = labels(images, list(seeds))  # type: ignore[call-overload]
+        zero = np.zeros(len(images), np.float32)
+        return Predictions(found, found[:, None], np.eye(3, dtype=np.float32)[found], zero > 0, zero, zero)
+
+    return Defence("own", "own", serve, lambda x, _: Trace(classifier(x)[None]), True)
+
+
+def test_clean_images_and_noisy_ones(subject: Subject, rows: dict[str, Defence]) -> None:
+    target = _target(subject, rows["none"])
+    quiet = Clean("clean").run(target)
+    assert quiet["right"] == [0, 0, *[1] * 10]
+    assert quiet["agrees"] == [1] * 12
+    assert quiet["l2"] == [0] * 12
+    loud = Clean("noise", 0.25).run(target)
+    noisy = defences.gaussian(target.images, 0.25, range(12))
+    assert loud["right"] == (rows["none"].serve(noisy, range(12)).labels == target.labels).astype(int).tolist()
+    assert min(loud["l2"]) > 1
+
+
+def test_transferred_images_are_those_of_the_classifier(subject: Subject, rows: dict[str, Defence]) -> None:
+    target = _target(subject, rows["blur"])
+    attacked = attack(subject.classifier, target.images, target.labels, "deepfool")
+    found = Transferred("DeepFool", "deepfool").run(target)
+    assert found["right"] == (rows["blur"].serve(attacked.images, range(12)).labels == target.labels).tolist()
+    assert found["l2"] == pytest.approx(attacked.l2.tolist(), abs=1e-4)
+
+
+def test_transferred_images_within_a_bound_are_kept(subject: Subject, rows: dict[str, Defence], tmp_path: Path) -> None:
+    threat = Transferred("", "", L2(0.3), Effort(5, 2))
+    target = Target(**{**_target(subject, rows["none"]).__dict__, "cache": tmp_path})
+    first = threat.run(target)
+    assert max(first["l2"]) < 0.3 + np.sqrt(3 * 8 * 8 / 12) / 255
+    assert sum(first["right"]) < 10
+    assert len(list(tmp_path.iterdir())) == 1
+    assert threat.run(target) == first
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_who_may_try_again_needs_one_wrong_answer(subject: Subject) -> None:
+    target = _target(
+        subject, _of(lambda images, seeds: (np.array(seeds) // 1_000_003 % 4 == 3).astype(np.int64), linear_of(subject))
+    )
+    target = Target(subject, target.defence, target.images, np.zeros(12, np.int64))
+    once = Transferred("", "", L2(0.3), Effort(1), 1).run(target)
+    often = Transferred("", "", L2(0.3), Effort(1), 4).run(target)
+    assert once["right"] == [1] * 12
+    assert often["right"] == [0] * 12
+
+
+def linear_of(subject: Subject) -> Linear:
+    assert isinstance(subject.classifier, Linear)
+    return subject.classifier
+
+
+def test_a_white_box_is_judged_as_served_and_goes_on_with_what_resists(
+    subject: Subject, rows: dict[str, Defence]
+) -> None:
+    target = _target(subject, rows["none"])
+    found = White("", L2(0.2), Effort(5, 3)).run(target)
+    weights, logits = linear_of(subject).weights, linear_of(subject)(to_float(target.images))
+    for i in range(2, 12):
+        label = int(target.labels[i])
+        near = min(
+            float((logits[i, label] - logits[i, other]) / (weights[:, label] - weights[:, other]).norm())
+            for other in {0, 1, 2} - {label}
+        )
+        if abs(near - 0.2) > 0.07:  # what rounding to 8 bits can move
+            assert found["right"][i] == (near > 0.2), (i, near)
+    assert found["right"][:2] == [0, 0]
+    assert found["l2"][:2] == [0, 0]
+    assert sum(found["broken"]) == 10 - sum(found["right"])
+    assert found["gradients"]["zero"] == {"images": 0, "classify": 0}
+
+
+def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:
+    weights = linear_of(subject).weights
+
+    def noisy(x: torch.Tensor, draws: int) -> Trace:
+        own = weights + 2 * torch.randn(draws, *weights.shape)
+        return Trace(torch.einsum("bi,sic->sbc", x.flatten(1), own))
+
+    quiet = _of(lambda images, _: predict(subject.classifier, images), linear_of(subject))
+    random = Defence("own", "own", quiet.serve, noisy, True)
+    fixed = Defence("own", "own", quiet.serve, quiet.forward)
+    threat = White("", L2(0.2), Effort(1, 1, 256))
+    draws = [threat.run(_target(subject, defence))["draws"] for defence in (fixed, quiet, random)]
+    assert draws[:2] == [1, 1]
+    assert 8 <= draws[2] <= 256
+
+
+def test_changes_that_add_nothing(subject: Subject, rows: dict[str, Defence]) -> None:
+    found = White("", Flow(1.0), Effort(8, 2)).run(_target(subject, rows["none"]))
+    assert sum(found["right"]) < 10
+
+
+def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subject, rows: dict[str, Defence]) -> None:
+    pytest.importorskip("art")
+
+    def fail(*_: object) -> Trace:
+        raise AssertionError("it took a gradient")
+
+    asked: list[Images] = []
+
+    def serve(images: Images, seeds: range) -> Predictions:
+        asked.append(images)
+        return rows["none"].serve(images, seeds)
+
+    target = _target(subject, Defence("none", "none", serve, fail))  # type: ignore[arg-type]
+    found = BlackBox("", 30, 4 / 255).run(target)
+    assert sum(found["right"]) < 10
+    assert 0 < found["queries"] <= 3 * 30 + 4
+    whole = [images for images in asked if len(images) == 12]
+    assert len(whole) > 2
+    for images in whole:
+        assert np.abs(images.astype(int) - target.images).max() <= 4
+
+
+def test_a_library_that_is_missing_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "art.attacks.evasion", None)
+    monkeypatch.setitem(__import__("sys").modules, "foolbox", None)
+    columns = threats(BUDGETS["quick"])
+    for name, words in (("square", "adversarial-robustness-toolbox"), ("deepfool", "foolbox")):
+        with pytest.raises(AttackError, match=words):
+            columns[name].check()
+    columns["white"].check()
+
+
+def test_certified_radii_are_those_of_a_linear_classifier(tmp_path: Path) -> None:
+    """With two classes the probability under noise, and so the true radius, is the distance to the boundary."""
+    weights = np.zeros((192, 3), np.float32)
+    weights[:, 0], weights[:, 1], weights[:, 2] = 1, -1, -1e6 / 192
+    images = np.full((2, 8, 8, 3), 128, np.uint8)
+    images[0] += 4
+    bundles.write_plain(tmp_path, weights)
+    pipeline = Pipeline.load(tmp_path, runtime="onnxruntime")
+    subject = Subject(pipeline, None, Linear(weights))  # type: ignore[arg-type]
+    row = defences.defences(subject)["none"]
+    found = Certified("", sigma=0.1, draws=500).run(Target(subject, row, images, np.zeros(2, np.int64)))
+    true = (132 / 255 - 0.5) * np.sqrt(192)
+    assert found["right"][0] == 1
+    assert 0.6 * true < found["radius"][0] < true
+    wrong = Certified("", sigma=0.1, draws=500).run(Target(subject, row, images, np.ones(2, np.int64)))
+    assert wrong["radius"] == [0, 0]

@@ -1,0 +1,186 @@
+"""The verb as a user calls it, for each kind of classifier, on a small NVAE in the published format."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import nn
+
+import export.models
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
+from mlvgm.cli.main import main
+from tests import bundles
+from tests.evaluation.models import of_bundle
+from tests.mlvgm import small
+
+pytest.importorskip("foolbox")
+
+SIDE = 16
+CLASSES = ["dark", "red", "green"]
+QUICK = ["--limit", "6", "--few", "4", "--threads", "1", "--threat", "deepfool", "--threat", "white"]
+
+
+def colours() -> nn.Module:
+    """A classifier that somebody wrote: it gives probabilities, of what colour an image is."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3), nn.Softmax(1))
+    with torch.no_grad():
+        network[2].weight.copy_(torch.from_numpy(_weights().T))
+        network[2].bias.zero_()
+    return network
+
+
+def _weights() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
+
+
+def _onnx(path: Path) -> Path:
+    graph = helper.make_graph(
+        [
+            helper.make_node("AveragePool", ["x"], ["mean"], kernel_shape=[8, 8], strides=[8, 8]),
+            helper.make_node("Flatten", ["mean"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "w"], ["y"]),
+        ],
+        "mine",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(_weights(), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["onnx", "callable"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with recipe.yaml, its bundle, and images/CLASS/IMAGE, labelled as the bundle itself reads them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.save(small.nvae(), folder / "nvae.pt")
+    _onnx(folder / "mine.onnx")
+    classifiers: dict[str, dict[str, Any]] = {
+        "onnx": {"architecture": "onnx", "file": "mine.onnx"},
+        "callable": {"architecture": f"{__name__}:colours"},
+    }
+    recipe = {
+        "name": "small",
+        "family": "nvae",
+        "image_size": SIDE,
+        "n_latents": 3,
+        "classes": CLASSES,
+        "classifier": classifiers[request.param],
+        "purifier": "nvae.pt",
+        "schedule": "none",
+        "alphas": {"none": [0.0, 0.0, 0.0], "all": [1.0, 1.0, 1.0]},
+        "samples": {"default": 2, "max": 4},
+        "batch": {"min": 1, "opt": 2, "max": 8},
+        "runtime": "onnxruntime",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["export", "--recipe", str(folder / "recipe.yaml"), "--out", str(folder / "bundle")]) == 0
+    images = (small.images("photographs", 6, SIDE) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    with Pipeline.load(folder / "bundle", threads=1) as pipeline:
+        labels = pipeline.run(images).labels
+    for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        place = folder / "images" / (CLASSES[label] if i % 2 else str(label))
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    return folder
+
+
+def _evaluate(made: Path, out: Path, *words: object, bundle: Path | None = None) -> int:
+    given = ["--images", made / "images", "--recipe", made / "recipe.yaml", "--json", out / "report.json"]
+    given += ["--cache", out / "cache"]
+    return main(["evaluate", str(bundle or made / "bundle"), *map(str, (*given, *QUICK, *words))])
+
+
+def test_any_classifier_is_evaluated_and_work_goes_on(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--defence", "none", "--defence", "served", "--l2", "0.3"]
+    assert _evaluate(made, tmp_path, *words) == 0
+    page, content = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+    assert content["accuracy"]["served"]["clean"]["count"] == 6
+    assert {row: entry["n"] for row, entry in content["worst"].items()} == {"none": 4, "served": 4}
+    assert content["engine_agrees"] == 1.0
+    assert content["conclusion"] in page
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert (tmp_path / "report.md").read_text() in page
+    lines = (tmp_path / "report.jsonl").read_bytes().split()
+    assert _evaluate(made, tmp_path, *words) == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["accuracy"] == content["accuracy"]
+    assert (tmp_path / "report.jsonl").read_bytes().split() == lines
+
+
+def test_a_worse_bundle_is_refused_by_the_gate(
+    nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of its images is drawn afresh: the alphas are 1."""
+    classifier = of_bundle(nvae_bundle)
+    monkeypatch.setattr(export.models, "load_models", lambda *_: (classifier, classifier))
+    good, manifest = tmp_path / "good", Manifest.read(nvae_bundle)
+    shutil.copytree(nvae_bundle, good)
+    dataclasses.replace(manifest, default_alphas="none").write(good)
+    worse = tmp_path / "worse"
+    shutil.copytree(good, worse)
+    dataclasses.replace(manifest, alphas={"none": (1.0, 1.0)}, default_alphas="none").write(worse)
+    with Pipeline.load(good, "onnxruntime") as pipeline:
+        np.savez(tmp_path / "set.npz", images=bundles.images(40), labels=pipeline.run(bundles.images(40)).labels)
+    recipe = {"name": "tiny", "family": "nvae", "image_size": 8, "n_latents": 2, "classes": 3}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**recipe, "classifier": {"architecture": "vgg11"}}))
+    (tmp_path / "gate.yaml").write_text("clean: 0.95\nattacked: {noise: 0.01}\n")
+    words = ["--images", tmp_path / "set.npz", "--recipe", tmp_path / "tiny.yaml", "--gate", tmp_path / "gate.yaml"]
+    words += [
+        "--threat",
+        "noise",
+        "--defence",
+        "served",
+        "--json",
+        tmp_path / "report.json",
+        "--runtime",
+        "onnxruntime",
+    ]
+
+    def evaluate(bundle: Path) -> tuple[int, list[str]]:
+        code = main(["evaluate", str(bundle), *map(str, words)])
+        return code, [line for line in capsys.readouterr().err.splitlines() if "refused by" in line]
+
+    assert evaluate(good) == (0, [])
+    code, refusals = evaluate(worse)
+    assert code == 1
+    assert len(refusals) == 1
+    assert f"refused by {tmp_path / 'gate.yaml'}: clean: " in refusals[0]
+
+
+@pytest.mark.parametrize("made", ["callable"], indirect=True)
+def test_strict_refuses_a_report_with_caveats(made: Path, tmp_path: Path) -> None:
+    words = ["--defence", "none", "--threat", "noise"]
+    assert _evaluate(made, tmp_path, *words) == 0
+    assert _evaluate(made, tmp_path, *words, "--strict") == 1  # six images are few
+
+
+@pytest.mark.parametrize("made", ["callable"], indirect=True)
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--defence", "magic"], "no defence 'magic': there are none, blur"),
+        (["--alphas", "cosin"], "no schedule 'cosin'"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--gate", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(
+    made: Path, tmp_path: Path, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _evaluate(made, tmp_path, *words) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1

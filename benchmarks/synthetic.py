@@ -4,6 +4,7 @@ Scales are such that activations stay sane through every layer; a tensor depends
 """
 
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(generator.standard_normal(size=shape, dtype=np.float32)))
 
 
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    """State dict of ``module`` with redrawn values of a sane scale."""
-    return {key: _value(key, tensor) for key, tensor in module.state_dict().items()}
+def weights(module: nn.Module, drawn: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> dict[str, Tensor]:
+    """State dict of ``module`` with values of a sane scale, redrawn by ``drawn`` (by default, `draw`)."""
+    return {key: _value(key, tensor, drawn or draw) for key, tensor in module.state_dict().items()}
 
 
 def _purifier(recipe: Recipe) -> Checkpoint:
@@ -117,8 +118,8 @@ def _classifier(recipe: Recipe) -> Checkpoint:
     raise RecipeError(f"recipe {recipe.name}: its classifier has no published format; give --classifier")
 
 
-def _value(key: str, old: Tensor) -> Tensor:
-    leaf, z = key.rpartition(".")[2], draw(key, tuple(old.shape)) if old.is_floating_point() else old
+def _value(key: str, old: Tensor, drawn: Callable[[str, tuple[int, ...]], Tensor]) -> Tensor:
+    leaf, z = key.rpartition(".")[2], drawn(key, tuple(old.shape)) if old.is_floating_point() else old
     if leaf in ("kernel", "num_batches_tracked"):
         return old
     if leaf == "running_var":

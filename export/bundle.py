@@ -25,6 +25,8 @@ from handlers.runtimes import EngineError, engine_store
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
+_ROWS = 8  # compared at least
+
 
 class ExportError(MlvgmError):
     """A bundle cannot be made of these models."""
@@ -124,11 +126,13 @@ class _Draft:
         return {"parity": {**report, "fp32_stages": in_fp32}, "parity_fallback": fallback}
 
     def write_programs(self, in_fp32: Collection[str]) -> dict[str, Any]:
-        """Write each stage as a program, in the precision of its graph, and compare it with its reference."""
+        """Write the program of each graph and fallback, in its precision, and compare those of the graphs."""
         fp16 = self.recipe.precision == "fp16"
         for stage in self.stages:
             self.progress(f"writing the program of {stage.name}")
             programs.write(to_fp16(stage) if fp16 and stage.name not in in_fp32 else stage, self._file(stage))
+            if self._fallback(stage).is_file():
+                programs.write(stage, self._fallback(stage))
             memory.release()
         return self._compare("fp16" if fp16 else "fp32", "torch")
 
@@ -201,8 +205,10 @@ class _Draft:
 
     def _run(self, precision: str, runtime: str = "onnxruntime", **options: Any) -> list[compare.Comparison]:
         """Compare the graphs, or with ``fallback`` those in fp32, with the references; ``largest`` is a batch size."""
-        largest = min(self.recipe.batch.max, options.get("largest", self.recipe.batch.max))
-        batches = sorted({batch for batch in (1, 2, 3, 5, largest) if batch <= largest})
+        # Where a CPU gets fewer rows than a GPU, it has no memory for all of them here either.
+        batch = self.recipe.batch
+        largest = min(batch.max, options.get("largest", max(batch.cpu, _ROWS) if batch.cpu else batch.max))
+        batches = sorted({rows for rows in (1, 2, 3, 5, largest) if rows <= largest})
         files = {stage.name: self._file(stage) for stage in self.stages}
         if options.get("fallback"):
             files |= {stage.name: file for stage in self.stages if (file := self._fallback(stage)).is_file()}

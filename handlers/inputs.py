@@ -1,6 +1,7 @@
 """The arguments of one `Pipeline.run`, checked: images, seeds, number of samples, alphas and noise."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from handlers import vote
 from handlers.errors import InputError
 from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
+
+_DRAWERS = 4  # threads, where a GPU computes meanwhile
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -67,6 +70,24 @@ class PipelineInputs:
             noise=None if noise is None else _noise(manifest, noise, rows),
             input_noise=None if input_noise is None else _input_noise(manifest, input_noise, rows),
         )
+
+    def draw_each(
+        self, manifest: Manifest, parts: Sequence[IntArray], wanted: set[str], ahead: bool
+    ) -> Iterator[dict[str, FloatArray]]:
+        """As `draw`, for each of ``parts``; with ``ahead``, threads draw the next while the caller has one."""
+        if not ahead:
+            yield from (self.draw(manifest, rows, wanted) for rows in parts)
+            return
+        with ThreadPoolExecutor(_DRAWERS) as pool:
+
+            def begin(rows: IntArray) -> list[Future[dict[str, FloatArray]]]:
+                return [pool.submit(self.draw, manifest, rows, {name}) for name in wanted]
+
+            begun = begin(parts[0])
+            for following in (*parts[1:], None):
+                drawn = {name: noise for future in begun for name, noise in future.result().items()}
+                begun = [] if following is None else begin(following)
+                yield drawn
 
     def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
         """The noise inputs named in ``wanted`` for some rows: sliced from given noise, or drawn."""

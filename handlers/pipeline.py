@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 PROGRESS = "getting ready:"  # `mlvgm serve` shows lines of a worker's log that contain this
-_OF_GRAPHS = (*runtimes.ON_CPU, "onnxruntime-cuda")  # runtimes that load the graphs themselves, not engines
+_HAVE_FALLBACKS = (*runtimes.ON_CPU, "onnxruntime-cuda", "torch")  # load the fp32 graphs, or programs of them
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Pipeline:
         self._group = self._buckets[0]
         # An image is classified together with its samples, to save an engine call.
         self._classify_buckets = buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
-        self._per_image, self._per_sample = _split(manifest.stages[:-1])
+        self._per_image, self._per_sample = split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_sample)
         self._noise_inputs = {name for name in outside if _is_noise(name)}
         self._from_image = outside - self._noise_inputs - {"alphas"}
@@ -90,8 +90,8 @@ class Pipeline:
         engines = _engines(name, files, Options(threads, device, manifest.precision))
 
         def fallback() -> Pipeline:
-            # Engines are only built in half precision, so the fp32 graphs run on the CPU.
-            graphs = name if name in _OF_GRAPHS else runtimes.choose("auto")
+            # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU.
+            graphs = name if name in _HAVE_FALLBACKS else runtimes.choose("auto")
             files = {stage.name: folder / (stage.fallback or stage.file) for stage in manifest.stages}
             return cls(manifest, _engines(graphs, files, Options(threads, device, "fp32")), graphs)
 
@@ -265,11 +265,14 @@ class Pipeline:
         self, inputs: PipelineInputs, encoded: Mapping[str, Array], rows: IntArray, first: int, timing: "_Timing"
     ) -> Iterator[tuple[IntArray, Array]]:
         """Chunks of ``rows`` with their purified images; the first row of ``encoded`` is that of image ``first``."""
-        for chunk in chunks(0, len(rows), self._buckets):
+        parts = list(chunks(0, len(rows), self._buckets))
+        ahead = self.runtime not in runtimes.ON_CPU
+        noise = inputs.draw_each(self.manifest, [rows[chunk] for chunk in parts], self._noise_inputs, ahead)
+        for chunk in parts:
             owners = rows[chunk] // inputs.samples
             tensors = {name: array[owners - first] for name, array in encoded.items()} | {"alphas": inputs.alphas}
             with timing.of("noise"):
-                tensors |= inputs.draw(self.manifest, rows[chunk], self._noise_inputs)
+                tensors |= next(noise)
             for stage in self._per_sample:
                 tensors |= self._run_stage(stage, tensors, owners, timing)
             if not isinstance(tensors["images"], np.ndarray):
@@ -354,7 +357,7 @@ def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
         raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
 
 
-def _split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec]]:
+def split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec]]:
     """The stages that run once per image, and those that run once per sample."""
     per_image: list[StageSpec] = []
     per_sample: list[StageSpec] = []

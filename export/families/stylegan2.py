@@ -15,6 +15,7 @@ transposed or split by phases, it has four times the multiplications and is 2 to
 """
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -80,9 +81,15 @@ class Resample(nn.Module):
         return (1.0 - weights) * codes + weights * w
 
 
+def depthwise(x: Tensor, taps: Tensor) -> Tensor:
+    """x (B, C, H, W) with one row and column of zeros around it, filtered by taps (C, 1, 4, 4)."""
+    return F.conv2d(x, taps, padding=1, groups=len(taps))
+
+
 class StaticConv(nn.Module):
     """A styled convolution: x (B, in, H, W), style (B, d) -> (B, out, H, W) or, upsampling, (B, out, 2H, 2W)."""
 
+    smooth: Callable[[Tensor, Tensor], Tensor] = staticmethod(depthwise)
     weight: Tensor
     squares: Tensor
     bias: Tensor
@@ -108,7 +115,7 @@ class StaticConv(nn.Module):
         x = x * scale
         if self.upsample:
             x = F.conv_transpose2d(x, self.weight, stride=2)
-            x = F.conv2d(x, self.blur, padding=1, groups=len(self.blur))
+            x = self.smooth(x, self.blur)
         else:
             x = F.conv2d(x, self.weight, padding=1)
         # All element-wise operations in one expression: runtimes fuse them into one pass over the feature map.

@@ -36,8 +36,9 @@ def load(file: Path, options: Options) -> Engine:
             torch.set_num_threads(options.threads)
         return CpuProgram(Function(program.module(check_guards=False), info["inputs"], info["outputs"]))
     without_tf32()
+    torch.backends.cudnn.benchmark = True  # there are few batch sizes, and warm-up runs each
     device = torch.device("cuda", options.device)
-    module = move_to_device_pass(program, str(device)).module(check_guards=False)
+    module = channels_last(move_to_device_pass(program, str(device))).module(check_guards=False)
     function = Function(module, info["inputs"], info["outputs"])
     return CudaGraphs(lambda inputs: Computation(partial(function, inputs)), device)
 
@@ -47,6 +48,16 @@ def without_tf32() -> None:
     # Not by the newer ``fp32_precision``: once that is set, code that reads ``allow_tf32`` fails, even torch.export.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def channels_last(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """``program`` with its filters channels last: otherwise cuDNN converts every fp16 feature map to that and back."""
+    for name, tensor in program.state_dict.items():
+        if tensor.ndim == 4:
+            turned = tensor.detach().to(memory_format=torch.channels_last)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            program.state_dict[name] = torch.nn.Parameter(turned, requires_grad=False) if is_parameter else turned
+    return program
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers import vote
+from handlers.inputs import PipelineInputs
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import PROGRESS, NonFiniteError, Pipeline
@@ -228,6 +229,17 @@ def test_one_encode_serves_all_copies(nvae: Pipeline, monkeypatch: pytest.Monkey
     rows = rows_by_call(nvae, "encode", monkeypatch)
     nvae.run(bundles.images(3), samples=16)
     assert sum(rows) == 3
+
+
+def test_noise_that_is_drawn_ahead_is_the_same(nvae_bundle: Path) -> None:
+    manifest = Manifest.read(nvae_bundle)
+    wanted = {t.name for stage in manifest.stages for t in stage.inputs if t.name.startswith("noise")}
+    inputs = PipelineInputs.of(manifest, bundles.images(3), samples=3, seeds=[7, 8, 9])
+    parts = [np.arange(4), np.arange(4, 8), np.array([8])]
+    ahead, alone = (list(inputs.draw_each(manifest, parts, wanted, ahead)) for ahead in (True, False))
+    assert [part.keys() for part in ahead] == [wanted] * len(parts)
+    for found, expected in zip(ahead, alone, strict=True):
+        assert all(np.array_equal(found[name], expected[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("batch", [Batch(1, 1, 1), Batch(1, 3, 5), Batch(4, 4, 8), Batch(1, 4, 8, cpu=2)])

@@ -1,5 +1,6 @@
 """Programs of PyTorch: what they compute, which is taken for which graph, and that nothing in one is ever executed."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ from export.trace import example, trace
 from handlers import runtimes
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store
+from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store, pt2
 from handlers.runtimes import torch as runtime
 from handlers.runtimes.cuda_graphs import Computation, CudaGraphs
 from mlvgm.resnet import read_resnet50
@@ -49,7 +50,7 @@ def stages_of(family: str, folder: Path) -> list[Stage]:
 def test_programs_and_graphs_agree_in_every_batch(
     family: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also as they run on a GPU, recorded for each number of rows, with recordings on the CPU."""
+    """Also as they run on a GPU: channels last, recorded for each number of rows, with recordings on the CPU."""
     record_on_cpu(monkeypatch)
     for stage in stages_of(family, tmp_path):
         made = to_fp16(stage) if precision == "fp16" else stage
@@ -58,7 +59,8 @@ def test_programs_and_graphs_agree_in_every_batch(
         programs.write(made, file)
         graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
         assert isinstance(program, runtime.CpuProgram)
-        function = program._function
+        laid_out = runtime.channels_last(pt2.read(engine_store.find(file, "torch", runtime.version(), suffix=".pt2")))
+        function = dataclasses.replace(program._function, module=laid_out.module(check_guards=False))
         recorded = CudaGraphs(lambda inputs, f=function: Computation(partial(f, inputs)), torch.device("cpu"))  # type: ignore[misc]
         for rows in (1, 3):
             feeds = {spec.name: example(spec, rows, seed=i).numpy() for i, spec in enumerate(stage.inputs)}
@@ -196,8 +198,6 @@ def test_nothing_in_an_archive_is_executed(
 
 
 def test_a_damaged_archive_is_one_error(bundle: Path, tmp_path: Path) -> None:
-    from handlers.runtimes import pt2
-
     archive = engine_store.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
     for size in (0, 10, archive.stat().st_size // 2):
         broken = tmp_path / "broken.pt2"
@@ -208,8 +208,6 @@ def test_a_damaged_archive_is_one_error(bundle: Path, tmp_path: Path) -> None:
 
 def test_archives_are_read_without_what_older_pytorch_lacks(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.11 cannot tell the size of a record. This one's own loader must, so only our look at it is tested."""
-    from handlers.runtimes import pt2
-
     monkeypatch.delattr(torch._C.PyTorchFileReader, "get_record_size", raising=False)
     archive = engine_store.find(bundle / "decode.onnx", "torch", runtime.version(), suffix=".pt2")
     pt2._check(archive)

@@ -1,0 +1,1 @@
+"""What an NVIDIA GPU does with the product: `python -m benchmarks.gpu`."""

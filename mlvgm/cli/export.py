@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlvgm.cli.options import add_models
+from deploy.errors import CliError
+from mlvgm.cli.options import add_models, whole
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         description="Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.",
         epilog="Example: mlvgm export --recipe road-signs --out build/road-signs",
     )
-    add_models(parser, required=True, help="name of a built-in recipe, or a YAML file")
+    add_models(parser, help="name of a built-in recipe, or a YAML file")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
@@ -33,18 +34,35 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--target", nargs="+", default=[], metavar="CC", help="for tensorrt-rtx: compute capabilities (8.6 8.9 12.0)"
     )
     parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
+    parser.add_argument(
+        "--single-graph",
+        type=whole(0, 65_536),
+        nargs="?",
+        const=0,
+        metavar="K",
+        help="also write the whole pipeline as one ONNX graph, for other servers, with K samples of each image "
+        "(default: as many as the bundle's)",
+    )
+    parser.add_argument("--images", choices=("uint8", "float32"), default="uint8", help="it takes (%(default)s)")
+    parser.add_argument("--bundle", type=Path, help="write the single graph into this bundle, and export nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    from evaluation.progress import clocked
+
+    say = clocked()
+    if args.bundle:
+        _add_single_graph(args.bundle, args, say)
+        return 0
+    if not args.recipe:
+        raise CliError("nothing to export: name a recipe with --recipe, or an exported bundle with --bundle")
     changes = {"blur": args.blur or None, "input_noise_l2": args.input_noise, "precision": args.precision}
     # Before the libraries are imported: a slip in a recipe is told at once.
     recipe = Recipe.read(args.recipe, **{name: value for name, value in changes.items() if value is not None})
 
-    from evaluation.progress import clocked
     from export.bundle import export_bundle
     from export.models import load_models
 
-    say = clocked()
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
@@ -69,8 +87,18 @@ def run(args: argparse.Namespace) -> int:
             shares = built["half_share"].items()
             halves = ", ".join(f"{stage} {'fp32' if share is None else f'{share:.0%}'}" for stage, share in shares)
             say(f"built engines with {name} {built['version']}; share of fp16: {halves}")
+    if args.single_graph is not None:
+        _add_single_graph(out, args, say)
     print(f"Next: mlvgm archive {out}")
     return 0
+
+
+def _add_single_graph(bundle: Path, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    from export.single_graph import FOLDER, GRAPH, REPORT, add_single_graph
+
+    report = add_single_graph(bundle, args.single_graph or 0, args.images, say).report[REPORT]
+    worst = max(entry["relative_error"] for entry in report["worst"])
+    say(f"wrote {bundle / FOLDER / GRAPH}: {report['samples']} samples, {worst:.1e} off the pipeline, equal labels")
 
 
 def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> "Manifest":

@@ -89,10 +89,10 @@ def _write(manifest: Manifest, bundle: Path, folder: Path, samples: int, images:
             _externalise(models[i], bundle, weights, data.name)
     if not data.stat().st_size:
         data.unlink()
-    for file, drawn in ((GRAPH, True), (REPLAY, False)):
-        onnx.save(_Builder(manifest, models, samples, images, drawn).model(), str(folder / file))
+    for name, drawn in ((GRAPH, True), (REPLAY, False)):
+        onnx.save(_Builder(manifest, models, samples, images, drawn).model(), str(folder / name))
         try:
-            onnx.checker.check_model(str(folder / file))
+            onnx.checker.check_model(str(folder / name))
         except onnx.checker.ValidationError as error:
             raise SingleGraphError(f"{bundle}: its stages do not make one graph: {error}") from error
 
@@ -123,11 +123,12 @@ def _compared(bundle: Path, folder: Path, samples: int, images: ImageType) -> di
     found = replay(manifest, folder / REPLAY, pictures, samples, range(len(pictures)), "onnxruntime", images)
     limit = LIMITS[manifest.precision]
     pairs = (("purified", expected.purified), ("mean_logits", expected.logits))
-    worst = [{"output": name, "relative_error": relative_error(found[name], theirs)} for name, theirs in pairs]
+    worst = {name: float(relative_error(found[name], theirs)) for name, theirs in pairs}
     equal = bool((found["label"] == expected.labels).all() and (found["votes"] == expected.votes).all())
-    if not equal or any(entry["relative_error"] > limit for entry in worst):
+    if not equal or max(worst.values()) > limit:
         raise SingleGraphError(f"{bundle}: the single graph differs from the pipeline: {worst}, equal labels: {equal}")
-    return {"runtime": "onnxruntime", "precision": manifest.precision, "limit": limit, "worst": worst, "equal": equal}
+    errors = [{"output": name, "relative_error": error} for name, error in worst.items()]
+    return {"runtime": "onnxruntime", "precision": manifest.precision, "limit": limit, "worst": errors, "equal": equal}
 
 
 def replay(

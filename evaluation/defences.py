@@ -138,7 +138,7 @@ def defences(subject: Subject, samples: int | str | None = None, served: str | N
     served = served or manifest.default_alphas
     nothing, vote_of = (
         (0.0,) * manifest.n_latents,
-        f"vote of {voters}" if isinstance(voters, int) else "vote of as many samples as it needs",
+        f"vote of {voters}" if isinstance(voters, int) else "samples: auto",
     )
     rows = [
         Defence("none", "no defence", _serve(subject), _forward(subject)),

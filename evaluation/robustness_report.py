@@ -45,7 +45,7 @@ def _preamble(content: Content) -> str:
     effort = content["budget"]["effort"]
     return (
         f"{content['n']} images of {content['images']}, 8 bits each; budget {content['budget_name']}: gradients of "
-        f"{effort['steps']} steps, {effort['restarts']} restarts and {effort['draws']} draws at most, on "
+        f"{effort['steps']} steps, {effort['restarts']} starts and {effort['draws']} draws at most, on "
         f"{content['few']} images. Served by {content['runtime']} in {content['precision']}; {conditions(content)}; "
         f"`{content['command']}`."
     )

@@ -10,6 +10,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     TraceError              a stage cannot be traced
     ParityError             an exported stage is further from its reference than its precision allows
     ExportError             the models do not fit the recipe, or the bundle cannot be written to its folder
+    SingleGraphError        the stages of a bundle do not make one graph, or it differs from the pipeline
     BuildError              an engine cannot be built
     ArchiveError            an archive cannot be built
     BundleError             a bundle is missing, damaged, altered, or of another version
@@ -22,6 +23,8 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     RequestError            a request is malformed, or has a wrong option
     ServerError             a server cannot be reached, or answered with an error
     AttackError             an attack cannot be made
+    PhotographError         labelled images cannot be read, or their classes are not the bundle's
+    TuningError             a search for interpolation weights cannot run
     VerificationError       a bundle and the reference cannot be compared
     TrtexecError            trtexec is missing or fails
     CliError                options of a command contradict each other, or name something that does not exist

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from evaluation.progress import track
 from export.fold import fold_batch_norms
 from handlers.errors import MlvgmError
+from mlvgm.checkpoint import weights_digest
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Factors by which a perturbation is scaled, in turn, until it survives rounding."""
@@ -174,11 +175,7 @@ def attack(
 
 def fingerprint(classifier: nn.Module, method: object) -> str:
     """SHA-256 of all that an attack depends on except the images: the weights of ``classifier`` and the settings."""
-    digest = hashlib.sha256(repr((method, OVERSHOOTS, MARGIN)).encode())
-    for name, tensor in classifier.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(classifier, repr((method, OVERSHOOTS, MARGIN)))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.inputs import PipelineInputs
 from handlers.manifest import Manifest, StageSpec
-from handlers.pipeline import Pipeline, split
+from handlers.pipeline import Pipeline, is_noise, split
 
 FOLDER, GRAPH, REPLAY = "single", "model.onnx", "replay.onnx"
 """In a bundle: where both graphs and their weights lie, and the two graphs."""
@@ -143,7 +143,8 @@ def replay(
     """What the replay graph ``file`` gives for the noise that `Pipeline.run` draws with these seeds."""
     inputs = PipelineInputs.of(manifest, images, samples, seeds)
     count = len(inputs.images)
-    drawn = inputs.draw(manifest, np.arange(count * samples), _noise_of(manifest))
+    wanted = {tensor.name for stage in manifest.stages for tensor in stage.inputs if is_noise(tensor.name)}
+    drawn = inputs.draw(manifest, np.arange(count * samples), wanted)
     feeds: dict[str, Any] = {name: noise.reshape(count, samples, *noise.shape[1:]) for name, noise in drawn.items()}
     feeds["images"] = np.asarray(images) if image_type == "uint8" else inputs.images
     engine = runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))
@@ -151,10 +152,6 @@ def replay(
         return engine.run(feeds)
     finally:
         engine.close()
-
-
-def _noise_of(manifest: Manifest) -> set[str]:
-    return {t.name for stage in manifest.stages for t in stage.inputs if "noise" in t.name}
 
 
 class _Builder:
@@ -212,12 +209,12 @@ class _Builder:
         for stage in per_image:
             known |= self.stage(stage, models[stage.name], known)
         known |= self.noise(
-            {t.name: t.shape[1:] for stage in per_sample for t in stage.inputs if "noise" in t.name}, pixels
+            {t.name: t.shape[1:] for stage in per_sample for t in stage.inputs if is_noise(t.name)}, pixels
         )
         repeated: set[str] = {"alphas"}
         for stage in per_sample:
             for tensor in stage.inputs:
-                if "noise" not in tensor.name and tensor.name not in repeated:
+                if not is_noise(tensor.name) and tensor.name not in repeated:
                     known[tensor.name] = self.repeat(known[tensor.name], tensor.shape)
                 repeated.add(tensor.name)
             known |= self.stage(stage, models[stage.name], known)

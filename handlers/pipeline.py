@@ -66,7 +66,7 @@ class Pipeline:
         self._classify_buckets = buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
         self._per_image, self._per_sample = split(manifest.stages[:-1])
         outside = _inputs_from_outside(self._per_sample)
-        self._noise_inputs = {name for name in outside if _is_noise(name)}
+        self._noise_inputs = {name for name in outside if is_noise(name)}
         self._from_image = outside - self._noise_inputs - {"alphas"}
 
     @classmethod
@@ -363,7 +363,7 @@ def split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec]
     per_sample: list[StageSpec] = []
     random: set[str] = set()
     for stage in stages:
-        if any(_is_noise(t.name) or t.name in random for t in stage.inputs):
+        if any(is_noise(t.name) or t.name in random for t in stage.inputs):
             per_sample.append(stage)
             random |= {output.name for output in stage.outputs}
         else:
@@ -381,7 +381,8 @@ def _inputs_from_outside(stages: Sequence[StageSpec]) -> set[str]:
     return outside
 
 
-def _is_noise(name: str) -> bool:
+def is_noise(name: str) -> bool:
+    """Whether a stage's input of this name is noise."""
     return name in ("noise", "input_noise") or name.startswith("noise_")
 
 

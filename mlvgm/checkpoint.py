@@ -1,5 +1,6 @@
 """Read checkpoint files without running pickled code; every error is one sentence that names the file and the key."""
 
+import hashlib
 import json
 import re
 import warnings
@@ -162,6 +163,15 @@ def width(tensors: Tensors, key: str, axis: int, published: int, path: str | Pat
     if isinstance(value, Tensor) and value.ndim > axis and 0 < value.shape[axis] < published:
         return value.shape[axis]
     return published
+
+
+def weights_digest(module: nn.Module, key: str = "") -> str:
+    """SHA-256 of ``key``, and of the names and values of all parameters and buffers of ``module``."""
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_tensors(module: nn.Module, tensors: Tensors, path: str | Path) -> None:

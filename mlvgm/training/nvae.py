@@ -1,7 +1,6 @@
 """Training of an NVAE that purifies (see `mlvgm.training.bound` for what, NVAE's appendix for the schedules)."""
 
 import copy
-import hashlib
 import json
 import os
 import time
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint
+from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint, weights_digest
 from mlvgm.load import load_callable, load_shipped_classifier
 from mlvgm.nvae import NVAE
 from mlvgm.training.bound import Bound, answer_divergence, evidence_lower_bound, random_schedules
@@ -105,7 +104,8 @@ def train_nvae(
     device = torch.device(device)
     state = begin(settings, device, channels_last)
     work.mkdir(parents=True, exist_ok=True)
-    digest = f"{settings.digest} {images.digest} {_digest(state.classifier)}"
+    classifier = "" if state.classifier is None else weights_digest(state.classifier)
+    digest = f"{settings.digest} {images.digest} {classifier}"
     if (work / CHECKPOINT).is_file():
         state.load(work / CHECKPOINT, digest)
         _cut_log(work / LOG, state.step)
@@ -165,14 +165,6 @@ def begin(settings: Settings, device: torch.device, channels_last: bool = True) 
         load = load_callable if ":" in settings.classifier else load_shipped_classifier
         classifier = copy.deepcopy(load(settings.classifier)).to(device).requires_grad_(False)
     return State(network, average, optimizer, classifier, memory_format)
-
-
-def _digest(classifier: nn.Module | None) -> str:
-    """Of its weights."""
-    digest = hashlib.sha256()
-    for name, value in classifier.state_dict().items() if classifier else ():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlvgm.nvae import NVAE
 from mlvgm.training.bound import Bound, answer_divergence, evidence_lower_bound, random_schedules
 from mlvgm.training.images import ImageSet, augment, to_tensor
 from mlvgm.training.loop import cosine_rate, shuffled
+from mlvgm.training.recorded import RecordedStep
 from mlvgm.training.settings import Settings, TrainingError
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -29,16 +31,16 @@ REPORT_EVERY, SAVE_EVERY = 100, 100
 VALIDATION_IMAGES = 256
 MAX_NORM = 1.0
 """Gradients are clipped to this norm; a step with a norm that is not finite is skipped."""
-SMALL_NOISE, SMALL_NOISE_SHARE = 0.05, 0.6
-"""Most images get little noise or none, the others up to the settings' ``noise``."""
+SMALL_NOISE = 0.05
+"""The most noise that images outside the settings' share ``noisy`` get."""
 
 
 @dataclass
 class State:
     """What a checkpoint holds: the weights, their moving average, the optimiser and how many steps were made.
 
-    ``classifier`` and ``memory_format``, that of the images and the weights, are not in it: the first is not trained,
-    and no figure depends on the second, but the speed does.
+    ``classifier`` is not in it, since it is not trained; nor are ``memory_format``, that of the images and the weights,
+    and ``recorded``, since no figure depends on them, but the speed does.
     """
 
     network: NVAE
@@ -48,6 +50,7 @@ class State:
     memory_format: torch.memory_format
     step: int = 0
     skipped: int = 0
+    recorded: RecordedStep | None = None
 
     def save(self, file: Path, digest: str) -> None:
         """Write all of it, or leave the old file."""
@@ -88,7 +91,7 @@ def train_nvae(
 
     Args:
         work: folder of the checkpoint, and of ``log.jsonl`` with the figures of every report.
-        device: where to train; on "cuda" convolutions run in bf16.
+        device: where to train; on "cuda" convolutions run in bf16, and each step replays a CUDA graph.
         channels_last: the faster order in memory, for shapes that PyTorch can train in it (`mlvgm.training.trial`).
         draw: is given the averaged network, ready for inference, and the step, every ``draw_every`` steps.
 
@@ -184,39 +187,54 @@ def step(state: State, settings: Settings, images: Tensor) -> tuple[Bound, Tenso
     Returns:
         The bound, and how far the classifier's answers are (B,), where there is one.
     """
-    network, number, batch = state.network.train(), state.step, len(images)
-    torch.manual_seed((settings.seed << 32) + number)
+    number = state.step
     for group in state.optimizer.param_groups:
         group["lr"] = settings.rate * cosine_rate(number, settings.steps, settings.warmup)
+    rise = settings.beta_warmup * settings.steps
+    beta = settings.beta * (min(1.0, max(number / rise, 0.05)) if rise else 1.0)
+    state.network.train()
+    if state.recorded is None and images.is_cuda:
+        state.recorded = RecordedStep(partial(_gradients, state, settings), images, state.optimizer)
+    torch.manual_seed((settings.seed << 32) + number)
+    gradients = state.recorded or partial(_gradients, state, settings)
+    bound, answers, norm = gradients(images, torch.tensor(beta))
+    if torch.isfinite(norm):
+        state.optimizer.step()
+        decay = min(settings.average, (number + 1) / (number + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(state.average.parameters()), list(state.network.parameters()), 1.0 - decay)
+    else:
+        state.skipped += 1
+    state.step += 1
+    return bound, answers
+
+
+def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -> tuple[Bound, Tensor | None, Tensor]:
+    """Leave the clipped gradients in the network's parameters.
+
+    Returns:
+        The bound, how far the classifier's answers are, and the norm that the gradients had.
+    """
+    network, batch = state.network, len(images)
     clean = augment(images, settings.augment) if settings.augment else images
     clean = clean.contiguous(memory_format=state.memory_format)
     each = (batch, 1, 1, 1)
-    little = torch.rand(each, device=images.device) < SMALL_NOISE_SHARE
+    noisy = torch.rand(each, device=images.device) < settings.noisy
     sigma = torch.rand(each, device=images.device) * torch.where(
-        little, min(SMALL_NOISE, settings.noise), settings.noise
+        noisy, settings.noise, min(SMALL_NOISE, settings.noise)
     )
     seen = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
     alphas = random_schedules(batch, len(network.config.latents()), settings.whole, images.device)
     with _half(images.device):
         bound = evidence_lower_bound(network, clean, seen, alphas)
         answers = None if state.classifier is None else answer_divergence(state.classifier, clean, bound.reconstruction)
-    rise = settings.beta_warmup * settings.steps
-    weight = settings.beta * (min(1.0, max(number / rise, 0.05)) if rise else 1.0)
     divergence = torch.stack(bound.divergence).sum(dim=0)
-    loss = (weight * divergence - bound.log_likelihood).mean() / images[0].numel()
+    loss = (beta * divergence - bound.log_likelihood).mean() / images[0].numel()
     if answers is not None:
         loss = loss + settings.stability * answers.mean()
     state.optimizer.zero_grad()
     loss.backward()
-    if torch.isfinite(torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)):
-        state.optimizer.step()
-        decay = min(settings.average, (number + 1) / (number + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(state.average.parameters()), list(network.parameters()), 1.0 - decay)
-    else:
-        state.skipped += 1
-    state.step += 1
-    return bound, answers
+    return bound, answers, torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
 
 
 def _half(device: torch.device) -> AbstractContextManager[Any]:

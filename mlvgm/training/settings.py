@@ -100,6 +100,7 @@ class Settings:
         whole: share of the images whose latents all come from the posterior. Those of the others are interpolated with
             draws from the prior, as in purification, by random schedules (`mlvgm.training.bound.random_schedules`).
         noise: largest standard deviation of the Gaussian noise that the encoder sees, in units of the [0, 1] image.
+        noisy: share of the images that get up to ``noise``; the others get little or none.
         augment: strength of the random rotation, scale, shift and lighting of training images, 0 for none.
         validation: share of the images (whole groups, where the images have groups) that is held out.
         classifier: whose answers purification should keep, the name of a shipped recipe or a callable
@@ -120,6 +121,7 @@ class Settings:
     average: Annotated[float, Range(0.0, 0.99999)] = 0.999
     whole: Share = 0.3
     noise: Annotated[float, Range(0.0, 1.0)] = 0.3
+    noisy: Share = 0.4
     augment: Share = 0.6
     validation: Annotated[float, Range(0.0, 0.5, exclusive=True)] = 0.05
     seed: Annotated[int, Range(0, 2**31)] = 0

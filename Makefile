@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 DATA ?= ../shared/data/gtsrb
 FUZZ_SECONDS ?= 60
+# Of the training of each comparator; without a GPU, give it hours.
+SECONDS_EACH ?= 240
 
-.PHONY: help install demo test test-full fuzz lint train wheel clean
+.PHONY: help install demo test test-full fuzz lint train comparators wheel clean
 
 help:
 	@echo "make demo       install, export, archive, serve, and show attacked signs being read right again"
@@ -15,6 +17,7 @@ help:
 	@echo "make test-full  the tests on full-size models as well (hours, 16 GB)"
 	@echo "make fuzz       fuzz the request parser and the image decoder, each for FUZZ_SECONDS=$(FUZZ_SECONDS)"
 	@echo "make train      train the default model anew from DATA=$(DATA), into build/road-signs-model"
+	@echo "make comparators  train the defences to compare with, SECONDS_EACH=$(SECONDS_EACH), into build/comparators"
 	@echo "make wheel      build/mlvgm_serve-*.whl, with the default model in it, to install elsewhere"
 	@echo "make clean      remove what was built"
 
@@ -50,6 +53,10 @@ fuzz: install
 train: install
 	$(BIN)/python -m mlvgm.training.classifier --data $(DATA) --out build/road-signs-model
 	$(BIN)/mlvgm train $(DATA)/train.npz --settings model_store/road-signs/training.yaml --out build/road-signs-model
+
+comparators: install
+	for name in pgd trades another avae ndvae; do \
+	  $(BIN)/python -m evaluation.comparators train $$name $(DATA)/train.npz --out build/comparators --seconds $(SECONDS_EACH) || exit 1; done
 
 # What an earlier build left would be packed as well.
 wheel: install

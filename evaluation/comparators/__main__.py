@@ -1,0 +1,78 @@
+"""python -m evaluation.comparators train NAME TRAIN.npz --out FOLDER: train a comparator, into FOLDER/NAME.safetensors.
+
+TRAIN.npz is what ``python -m mlvgm.training.data GTSRB`` writes: images, labels and tracks. One track in ten is held
+out; the test images are not needed.
+"""
+
+import argparse
+import dataclasses
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evaluation.comparators.autoencoders import SmallAVAE, SmallNDVAE
+from evaluation.comparators.classifiers import PGD, Plain, Trades
+from evaluation.comparators.training import Comparator, ComparatorError, train
+from handlers.errors import MlvgmError
+from mlvgm.training.data import SIDE, Signs, split_by_track
+
+COMPARATORS: Mapping[str, Callable[[], Comparator]] = {
+    "pgd": lambda: PGD(steps=8000),
+    "trades": lambda: Trades(steps=8000),
+    "another": lambda: Plain(steps=1650, batch=128, rate=2e-3, warmup=0.15),
+    "avae": lambda: SmallAVAE(steps=20_000, batch=128),
+    "ndvae": lambda: SmallNDVAE(steps=20_000, batch=128),
+}
+
+
+def read_training(file: Path) -> tuple[Signs, Signs]:
+    """Images to train on and those of held-out tracks.
+
+    Raises:
+        ComparatorError: the file is not as described above.
+    """
+    try:
+        with np.load(file) as data:
+            images, labels, tracks = (data[name] for name in ("images", "labels", "tracks"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ComparatorError(f"{file}: must hold images, labels and tracks of training images ({error})") from None
+    if images.dtype != np.uint8 or images.shape != (len(labels), SIDE, SIDE, 3) or tracks.shape != labels.shape:
+        raise ComparatorError(f"{file}: images must be uint8 (N, {SIDE}, {SIDE}, 3), not {images.dtype} {images.shape}")
+    return split_by_track(Signs(images, labels.astype(np.int64), tracks.astype(np.int64)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evaluation.comparators", description=__doc__)
+    train_parser = parser.add_subparsers(required=True).add_parser("train")
+    train_parser.add_argument("name", choices=COMPARATORS)
+    train_parser.add_argument("images", type=Path)
+    train_parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    train_parser.add_argument("--seconds", type=float, help="at most, of training (default: until all steps are made)")
+    train_parser.add_argument("--steps", type=int, help="at most (default: the comparator's own)")
+    train_parser.add_argument("--seed", type=int, default=1)
+    train_parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.backends.cudnn.benchmark = True
+    try:
+        signs, comparator = read_training(args.images), COMPARATORS[args.name]()
+        comparator = dataclasses.replace(comparator, steps=args.steps or comparator.steps)
+        print(f"{args.name}: {len(signs[0])} images to train on, {len(signs[1])} held out", flush=True)
+        file = args.out / f"{args.name}.safetensors"
+
+        def say(line: str) -> None:
+            print(f"{args.name}: {line}", flush=True)
+
+        train(comparator, signs, file, torch.device(args.device), args.seconds, say, args.seed)
+    except MlvgmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -87,10 +87,11 @@ class Pipeline:
         manifest = Manifest.read(folder)
         name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
         files = {stage.name: folder / stage.file for stage in manifest.stages}
-        engines = _engines(name, files, Options(threads, device, manifest.precision))
+        engines = _engines(name, files, Options(threads, device, manifest.precision, compiled=True))
 
         def fallback() -> Pipeline:
-            # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU.
+            # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU. Nothing is compiled:
+            # an image waits for the answer.
             graphs = name if name in _HAVE_FALLBACKS else runtimes.choose("auto")
             files = {stage.name: folder / (stage.fallback or stage.file) for stage in manifest.stages}
             return cls(manifest, _engines(graphs, files, Options(threads, device, "fp32")), graphs)

@@ -3,7 +3,8 @@
 The words of a case say what is done: "published" operators in eager fp32, or "rewritten" ones; "half" precision; "nhwc"
 (channels last); "search" (cuDNN tries its algorithms); "shifted" (the blur as shifted sums); "compiled" by Inductor for
 this number of rows; "graph" (recorded as a CUDA graph); "profile" (kernels are counted and timed). "answers" are whole
-ones, of the product's pipeline, in calls of so many rows at most.
+ones of 32 samples, of the product's pipeline, in calls of so many rows at most. The groups "e4e product" and
+"road-signs" run programs from files in the runtime "torch", as it is served.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ decode half nhwc search graph: 1 8=16.4 32
 _E4E_COMPILED = """
 decode half nhwc search shifted compiled graph: 8=8.6 32=31.4
 decode half nhwc search compiled graph: 8
-answers half nhwc search graph by 8: 1 4
-answers half nhwc search graph by 32: 1 4
+encode half nhwc search graph: 1
+encode half nhwc search compiled graph: 1
+answers half nhwc search graph by 32: 1
 answers half nhwc search shifted compiled graph by 32: 1 4
+answers half nhwc search shifted compiled graph by 8: 1 4
 decode half nhwc search shifted compiled profile: 8
 """
 _NVAE = """
@@ -38,6 +41,16 @@ decode half search graph: 8 32
 decode half nhwc search graph: 8 32
 answers half nhwc search graph by 32: 1 4
 decode half nhwc search profile: 8
+"""
+_NVAE_COMPILED = """
+decode half nhwc search compiled graph: 32
+encode half nhwc search compiled graph: 32
+answers half nhwc search compiled graph by 32: 1
+decode half nhwc search compiled graph: 8
+decode half search compiled graph: 32
+encode half nhwc search compiled graph: 8
+answers half nhwc search compiled graph by 32: 4
+answers half nhwc search graph by 32: 1
 """
 
 
@@ -56,9 +69,12 @@ def _of_models(family: str, table: str, bench: Bench) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "ceilings": ceilings.cases,
-    "prepare": product.prepare,
+    "export road-signs": product.export_road_signs,
+    "write e4e": product.write_e4e,
     "road-signs": product.cases,
     "e4e": partial(_of_models, "e4e", _E4E),
     "e4e compiled": partial(_of_models, "e4e", _E4E_COMPILED),
+    "e4e product": product.e4e,
     "nvae": partial(_of_models, "nvae", _NVAE),
+    "nvae compiled": partial(_of_models, "nvae", _NVAE_COMPILED),
 }

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, Case, Measured, compared
-from benchmarks.gpu.models import laid_out, shifted
-from export.families.stylegan2 import depthwise
+from benchmarks.gpu.models import laid_out
+from export.families.stylegan2 import depthwise, shifted
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks.gpu.bench import Bench, Measured, compared
 from export import classifier as classify
 from export import families
 from export.compare import run_reference
-from export.families.stylegan2 import StaticConv
+from export.families.stylegan2 import StaticConv, shifted
 from export.precision import LIMITS, to_fp16
 from export.stage import Stage
 from export.trace import example
@@ -57,24 +58,6 @@ def purifier_of(family: str, device: torch.device, toy: bool) -> Purifier:
         return E4ePurifier(encoder, generator, 0.3 * normal("latent_avg", (n, dim))).eval().requires_grad_(False)
 
 
-def shifted(taps: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """What `export.families.stylegan2.depthwise` does with these separable taps, as sums of shifted maps.
-
-    A compiler makes one pass of it, together with what comes before and after; a depthwise convolution is a kernel of
-    its own.
-    """
-    kernel = taps[0, 0].double()
-    column, row = (kernel.sum(1) / kernel.sum()).tolist(), kernel.sum(0).tolist()
-
-    def smooth(x: Tensor, _: Tensor) -> Tensor:
-        x = F.pad(x, (1, 1, 1, 1))
-        height, width = x.shape[2] - len(column) + 1, x.shape[3] - len(row) + 1
-        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(column))  # type: ignore[assignment]
-        return sum(weight * x[..., i : i + width] for i, weight in enumerate(row))  # type: ignore[return-value]
-
-    return smooth
-
-
 def laid_out(what: Any, words: Sequence[str] | str) -> Any:
     """A tensor or a module's filters in the layout that ``words`` say."""
     return what.to(memory_format=torch.channels_last if "nhwc" in words else torch.contiguous_format)
@@ -113,22 +96,15 @@ class Models:
 
     def answers(self, words: Sequence[str], most: int, rows: int) -> Measured:
         """Whole answers of 32 samples in the product's pipeline, in calls of ``most`` rows at most."""
-        side, n, samples = self.purifier.image_size, self.purifier.n_latents, 2 if self.bench.toy else 32
-        with self.bench.device:
-            classifier = ResNetClassifier(10, stem=16) if self.bench.toy else ResNetClassifier(10)
-        stages = (*self.stages.values(), classify.stage(classifier.eval().requires_grad_(False), side, 10))
-        manifest = Manifest(
-            *("drawn", "1", self.family, (side, side), self.purifier.noise_shapes, {"half": (0.5,) * n}, "half"),
-            samples=Samples(samples, samples),
-            classes=tuple(map(str, range(10))),
-            batch=Batch(1, most, most),
-            stages=tuple(StageSpec(stage.name, "", stage.inputs, stage.outputs) for stage in stages),
-        )
+        last = classifier_stage(self.purifier, self.bench.toy)
+        manifest = drawn(self.family, self.purifier, last, most, self.bench.toy)
+        folded = last.module().to(self.bench.device)  # type: ignore[union-attr]
+        stages = (*self.stages.values(), replace(last, module=lambda: folded))
         functions = {stage.name: self._function(stage, words) for stage in stages}
         engine: Any = CpuProgram if self.bench.toy else self._graphs
         engines = {name: engine(function) for name, function in functions.items()}
         with Pipeline(manifest, engines, "torch") as pipeline:
-            return answered(self.bench, pipeline, rows, samples)
+            return answered(self.bench, pipeline, rows, manifest.samples.max)
 
     @cached_property
     def _known(self) -> Tensors:
@@ -169,9 +145,32 @@ class Models:
                 for layer in module.modules():
                     if isinstance(layer, StaticConv) and layer.upsample:
                         layer.smooth = shifted(layer.blur)
-            if "compiled" in words and stage.name == "decode":  # no other is worth a compiler's minute
+            if "compiled" in words and stage.name in ("encode", "decode"):  # no other is worth a compiler's minute
                 module = torch.compile(module, dynamic=False, backend="eager" if self.bench.toy else "inductor")
         return Function(module, [spec.name for spec in stage.inputs], [spec.name for spec in stage.outputs])
+
+
+def classifier_stage(purifier: Purifier, toy: bool) -> Stage:
+    """``classify`` by a ResNet-50 as it is initialised, on the CPU."""
+    torch.manual_seed(0)
+    classifier = ResNetClassifier(10, stem=16) if toy else ResNetClassifier(10)
+    return classify.stage(classifier.eval().requires_grad_(False), purifier.image_size, 10)
+
+
+def drawn(family: str, purifier: Purifier, last: Stage, most: int, toy: bool) -> Manifest:
+    """Of a bundle of ``purifier`` and the classifier of ``last``, for calls of ``most`` rows at most."""
+    side, n, samples = purifier.image_size, purifier.n_latents, 2 if toy else 32
+    return Manifest(
+        *("drawn", "1", family, (side, side), purifier.noise_shapes, {"half": (0.5,) * n}, "half"),
+        samples=Samples(samples, samples),
+        classes=tuple(map(str, range(10))),
+        batch=Batch(1, most, most),
+        stages=tuple(
+            StageSpec(stage.name, f"{stage.name}.onnx", stage.inputs, stage.outputs)
+            for stage in (*families.stages(purifier, False, 0.0), last)
+        ),
+        precision="fp16",
+    )
 
 
 def answered(bench: Bench, pipeline: Pipeline, rows: int, samples: int) -> Measured:

@@ -86,6 +86,26 @@ def depthwise(x: Tensor, taps: Tensor) -> Tensor:
     return F.conv2d(x, taps, padding=1, groups=len(taps))
 
 
+def shifted(taps: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`depthwise` with these ``taps``, as weighted sums of shifted maps: along the columns, then along the rows.
+
+    A compiler makes one pass of it, together with what comes before and after. The depthwise convolution is a kernel of
+    its own on a GPU, and a very slow one with channels last.
+    """
+    kernel = taps[0, 0].double()
+    column, row = kernel.sum(1) / kernel.sum(), kernel.sum(0)
+    if not torch.allclose(torch.outer(column, row), kernel, atol=1e-9):
+        return depthwise  # it is no sum along rows of sums along columns
+
+    def smooth(x: Tensor, _: Tensor) -> Tensor:
+        x = F.pad(x, (1, 1, 1, 1))
+        height, width = x.shape[2] - len(column) + 1, x.shape[3] - len(row) + 1
+        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(column.tolist()))  # type: ignore[assignment]
+        return sum(weight * x[..., i : i + width] for i, weight in enumerate(row.tolist()))  # type: ignore[return-value]
+
+    return smooth
+
+
 class StaticConv(nn.Module):
     """A styled convolution: x (B, in, H, W), style (B, d) -> (B, out, H, W) or, upsampling, (B, out, 2H, 2W)."""
 

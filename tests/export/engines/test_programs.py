@@ -27,6 +27,7 @@ from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store, pt2
 from handlers.runtimes import torch as runtime
+from handlers.runtimes.compiled import Compiled
 from handlers.runtimes.cuda_graphs import Computation, CudaGraphs
 from mlvgm.resnet import read_resnet50
 from tests.devices import record_on_cpu
@@ -50,7 +51,7 @@ def stages_of(family: str, folder: Path) -> list[Stage]:
 def test_programs_and_graphs_agree_in_every_batch(
     family: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also as they run on a GPU: channels last, recorded for each number of rows, with recordings on the CPU."""
+    """Also as on a GPU: channels last, compiled by a stand-in and recorded for each number of rows, on the CPU."""
     record_on_cpu(monkeypatch)
     for stage in stages_of(family, tmp_path):
         made = to_fp16(stage) if precision == "fp16" else stage
@@ -60,7 +61,8 @@ def test_programs_and_graphs_agree_in_every_batch(
         graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
         assert isinstance(program, runtime.CpuProgram)
         laid_out = runtime.channels_last(pt2.read(engine_store.find(file, "torch", runtime.version(), suffix=".pt2")))
-        function = dataclasses.replace(program._function, module=laid_out.module(check_guards=False))
+        as_on_gpu = Compiled(laid_out.module(check_guards=False), "eager")
+        function = dataclasses.replace(program._function, module=as_on_gpu)
         recorded = CudaGraphs(lambda inputs, f=function: Computation(partial(f, inputs)), torch.device("cpu"))  # type: ignore[misc]
         for rows in (1, 3):
             feeds = {spec.name: example(spec, rows, seed=i).numpy() for i, spec in enumerate(stage.inputs)}
@@ -69,6 +71,20 @@ def test_programs_and_graphs_agree_in_every_batch(
                 for name, array in expected.items():
                     error = np.linalg.norm(np.asarray(found[name]) - array) / np.linalg.norm(array)
                     assert error < CLOSE[precision], (stage.name, name, rows)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("family", ["e4e", "style_transformer"])
+def test_programs_blur_by_shifted_sums(family: str, precision: str, tmp_path: Path) -> None:
+    """What is left of depthwise convolutions has three channels: those of the picture that ToRGB layers add to."""
+    stage = stages_of(family, tmp_path)[2]
+    (tmp_path / "decode.onnx").touch()
+    path = programs.write(to_fp16(stage) if precision == "fp16" else stage, tmp_path / "decode.onnx")
+    nodes = [node for node in pt2.read(path).graph.nodes if "conv" in str(node.target)]
+    filters = [node.args[1].meta["val"].shape for node in nodes]
+    assert stage.name == "decode"
+    assert any(shape[-1] == 3 for shape in filters)
+    assert {shape[0] for shape in filters if shape[-1] == 4} == {3}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from export.compare import compare_stages
 from export.families import stages
-from export.families.stylegan2 import Decode, Encode, SkipUpsample, StaticConv, first_rows
+from export.families.stylegan2 import Decode, Encode, SkipUpsample, StaticConv, depthwise, first_rows, shifted
 from export.families.stylegan2_encoders import CrossAttention, FoldedUnit, SelfAttention
 from export.stage import Stage
 from export.trace import trace
@@ -49,6 +49,21 @@ def lopsided(key: str) -> Tensor:
     """A filter that a flip or a transposition would change."""
     row = torch.tensor([1.0, 3.0, 3.0, 1.0])
     return torch.outer(row, row) / 16 + 0.03 * small.draw(key, (4, 4))
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (17, 33), (4, 2)])
+def test_the_blur_as_shifted_sums_is_the_published_one(height: int, width: int) -> None:
+    column, row = torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 2.0, 4.0, 1.0])
+    x = torch.randn(2, 5, height, width, generator=torch.Generator().manual_seed(0)).double()
+    kernels = {"published": torch.outer(column, column) / 16, "separable": torch.outer(row, column) / 64}
+    kernels["lopsided"] = lopsided("blur")  # which is no sum along rows of sums along columns
+    for name, kernel in kernels.items():
+        taps = kernel.double().expand(5, 1, 4, 4)
+        smooth, expected = shifted(taps), depthwise(x, taps)
+        assert (smooth is depthwise) == (name == "lopsided")
+        found = smooth(x, taps)
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 1e-14 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

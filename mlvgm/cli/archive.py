@@ -1,11 +1,12 @@
-"""``mlvgm archive``: pack a bundle into a .mar for TorchServe."""
+"""``mlvgm archive``: pack a bundle into a .mar for TorchServe, or its single graph into another server's repository."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
+from deploy.errors import CliError
 from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
-from mlvgm.cli.options import add_engines
+from mlvgm.cli.options import add_engines, whole
 
 _NUMBERS = (  # option, field of the settings, unit, help
     ("--batch-size", "batch_size", "N", "requests answered together (default: as many as fill an engine)"),
@@ -28,11 +29,21 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     """Declare the verb's arguments."""
     parser = verbs.add_parser(
         "archive",
-        description="Check a bundle and pack it, with the server code and settings, into one archive for TorchServe.",
-        epilog="Example: mlvgm archive build/road-signs --out model_store",
+        description="Check a bundle and pack it, with the server code and settings, into one archive for TorchServe; "
+        "or put its single graph (mlvgm export --single-graph) into a model repository for a server without Python.",
+        epilog="Example: mlvgm archive build/road-signs --out model_store. Or: mlvgm archive build/road-signs --format "
+        "triton --out model_repository",
     )
     parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
-    parser.add_argument("--out", type=Path, default=Path("model_store"), help="folder for the archive (%(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=("torchserve", "triton", "ovms", "kserve"),
+        default="torchserve",
+        help="ovms is OpenVINO Model Server (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, help="folder for it (model_store, or model_repository for other servers)")
+    parser.add_argument("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
+    parser.add_argument("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
     parser.add_argument(
         "--archive-format",
         choices=list(FORMATS),
@@ -60,8 +71,16 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the archive and say where it is."""
+    """Build the archive, or the model's folder in a repository, and say where it is."""
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
-    print(build_archive(args.bundle, args.out, settings, args.archive_format))
+    if args.format == "torchserve":
+        if args.instances > 1 or args.storage_uri:
+            raise CliError("--instances and --storage-uri are for --format triton, ovms or kserve")
+        print(build_archive(args.bundle, args.out or Path("model_store"), settings, args.archive_format))
+        return 0
+    from export.repository import build_repository
+
+    out = args.out or Path("model_repository")
+    print(build_repository(args.bundle, out, args.format, settings, args.instances, args.storage_uri))
     return 0

@@ -15,7 +15,7 @@ VERBS = {
     "train": "train a purifier on your own images",
     "export": "export a model to a bundle of engines",
     "verify": "compare a bundle with the PyTorch reference",
-    "archive": "pack a bundle into a .mar for TorchServe",
+    "archive": "pack a bundle for TorchServe, or for other servers",
     "serve": "start TorchServe on loopback with an archive",
     "ready": "check that a running server answers, for probes",
     "predict": "ask a running server about image files",

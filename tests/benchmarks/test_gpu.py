@@ -45,9 +45,8 @@ def test_every_case_gives_a_row_without_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_command_runs_from_the_tree_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here it has none, so every row says that."""
-    monkeypatch.setattr("benchmarks.gpu.__main__.GROUPS", {"ceilings": 1.0})
     monkeypatch.setattr("benchmarks.gpu.__main__._GRACE", 60.0)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), "--toy", "--seconds", "0"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), "--toy", "--seconds", "0", "--groups", "ceilings"])
     before = signal.getsignal(signal.SIGTERM)
     assert main() == 1
     signal.signal(signal.SIGTERM, before)
@@ -56,6 +55,13 @@ def test_the_command_runs_from_the_tree_within_its_time(tmp_path: Path, monkeypa
     assert {row["error"] for row in rows} == {"TimeoutError: no time was left"}
     assert json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"] == rows
     assert (tmp_path / "out" / "gpu.md").read_text().count("\n| ") == len(rows) + 2
+
+
+def test_an_unknown_group_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", "out", "--groups", "nvae,ceiling,e4"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "there is no group ceiling, e4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -313,12 +313,12 @@ def test_the_fallback_is_loaded_once_when_it_is_first_asked_for(
             closed.append(self.file)
 
     def load(_name: str, file: Path, options: Options) -> Engine:
-        loaded.append(f"{file.name} {options.precision}")
+        loaded.append(f"{file.name} {options.precision}{' compiled' * options.compiled}")
         return Engine(file)
 
     monkeypatch.setattr("handlers.runtimes.load", load)
     with Pipeline.load(half_bundle, "onnxruntime") as pipeline:
-        assert loaded == ["encode.onnx fp16", "decode.onnx fp16", "classify.onnx fp16"]
+        assert loaded == [f"{name}.onnx fp16 compiled" for name in ("encode", "decode", "classify")]
         loaded.clear()
         assert pipeline.fallback is pipeline.fallback
         assert loaded == ["encode.fp32.onnx fp32", "decode.onnx fp32", "classify.onnx fp32"]

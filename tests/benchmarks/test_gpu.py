@@ -46,7 +46,8 @@ def test_every_case_gives_a_row_without_an_error(tmp_path: Path, monkeypatch: py
 def test_the_command_runs_from_the_tree_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here it has none, so every row says that."""
     monkeypatch.setattr("benchmarks.gpu.__main__._GRACE", 60.0)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out"), "--toy", "--seconds", "0", "--groups", "ceilings"])
+    options = ["--out", str(tmp_path / "out"), "--toy", "--seconds", "0", "--groups", "ceilings"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *options])
     before = signal.getsignal(signal.SIGTERM)
     assert main() == 1
     signal.signal(signal.SIGTERM, before)

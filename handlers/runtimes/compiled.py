@@ -1,5 +1,6 @@
 """Programs compiled by PyTorch's Inductor, which makes one kernel of many passes over a feature map."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -53,14 +54,20 @@ def use_private_cache() -> None:
     """Let a later process find what this one compiles, in a folder that only this user can write to.
 
     What lies there is executed when it is loaded. PyTorch's own default is a folder of ``/tmp`` whose name others know.
+    Where no folder can be made, compiling fails.
     """
     if os.environ.get(CACHE):
         return
+    with contextlib.suppress(OSError):
+        os.environ[CACHE] = str(_own_folder() or tempfile.mkdtemp(prefix="mlvgm-inductor-"))
+
+
+def _own_folder() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlvgm" / "inductor"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-        private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
     except (OSError, RuntimeError):  # no home, or one that cannot be written to
-        private = False
-    os.environ[CACHE] = str(folder) if private else tempfile.mkdtemp(prefix="mlvgm-inductor-")
+        return None
+    private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+    return folder if private else None

@@ -124,6 +124,9 @@ def test_what_is_compiled_is_kept_where_only_this_user_writes(monkeypatch: pytes
         assert not other.is_relative_to(home)
         assert stat.S_IMODE(other.stat().st_mode) == 0o700
         other.rmdir()
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: (tmp_path / "none" / "none").mkdir())
+    with pytest.raises(KeyError):
+        folder(tmp_path / "file")
 
 
 def test_a_folder_that_was_chosen_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

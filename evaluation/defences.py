@@ -85,6 +85,8 @@ class Defence:
         name: by which it is chosen.
         title: as the report says it; also says all settings.
         is_random: whether it draws noise.
+        classifier: the one that attackers know who know the classifier alone; None for the subject's.
+        digest: of weights that are not the subject's.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Defence:
     serve: Serve
     forward: Forward
     is_random: bool = False
+    classifier: nn.Module | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def remote(served: Defence, client: Client, model: str, classes: int) -> Defence
 
 def gaussian(images: Images, sigma: float, seeds: Seeds) -> Images:
     """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
-    drawn = _drawn(images.shape[1:], seeds)
+    drawn = normal(images.shape[1:], seeds)
     noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
     return noisy
 
@@ -215,7 +219,7 @@ def _noise(subject: Subject, samples: int, l2: float = NOISE_L2) -> Defence:
     def serve(images: Images, seeds: Seeds) -> Predictions:
         clean, voters = to_float(images), []
         for sample in range(samples):
-            drawn = _drawn(images.shape[1:], [seed + (sample << 40) for seed in seeds]).transpose(0, 3, 1, 2)
+            drawn = normal(images.shape[1:], [seed + (sample << 40) for seed in seeds]).transpose(0, 3, 1, 2)
             voters.append(_classify(subject, add_noise(clean, torch.from_numpy(drawn), l2).numpy()))
         return Predictions.of(np.stack(voters, axis=1), _classify(subject, images))
 
@@ -278,7 +282,7 @@ def _classify(subject: Subject, images: NDArray[Any]) -> Floats:
     return logits
 
 
-def _drawn(shape: tuple[int, ...], seeds: Seeds) -> Floats:
+def normal(shape: tuple[int, ...], seeds: Seeds) -> Floats:
     """(N, *shape), standard normal: each image's noise is its own, whatever else is in the batch."""
     return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
 

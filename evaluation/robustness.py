@@ -84,7 +84,7 @@ def measure(
         for start, defence, name, size in plan:
             threat, part = columns[name], slice(start, start + size)
             shown.set_description(f"{defence.name}, {name}")
-            what = (identity, start, defence.name, defence.title, threat)
+            what = (identity, start, defence.name, defence.title, defence.digest, threat)
             key = hashlib.sha256(repr(what).encode() + images[part].tobytes() + labels[part].tobytes()).hexdigest()
             if key not in known:
                 begun = time.monotonic()
@@ -124,14 +124,16 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
             need more, the attacker sends the clean image.
 
     Returns:
-        "defences" and "threats", name -> title; by defence and threat "accuracy", "unanimous" and "detection"; by
-        defence "worst", the images that withstand every attack, "deviation", "cost_ms" and "certified"; by threat of
-        `NEAREST` "within", for some bounds, by defence; and "conclusion".
+        "defences" and "threats", name -> title; "trained", the names of trained comparators; by defence and threat
+        "accuracy", "unanimous" and "detection"; by defence "worst", the images that withstand every attack,
+        "deviation", "cost_ms" and "certified"; by threat of `NEAREST` "within", for some bounds, by defence; and
+        "conclusion".
     """
     found = {place: _joined(records) for place, records in cells.items() if records}
     attacks = [name for name, threat in columns.items() if threat.knows]
     content: dict[str, Any] = {
         "defences": {name: row.title for name, row in rows.items()},
+        "trained": [name for name, row in rows.items() if row.digest],
         "threats": {name: column.title for name, column in columns.items()},
         "knows": {name: column.knows for name, column in columns.items()},
         "accuracy": _by_place(found, lambda cell: share(cell["right"] > 0)),
@@ -157,21 +159,28 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
 
 
 def conclusion(content: Mapping[str, Any]) -> str:
-    """One sentence: whether the purifier as served withstands more than the best of the simple defences."""
+    """Whether the purifier as served withstands more than the best of the simple defences, and what the best of the
+    trained comparators does.
+    """
     worst, titles = content["worst"], content["defences"]
     served = next((row for row in ("server", "served") if row in worst), None)
     others = {row: entry for row, entry in worst.items() if row in ("blur", "noise", "jpeg", "bits", "kept")}
     if served is None:
         return "No attack was measured on the purifier as served."
     said = f"Of {worst[served]['n']} images, {_percent(worst[served])} withstand every attack behind the purifier"
+    trained = [row for row in content.get("trained", ()) if row in worst]
+    last = ""
+    if trained:
+        most = max(trained, key=lambda row: worst[row]["share"])
+        last = f" Of what was trained to compare with, {titles[most]} withstands most: {_percent(worst[most])}."
     if not others:
-        return f"{said}."
+        return f"{said}.{last}"
     best = max(others, key=lambda row: others[row]["share"])
     said += f", {_percent(others[best])} behind {titles[best]}"
     gain = 100 * (worst[served]["share"] - others[best]["share"])
     if overlap(worst[served], others[best]):
-        return f"{said}: no difference."
-    return f"{said}: the purifier is {abs(gain):.0f} points {'better' if gain > 0 else 'WORSE'}."
+        return f"{said}: no difference.{last}"
+    return f"{said}: the purifier is {abs(gain):.0f} points {'better' if gain > 0 else 'WORSE'}.{last}"
 
 
 def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -134,7 +134,7 @@ class Transferred(Threat):
         return target.record(images, found)
 
     def _attacked(self, target: Target) -> Images:
-        classifier = target.subject.classifier
+        classifier = target.defence.classifier or target.subject.classifier
         if self.method:
             return attack(classifier, target.images, target.labels, self.method, target.cache).images
 

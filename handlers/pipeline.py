@@ -188,6 +188,10 @@ class Pipeline:
             taken, n = time.perf_counter() - start, len(self._classify_buckets)
             logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, n)
 
+    def with_stage(self, name: str, engine: Engine) -> "Pipeline":
+        """This pipeline with another engine for the stage ``name``. It shares the others: close only one of the two."""
+        return Pipeline(self.manifest, {**self._engines, name: engine}, self.runtime)
+
     def close(self) -> None:
         """Free the engines."""
         _close(self._engines)

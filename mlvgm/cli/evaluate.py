@@ -72,6 +72,13 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "server (a running one with this bundle, asked over HTTP), or another schedule of the bundle (default: none, "
         "blur, kept and served, but all of the bundle where the budget is more)",
     )
+    parser.add_argument(
+        "--comparators",
+        type=Path,
+        metavar="FOLDER",
+        help="what python -m evaluation.comparators has trained: further defences pgd, trades, another, each also "
+        "behind the purifier (served-pgd, ...), avae and ndvae",
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
     parser.add_argument("--few", type=positive, metavar="N", help="of these, for threats that take long")
     parser.add_argument("--samples", type=number_of_samples, help="samples that vote, or auto (default: the bundle's)")
@@ -158,6 +165,7 @@ def _subject(args: argparse.Namespace, pipeline: "Pipeline") -> "Subject":
 
 
 def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
+    from evaluation.comparators.rows import comparators
     from evaluation.defences import defences, remote
     from evaluation.threats import QUICK_DEFENCES
 
@@ -167,7 +175,9 @@ def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
     rows = defences(subject, args.samples, args.alphas)
     if "server" in (args.defence or ()):
         rows["server"] = remote(rows["served"], *find_server(args), len(subject.pipeline.manifest.classes))
-    wanted = args.defence or (QUICK_DEFENCES if args.budget == "quick" else rows)
+    trained = comparators(subject, args.comparators, args.samples, args.alphas) if args.comparators else {}
+    rows |= trained
+    wanted = args.defence or ((*QUICK_DEFENCES, *trained) if args.budget == "quick" else rows)
     for name in wanted:
         if name not in rows:
             raise CliError(f"there is no defence {name!r}: there are {', '.join(rows)}")

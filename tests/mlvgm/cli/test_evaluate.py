@@ -173,6 +173,7 @@ def test_strict_refuses_a_report_with_caveats(made: Path, tmp_path: Path) -> Non
     [
         (["--defence", "magic"], "no defence 'magic': there are none, blur"),
         (["--alphas", "cosin"], "no schedule 'cosin'"),
+        (["--comparators", "nowhere"], "nowhere: holds no comparator"),
         (["--images", "nowhere"], "nowhere"),
         (["--gate", "nowhere.yaml"], "nowhere.yaml"),
     ],

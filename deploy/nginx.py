@@ -32,8 +32,14 @@ upstream health {{
 map "" $torchserve_key {{
     default "{key}";
 }}
-map "" $most_requests {{
-    default "{most_requests}";
+# The client, where it shares the workers with others: a gateway asks for many users, and is trusted with the queue.
+map $client $sharing_client {{
+    default "{sharing}";
+    "~^gateway-" "";
+}}
+map $sharing_client $most_requests {{
+    default "{fair_share}";
+    "" "{most_requests}";
 }}
 map "" $most_bytes {{
     default "{most_bytes}";
@@ -41,6 +47,9 @@ map "" $most_bytes {{
 client_max_body_size {most_bytes};
 # Half of what the smallest model takes in, at work and in its queue: no client can fill it alone.
 limit_conn requests_of_client {most_requests};
+# One worker stays free of any client that shares.
+limit_conn_zone $sharing_client zone=requests_of_sharing:1m;
+limit_conn requests_of_sharing {fair_share};
 """
 
 
@@ -131,6 +140,10 @@ class Nginx:
             raise CliError("nginx is not installed (Debian: apt install nginx-light)")
         return [program, "-c", str(self._conf), "-e", "stderr"]
 
+    def _several_clients(self) -> bool:
+        lines = (self._conf.parent / "private" / "clients.map").read_text().splitlines()
+        return len({line.split()[-1] for line in lines if line.strip() and not line.lstrip().startswith("#")}) > 1
+
     def _end_remains(self) -> None:
         """Stop the processes of an nginx whose parent was killed: they would keep the port."""
         try:
@@ -157,6 +170,8 @@ class Nginx:
             socket=self._state / "health.sock",
             key=server.client().key("inference"),
             most_requests=most_requests(server),
+            fair_share=max(1, fair_share(server)),
+            sharing="$client" if fair_share(server) and self._several_clients() else "",
             most_bytes=most_bytes(),
         )
         if upstream != self._upstream:
@@ -168,6 +183,14 @@ class Nginx:
         changed = (upstream, seen) != (self._upstream, self._seen)
         self._upstream, self._seen = upstream, seen
         return changed
+
+
+def fair_share(server: Server) -> int:
+    """Concurrent requests allowed per client that shares the workers with others: one fewer than any model has workers.
+
+    0 where a model has only one.
+    """
+    return min((model.workers for model in server.served().values()), default=1) - 1
 
 
 def most_requests(server: Server) -> int:

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageFile
 
 from handlers.metadata import DamagedError, ImageError, Stripped, strip_metadata
 
-__all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of"]
+__all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of", "is_costly"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 20_000
@@ -104,6 +104,18 @@ def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int 
         raise ImageError(f"the image is too large: at most {limit} pixels are accepted") from None
     except Exception:  # decoders raise almost anything for hostile bytes
         raise DamagedError from None
+
+
+def is_costly(image: bytes | Pixels) -> bool:
+    """Whether an image takes much longer to decode than most photographs do, as far as its header says."""
+    if isinstance(image, np.ndarray):
+        return False
+    try:
+        stripped = strip_metadata(image)
+        samples = stripped.scans.samples if stripped.scans else 0
+        return samples > 3 * MAX_PIXELS or _is_large(_open(stripped.data), stripped)
+    except Exception:  # decoders raise almost anything for hostile bytes
+        return False
 
 
 def encode_png(image: npt.NDArray[np.float32]) -> bytes:

@@ -36,9 +36,10 @@ SUSPICIOUS = Measure("mlvgm_suspicious", "counter", "count")
 
 MEASURES = (STAGE, REQUEST, QUEUE, BATCH, ANSWERS, REJECTED, FLAGGED, DISAGREED, FALLBACKS, SAMPLES, SCORE, SUSPICIOUS)
 
-REASONS = ("request", "image", "late", "overflow", "internal", "suspicious")
-"""Why a request or image is not answered with 200: it cannot be read, was queued for too long, overflows in fp32 too,
-hit an internal error, or looks attacked and the operator refuses such images."""
+REASONS = ("request", "image", "late", "shared", "overflow", "internal", "suspicious")
+"""Why a request or image is not answered with 200: it cannot be read, was queued for too long, is costly and was in a
+batch with requests of other clients, overflows in fp32 too, hit an internal error, or looks attacked and the operator
+refuses such images."""
 
 Sink = Callable[[Measure, float, str], None]
 """Takes a metric, a value (an increment of a counter, or a value of a histogram) and the label's value or ""."""

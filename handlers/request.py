@@ -32,6 +32,7 @@ _Content = tuple[tuple[Image, ...], dict[str, Any], Layout]
 
 _IMAGE_FIELDS = ("image", "data", "body")
 _HEADER_PREFIX = "x-mlvgm-"
+_CLIENT_HEADER = "x-sharing-client"
 _MARK = b"\xef\xbb\xbf"  # of UTF-8
 _JSON_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
 _NEVER = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*")
@@ -52,6 +53,7 @@ class Request:
         seed: seed of the first image, which is incremented for each further image; None for fresh seeds.
         certify: counted noisy images per image, for a certificate; 0 for none.
         layout: of the answers: "one", a "list", or tensors in the `Envelope` of the Open Inference Protocol.
+        client: who asks, where the proxy says that several clients share the workers.
     """
 
     images: tuple[Image, ...]
@@ -62,6 +64,7 @@ class Request:
     seed: int | None
     certify: int = 0
     layout: Layout = "one"
+    client: str = ""
 
 
 def parse(
@@ -104,6 +107,7 @@ def parse(
         seed=_integer(options, "seed", 0, 2**SEED_BITS - len(images), 0) if "seed" in options else None,
         certify=_certify(options, most_draws, len(images)),
         layout=layout,
+        client=headers.get(_CLIENT_HEADER, ""),
     )
     if layout != "one" and request.wants_image:
         raise RequestError("return: a purified image comes for one image a request, as 'image'")

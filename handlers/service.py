@@ -18,7 +18,8 @@ from handlers.answer import Outcome, Response, describe, refusal, respond
 from handlers.arrival import queue_seconds
 from handlers.certify import Budget
 from handlers.errors import InputError
-from handlers.image import ImageError, Pixels, decode, encode_png
+from handlers.image import ImageError, Pixels, decode, encode_png, is_costly
+from handlers.manifest import AUTO
 from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
 from handlers.request import Request, RequestError, parse
@@ -90,7 +91,7 @@ class Service:
         Never raises: a wrong request gets a 400, and an internal error becomes a 500.
         """
         start = time.perf_counter()
-        parsed = [self._parse(fields, headers) for fields, headers in requests]
+        parsed = self._apart([self._parse(fields, headers) for fields, headers in requests])
         purified = iter(self.purify([request for request in parsed if isinstance(request, Request)]))
         manifest = self._pipeline.manifest
         responses = [
@@ -147,6 +148,27 @@ class Service:
         except Exception:
             logger.exception("a request could not be read")
             return self._refuse("internal", 500, "the request could not be read")
+
+    def _apart(self, batch: list[Request | Outcome]) -> list[Request | Outcome]:
+        """``batch`` without costly requests of clients that share the workers, beside those of others.
+
+        All answers of a batch wait for its last one.
+        """
+        if len({request.client for request in batch if isinstance(request, Request)}) < 2:
+            return batch
+        reason = "the request takes long, and others were in its batch: send it again"
+        return [
+            self._refuse("shared", 503, reason)
+            if isinstance(request, Request) and request.client and self._is_costly(request)
+            else request
+            for request in batch
+        ]
+
+    def _is_costly(self, request: Request) -> bool:
+        """Whether a request takes longer than one image of ordinary size can, whatever its samples."""
+        most = self._pipeline.manifest.samples.max
+        samples = most if request.samples == AUTO else int(request.samples)
+        return len(request.images) * samples + request.certify > most or any(map(is_costly, request.images))
 
     def _decode_all(self, requests: Sequence[Request]) -> Iterator[_Decoded | Outcome]:
         owners = [(request, i) for request in requests for i in range(len(request.images))]

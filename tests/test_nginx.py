@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deploy import readiness
-from deploy.nginx import most_requests
+from deploy.nginx import fair_share, most_requests
 from tests import bundles
 from tests.deploy.pair import KEY, LONG_KEY, WAIT, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
@@ -222,14 +222,56 @@ def test_more_connections_than_a_client_may_have_are_refused_at_once(pair: Pair)
     Another client is served meanwhile.
     """
     most = most_requests(pair.server)
-    head = b"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nX-Api-Key: open-sesame\r\nContent-Length: 1000\r\n\r\nhalf"
     with contextlib.ExitStack() as stack:
         for _ in range(most):
-            stack.enter_context(pair.connect()).sendall(head)
+            stack.enter_context(pair.connect()).sendall(half_a_request("open-sesame"))
         until(lambda: pair.predict()[0] == 429)
         assert f"{most} at once" in pair.predict()[1]["error"]
         assert pair.predict(LONG_KEY)[0] == 200
     until(lambda: pair.predict()[0] == 200)
+
+
+@pytest.fixture
+def shared(nvae_bundle: Path, tmp_path: Path) -> Iterator[Pair]:
+    """With two workers, and three clients: tester, other, and gateway-web."""
+    pair = Pair(tmp_path / "p")
+    with pair.clients.open("a") as clients:
+        clients.write('"web" gateway-web;\n')
+    pair.start(tiny_store(nvae_bundle, tmp_path / "store", batch_delay_ms=1), "--workers", "2")
+    try:
+        yield pair
+    finally:
+        pair.stop()
+
+
+def test_clients_that_share_the_workers_leave_one_free(shared: Pair) -> None:
+    """A client that holds its share gets no more; all others do, and a gateway does whatever it holds."""
+    assert fair_share(shared.server) == 1
+    with contextlib.ExitStack() as stack:
+        for key in ("open-sesame", "web"):
+            stack.enter_context(shared.connect()).sendall(half_a_request(key))
+        until(lambda: shared.predict()[0] == 429)
+        assert "1 at once" in shared.predict()[1]["error"]
+        assert shared.ask("GET", "/v2/health/ready")[0] == 200
+        assert shared.predict(LONG_KEY)[0] == 200
+        assert shared.predict({"X-Api-Key": "web"})[0] == 200
+    until(lambda: shared.predict()[0] == 200)
+
+
+def test_a_client_that_is_alone_has_all_workers(shared: Pair) -> None:
+    shared.clients.write_text('# the others have left\n"open-sesame" tester;\n"another-key" tester;\n')
+    until(lambda: shared.predict(LONG_KEY)[0] == 401)  # nginx has read the file
+    with shared.connect() as first, shared.connect() as second:
+        first.sendall(half_a_request("open-sesame"))
+        second.sendall(half_a_request("open-sesame"))
+        assert [shared.predict()[0] for _ in range(3)] == [200] * 3
+
+
+def half_a_request(key: str) -> bytes:
+    """It holds a place until nginx has waited for its end for too long."""
+    return (
+        f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nX-Api-Key: {key}\r\nContent-Length: 1000\r\n\r\nhalf".encode()
+    )
 
 
 def test_slow_clients_are_cut_off_and_keep_nobody_waiting(pair: Pair) -> None:

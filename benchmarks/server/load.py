@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.server.calls import Call, Connection, RawReply, Target
+from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, RawReply, Target
 
 MAX_CONNECTIONS = 1000
 REFUSALS = (429, 503)
@@ -107,7 +107,7 @@ async def closed_load(
             due = time.monotonic()
             reply = await connection.send(call)
             result.add(call, due, due, reply)
-            if reply.status <= 0 or reply.status >= 500:
+            if reply.status in (CLOSED, SILENT, 429) or reply.status >= 500:
                 await asyncio.sleep(_PAUSE)
         connection.close()
 

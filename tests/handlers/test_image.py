@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png
-from tests.handlers.hostile import COSTLY, encoded, png
+from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png, is_costly
+from tests.handlers.hostile import COSTLY, encoded, png, scans, wide_png
 
 Pixels = npt.NDArray[np.uint8]
 SIZE = (16, 16)
@@ -344,3 +344,11 @@ def test_png_of_a_purified_image_can_be_read_back() -> None:
 def test_the_largest_purified_image_is_no_larger_than_an_answer_may_be() -> None:
     """1024 x 1024 pixels of noise, which no PNG makes smaller; 6,553,500 bytes is TorchServe's own limit."""
     assert len(encode_png(np.random.default_rng(0).random((3, 1024, 1024), np.float32))) < 6_553_500
+
+
+def test_costly_images_are_known_by_their_headers() -> None:
+    ordinary = [b"", b"hello", encoded(Image.new("RGB", (2000, 2000)), "PNG"), np.zeros((8, 8, 3), np.uint8)]
+    photograph = encoded(Image.new("RGB", (6000, 4000)), "JPEG")
+    assert not any(map(is_costly, [*ordinary, photograph]))
+    large = [wide_png(6, 16, 4), scans(1000, 60), encoded(Image.new("RGB", (3000, 1500)), "WEBP")]
+    assert all(map(is_costly, large))

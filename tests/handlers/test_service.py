@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from handlers.answer import Response
 from handlers.certify import Budget
@@ -37,6 +38,7 @@ from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
 from handlers.service import Service
 from tests import bundles
+from tests.handlers.hostile import encoded
 
 
 class Meter(defaultdict[tuple[Measure, str], list[float]]):
@@ -414,3 +416,26 @@ def test_certificates_are_kept_within_the_budget(pipeline: Pipeline) -> None:
     (refused,) = Service(pipeline).answer([ask(png(0), certify=1)])
     assert refused.status == 400
     assert "certifies no answers" in said(refused)["error"]
+
+
+def test_a_batch_holds_no_costly_request_of_a_client_that_shares_beside_those_of_others(pipeline: Pipeline) -> None:
+    most = pipeline.manifest.samples.max
+    large = encoded(Image.new("L", (2200, 2000)), "PNG")
+    costly = [several([png(0)] * 4), several([png(0)] * 2, samples=most // 2 + 1), ask(large), several([png(0), large])]
+    ordinary = [ask(png(1)), ask(png(2), samples=most), several([png(0)] * 2, samples=most // 2)]
+    meter = Meter()
+    service = Service(pipeline, sink=meter)
+
+    def statuses(*batch: tuple[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[int]:
+        named = [(fields, headers | {"X-Sharing-Client": client}) for client, (fields, headers) in batch]
+        return [answer.status for answer in service.answer(named)]
+
+    for request in costly:
+        assert statuses(("a", request), ("a", ordinary[0])) == [200, 200], "there is no other client"
+        assert statuses(("", request), ("a", ordinary[0])) == [200, 200], "this client does not share"
+        assert statuses(("a", request), ("b", ordinary[0])) == [503, 200]
+        assert statuses(("b", ordinary[0]), ("", ordinary[1]), ("a", request)) == [200, 200, 503]
+    assert sum(meter[REJECTED, "shared"]) == 2 * len(costly)
+    assert statuses(*(("a", each) for each in ordinary), ("b", ordinary[0])) == [200] * 4
+    refused, _ = service.answer([(costly[2][0], {"X-Sharing-Client": "a"}), several([])])
+    assert refused.status == 200, "what cannot be read has no client"

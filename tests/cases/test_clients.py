@@ -1,5 +1,5 @@
-"""Clients that others wrote, against a real server: one image, sent in any of their ways, brings the very same answer,
-or an error that says what is not understood.
+"""Clients that others wrote, against TorchServe itself and through nginx: one image, sent in any of their ways, brings
+the very same answer, or an error that says what is not understood.
 
 tritonclient comes with ``pip install '.[dev]'``; the KServe SDK wants other versions of what is used here, so its test
 runs where a folder with it is named: ``MLVGM_KSERVE=build/kserve/bin/python``.
@@ -14,18 +14,20 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from deploy import trial
 from deploy.server import Server
 from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
 from handlers.image import encode_png
 from tests import bundles
+from tests.deploy.pair import KEY, Pair
 from tests.machine import free_port, stopped
 
 pytestmark = pytest.mark.server
@@ -38,14 +40,53 @@ PNG = encode_png(PIXELS.transpose(2, 0, 1).astype(np.float32) / 255)
 Answer = tuple[str, float]
 
 
+@dataclass(frozen=True)
+class Door:
+    """Where clients ask: an address on loopback, the header with a key, and whether it speaks TLS."""
+
+    address: str
+    key: dict[str, str]
+    tls: bool
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://{self.address}"
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, store = tmp_path_factory.mktemp("bundle"), tmp_path_factory.mktemp("store")
     replace(bundles.write_nvae(folder), name=MODEL).write(folder)
     build_archive(folder, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
+    return store
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with stopped(TorchServe(free_port(), tmp_path_factory.mktemp("s"))) as server:
         server.start([store / f"{MODEL}.mar"])
         yield server
+
+
+@pytest.fixture(scope="module")
+def through_nginx(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    if not trial.is_possible():
+        pytest.skip("needs nginx and openssl (Debian: apt install nginx-light openssl)")
+    pair = Pair(tmp_path_factory.mktemp("p"))
+    pair.start(store)
+    try:
+        yield Door(f"127.0.0.1:{pair.port}", KEY, tls=True)
+    finally:
+        pair.stop()
+
+
+@pytest.fixture(params=["TorchServe", "nginx"])
+def door(request: pytest.FixtureRequest) -> Door:
+    if request.param == "nginx":
+        door: Door = request.getfixturevalue("through_nginx")
+        return door
+    server, key = request.getfixturevalue("server"), request.getfixturevalue("key")
+    return Door(f"127.0.0.1:{server.port}", key, tls=False)
 
 
 @pytest.fixture
@@ -65,9 +106,14 @@ def expected(server: Server) -> Answer:
 class Triton:
     """The client, and one image asked of it."""
 
-    def __init__(self, module: Any, server: Server, key: dict[str, str]) -> None:
-        self.module, self.key = module, key
-        self.client = module.InferenceServerClient(f"127.0.0.1:{server.port}", network_timeout=60)
+    def __init__(self, module: Any, door: Door) -> None:
+        self.module, self.key = module, door.key
+        tls: dict[str, Any] = {}
+        if door.tls:
+            import gevent.ssl  # type: ignore[import-untyped]
+
+            tls = {"ssl": True, "insecure": True, "ssl_context_factory": gevent.ssl._create_unverified_context}
+        self.client = module.InferenceServerClient(door.address, network_timeout=60, **tls)
 
     def ask(self, array: Any, kind: str, binary: bool = True, parameters: Any = None, **how: Any) -> Answer:
         tensor = self.module.InferInput("image", list(array.shape), kind).set_data_from_numpy(array, binary_data=binary)
@@ -78,9 +124,9 @@ class Triton:
 
 
 @pytest.fixture
-def triton(server: Server, key: dict[str, str]) -> Iterator[Triton]:
+def triton(door: Door) -> Iterator[Triton]:
     module = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
-    made = Triton(module, server, key)
+    made = Triton(module, door)
     yield made
     made.client.close()
 
@@ -97,6 +143,7 @@ WAYS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "pixels, channels first": (np.ascontiguousarray(PLAIN.transpose(0, 3, 1, 2)), "UINT8", {}),
     "fractions": (SHARE, "FP32", {}),
     "a request id": (ENCODED, "BYTES", {"request_id": "a"}),
+    "a version": (ENCODED, "BYTES", {"model_version": "1.0"}),
     "a timeout and a priority": (ENCODED, "BYTES", {"timeout": 10_000_000, "priority": 1}),
     "request in gzip": (ENCODED, "BYTES", {"request_compression_algorithm": "gzip"}),
     "answer in gzip": (ENCODED, "BYTES", {"response_compression_algorithm": "gzip"}),
@@ -112,6 +159,21 @@ def test_tritonclient(way: str, triton: Triton, expected: Answer) -> None:
 def test_tritonclient_asks_for_some_outputs(triton: Triton, expected: Answer) -> None:
     outputs = [triton.module.InferRequestedOutput(name, binary_data=True) for name in ("label", "confidence")]
     assert triton.ask(ENCODED, "BYTES", outputs=outputs) == expected
+
+
+def test_tritonclient_asks_what_there_is(through_nginx: Door) -> None:
+    module = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
+    with contextlib.closing(Triton(module, through_nginx).client) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready(MODEL)
+        assert not client.is_model_ready("another")
+        headers = dict(through_nginx.key)
+        assert client.get_server_metadata(headers=headers)["name"]
+        described = client.get_model_metadata(MODEL, headers=headers)
+        assert (described["name"], described["inputs"][0]["name"]) == (MODEL, "image")
+        with pytest.raises(module.InferenceServerException):
+            client.get_model_metadata("another", headers=headers)
 
 
 @pytest.mark.parametrize(
@@ -148,30 +210,41 @@ from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 given = json.load(sys.stdin)
 png, pixels = base64.b64decode(given["png"]), np.array(given["pixels"], np.uint8)[None]
 
+client = InferenceRESTClient(RESTConfig(protocol="v2", retries=0, timeout=60, verify=False))
+
 async def ask(array, kind, binary, **how):
     tensor = InferInput("image", list(array.shape), kind)
     tensor.set_data_from_numpy(array, binary_data=binary)
     request = InferRequest(given["model"], [tensor], parameters={"seed": given["seed"]}, **how)
-    client = InferenceRESTClient(RESTConfig(protocol="v2", retries=0, timeout=60))
     answer = await client.infer(given["url"], request, headers=dict(given["key"]), model_name=given["model"])
     outputs = {output.name: output.data for output in answer.outputs}
     return outputs["label"][0], float(outputs["confidence"][0])
 
-for array, kind, binary, how in (
+async def ready():
+    of_model = await client.is_model_ready(given["url"], given["model"])
+    return await client.is_server_live(given["url"]) and await client.is_server_ready(given["url"]) and of_model
+
+async def main():
+    assert not given["looks"] or await ready()
+    for array, kind, binary, how in WAYS:
+        print(json.dumps(await ask(array, kind, binary, **how)))
+
+WAYS = (
     (np.array([png], object), "BYTES", True, {}),
     (np.array([base64.b64encode(png)], object), "BYTES", False, {}),
     (pixels, "UINT8", True, {}),
     (pixels, "UINT8", False, {}),
     ((pixels / 255).astype(np.float32), "FP32", False, {}),
     (np.array([png], object), "BYTES", True, {"request_id": "a"}),
-):
-    print(json.dumps(asyncio.run(ask(array, kind, binary, **how))))
+)
+asyncio.run(main())
 """
 
 
 @pytest.mark.skipif(not KSERVE, reason="needs MLVGM_KSERVE, an interpreter with the KServe SDK")
-def test_kserve(server: Server, key: dict[str, str], expected: Answer) -> None:
-    given = {"url": server.url, "model": MODEL, "seed": SEED, "key": key, "pixels": PIXELS.tolist()}
+def test_kserve(door: Door, expected: Answer) -> None:
+    given = {"url": door.url, "model": MODEL, "seed": SEED, "key": door.key, "pixels": PIXELS.tolist()}
+    given["looks"] = door.tls  # TorchServe itself does not say what is ready
     sent = json.dumps(given | {"png": base64.b64encode(PNG).decode()})
     done = subprocess.run([Path(KSERVE).absolute(), "-c", PROGRAM], input=sent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

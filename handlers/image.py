@@ -146,6 +146,8 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
         raise ImageError(f"the JPEG has too many scans: at most {MAX_JPEG_SCANS} are accepted")
     if scans and scans.samples > MAX_JPEG_SAMPLES // images_in_request:
         raise ImageError("the scans of the JPEG take too long: scale it down, or save it in one scan (baseline)")
+    if image.mode == "P" and image.palette is None:  # Pillow would show it in black
+        raise ImageError("the image has colours of a palette, but no palette")
     if getattr(image, "is_animated", False):
         raise ImageError("the image is animated: send one frame")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png, is_costly
-from tests.handlers.hostile import COSTLY, encoded, png, scans, wide_png
+from tests.handlers.hostile import COSTLY, chunk, encoded, png, scans, wide_png
 
 Pixels = npt.NDArray[np.uint8]
 SIZE = (16, 16)
@@ -352,3 +352,9 @@ def test_costly_images_are_known_by_their_headers() -> None:
     assert not any(map(is_costly, [*ordinary, photograph]))
     large = [wide_png(6, 16, 4), scans(1000, 60), encoded(Image.new("RGB", (3000, 1500)), "WEBP")]
     assert all(map(is_costly, large))
+
+
+def test_a_palette_that_is_missing_is_said() -> None:
+    rows = (b"\0" + bytes(range(8))) * 8
+    assert "no palette" in reason(png(8, 8, 3, 8, rows))
+    assert decode(png(8, 8, 3, 8, rows, chunk(b"PLTE", bytes(range(24)))), (8, 8))[0, 7].tolist() == [21, 22, 23]

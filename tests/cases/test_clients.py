@@ -143,7 +143,6 @@ WAYS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "pixels, channels first": (np.ascontiguousarray(PLAIN.transpose(0, 3, 1, 2)), "UINT8", {}),
     "fractions": (SHARE, "FP32", {}),
     "a request id": (ENCODED, "BYTES", {"request_id": "a"}),
-    "a version": (ENCODED, "BYTES", {"model_version": "1.0"}),
     "a timeout and a priority": (ENCODED, "BYTES", {"timeout": 10_000_000, "priority": 1}),
     "request in gzip": (ENCODED, "BYTES", {"request_compression_algorithm": "gzip"}),
     "answer in gzip": (ENCODED, "BYTES", {"response_compression_algorithm": "gzip"}),
@@ -161,9 +160,11 @@ def test_tritonclient_asks_for_some_outputs(triton: Triton, expected: Answer) ->
     assert triton.ask(ENCODED, "BYTES", outputs=outputs) == expected
 
 
-def test_tritonclient_asks_what_there_is(through_nginx: Door) -> None:
+def test_tritonclient_asks_what_there_is(through_nginx: Door, expected: Answer) -> None:
     module = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
-    with contextlib.closing(Triton(module, through_nginx).client) as client:
+    triton = Triton(module, through_nginx)
+    with contextlib.closing(triton.client) as client:
+        assert triton.ask(ENCODED, "BYTES", model_version="1.0") == expected
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready(MODEL)
@@ -171,7 +172,7 @@ def test_tritonclient_asks_what_there_is(through_nginx: Door) -> None:
         headers = dict(through_nginx.key)
         assert client.get_server_metadata(headers=headers)["name"]
         described = client.get_model_metadata(MODEL, headers=headers)
-        assert (described["name"], described["inputs"][0]["name"]) == (MODEL, "image")
+        assert (described["name"], described["versions"]) == (MODEL, ["1.0"])
         with pytest.raises(module.InferenceServerException):
             client.get_model_metadata("another", headers=headers)
 

@@ -12,6 +12,10 @@ from handlers.errors import MlvgmError
 SMALLEST = 1e-30
 """Lower bound of probabilities before their logarithm is taken."""
 
+_TURNED = 0.05
+"""Largest change of an image's logits by other images of its batch, as a share of their norm: int8 activations that are
+scaled for the whole batch change them a little."""
+
 PROBABILITIES = "returns probabilities (a softmax), so their logarithms are taken as logits"
 """The end of "the classifier is adapted: it ..."."""
 
@@ -37,10 +41,11 @@ def probe(classify: Callable[[Tensor], Any], image_size: int, n_classes: int, na
     """Classify one random image, then three, (B, 3, H, W) in [0, 1].
 
     Raises:
-        ClassifierError: the classifier raises, or does not return finite logits (B, ``n_classes``). The message begins
-            with ``name``.
+        ClassifierError: the classifier raises, does not return finite logits (B, ``n_classes``), or its answer for an
+            image depends on the others of the batch or on chance. The message begins with ``name``.
     """
     images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    firsts = []
     for batch in (1, 3):
         given = images[:batch].clone()
         try:
@@ -63,6 +68,13 @@ def probe(classify: Callable[[Tensor], Any], image_size: int, n_classes: int, na
             raise ClassifierError(f"{name}: returns {logits.dtype}; logits must be floating-point numbers")
         if not torch.isfinite(logits).all():
             raise ClassifierError(f"{name}: returns NaN or infinite logits for a random image")
+        firsts.append(logits[0].float())
+    alone, beside = firsts
+    if (alone - beside).norm() > _TURNED * max(alone.norm(), beside.norm()):
+        raise ClassifierError(
+            f"{name}: answers otherwise for an image with others in its batch: is batch normalisation or dropout in "
+            "training mode, or are random numbers drawn?"
+        )
     sums = logits.double().sum(dim=1)
     probabilities = bool((logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
     return Habits(probabilities, not torch.equal(given, images))

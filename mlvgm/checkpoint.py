@@ -19,10 +19,10 @@ CHECKPOINT, SAFETENSORS = "a PyTorch checkpoint", "a safetensors file"
 
 _KINDS: tuple[tuple[str, str], ...] = (  # how a file begins, and what it is then
     (r"\Z", "empty: a download or a copy that was cut off"),
+    (r".{4}\x00{4}\{", SAFETENSORS),  # before all others: its first bytes are a length, which may read as anything
     (r"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: run git lfs pull"),
     (r"\s*<", "a web page (HTML), not the file: most likely a page to sign in or to confirm a download"),
     (r"PK\x03\x04|\x80[\x01-\x05]", CHECKPOINT),
-    (r".{4}\x00{4}\{", SAFETENSORS),
     (r"\x89HDF", "an HDF5 file, as Keras writes it"),
     (r"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "compressed: unpack it first"),
     (r"\s*[\[{]", "JSON text, most likely a server's error in the place of a download"),

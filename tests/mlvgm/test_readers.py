@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from mlvgm.avae import read_avae
-from mlvgm.checkpoint import CheckpointError
+from mlvgm.checkpoint import CheckpointError, read_checkpoint
 from mlvgm.e4e import read_e4e
 from mlvgm.ndvae import read_ndvae
 from mlvgm.nvae import read_nvae
@@ -243,3 +244,15 @@ def test_a_wide_file_cannot_ask_for_more_than_the_published_widths(tmp_path: Pat
                 [1024] * value.ndim if value.ndim < 5 else [1, 1024, 1024, 3, 3]
             )
     assert "has shape" in refusal("e4e", small.save(checkpoint, tmp_path))
+
+
+@pytest.mark.parametrize("start", [b"<", b"  <", b"\x80\x02", b"\x1f\x8b", b"BZh"])
+def test_safetensors_are_known_whatever_the_length_of_their_header_reads_as(start: bytes, tmp_path: Path) -> None:
+    """A web page, a pickle, gzip: the file begins with the length of its header, in bytes."""
+    content = safetensors.torch.save({"a": torch.arange(3.0)})
+    length = int.from_bytes(content[:8], "little")
+    padded = int.from_bytes(start, "little")
+    padded += -(-(length - padded) // 2 ** (8 * len(start))) * 2 ** (8 * len(start)) if padded < length else 0
+    header = content[8 : 8 + length] + b" " * (padded - length)
+    (tmp_path / "own").write_bytes(padded.to_bytes(8, "little") + header + content[8 + length :])
+    assert read_checkpoint(tmp_path / "own")["state_dict"]["a"].tolist() == [0, 1, 2]

@@ -140,10 +140,6 @@ class Nginx:
             raise CliError("nginx is not installed (Debian: apt install nginx-light)")
         return [program, "-c", str(self._conf), "-e", "stderr"]
 
-    def _several_clients(self) -> bool:
-        lines = (self._conf.parent / "private" / "clients.map").read_text().splitlines()
-        return len({line.split()[-1] for line in lines if line.strip() and not line.lstrip().startswith("#")}) > 1
-
     def _end_remains(self) -> None:
         """Stop the processes of an nginx whose parent was killed: they would keep the port."""
         try:
@@ -171,7 +167,9 @@ class Nginx:
             key=server.client().key("inference"),
             most_requests=most_requests(server),
             fair_share=max(1, fair_share(server)),
-            sharing="$client" if fair_share(server) and self._several_clients() else "",
+            sharing="$client"
+            if fair_share(server) and several_clients(self._conf.parent / "private" / "clients.map")
+            else "",
             most_bytes=most_bytes(),
         )
         if upstream != self._upstream:
@@ -191,6 +189,15 @@ def fair_share(server: Server) -> int:
     0 where a model has only one.
     """
     return min((model.workers for model in server.served().values()), default=1) - 1
+
+
+def several_clients(clients_map: Path) -> bool:
+    """Whether the file names more than one client, by whatever number of keys."""
+    try:
+        lines = clients_map.read_text(errors="replace").splitlines()
+    except OSError:  # it is being replaced
+        return True
+    return len({line.split()[-1] for line in lines if line.strip() and not line.lstrip().startswith("#")}) > 1
 
 
 def most_requests(server: Server) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deploy import readiness
-from deploy.nginx import fair_share, most_requests
+from deploy.nginx import fair_share, most_requests, several_clients
 from tests import bundles
 from tests.deploy.pair import KEY, LONG_KEY, WAIT, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
@@ -265,6 +265,20 @@ def test_a_client_that_is_alone_has_all_workers(shared: Pair) -> None:
         first.sendall(half_a_request("open-sesame"))
         second.sendall(half_a_request("open-sesame"))
         assert [shared.predict()[0] for _ in range(3)] == [200] * 3
+
+
+def test_clients_are_counted_by_their_names(tmp_path: Path) -> None:
+    clients = tmp_path / "clients.map"
+    assert several_clients(clients), "as long as it is not there"
+    for several, content in (
+        (False, '"key" one;\n'),
+        (False, '# keys\n\n"key" one;\n  "next key" one;\n'),
+        (True, '"key" one;\n"next key" two;\n'),
+    ):
+        clients.write_text(content)
+        assert several_clients(clients) == several
+    clients.write_bytes(b'"\xff" one;\n"key" two;')
+    assert several_clients(clients)
 
 
 def half_a_request(key: str) -> bytes:

@@ -87,7 +87,8 @@ class Pipeline:
         manifest = Manifest.read(folder)
         name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
         files = {stage.name: folder / stage.file for stage in manifest.stages}
-        engines = _engines(name, files, Options(threads, device, manifest.precision, compiled=True))
+        usual = manifest.batch.opt, manifest.batch.max
+        engines = _engines(name, files, Options(threads, device, manifest.precision, compiled=usual))
 
         def fallback() -> Pipeline:
             # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU. Nothing is compiled:

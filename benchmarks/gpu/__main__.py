@@ -5,6 +5,7 @@ of a group that dies or outlives its time, and the next one starts: a broken CUD
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -57,23 +58,31 @@ def run(out: Path, command: Sequence[str], groups: Mapping[str, float], seconds:
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.jsonl").write_text("")
-    begun = end = time.time()
+    begun = time.time()
+    # The last seconds are kept for a process that must be killed.
+    last, passed = begun + seconds - _GRACE, list(itertools.accumulate(groups.values()))
+    ends = [min(begun + seconds * share / passed[-1], last) for share in passed]
     beside = {
-        group: threading.Thread(target=_measure, args=(out, command, BESIDE[group], begun + seconds / 2))
-        for group in groups.keys() & BESIDE.keys()
+        group: threading.Thread(target=_measure, args=(out, command, BESIDE[group], end))
+        for group, end in zip(groups, ends, strict=True)
+        if group in BESIDE
     }
     for thread in beside.values():
         thread.start()
-    for group, share in groups.items():
-        end += share * seconds / sum(groups.values())
+    for group, end in zip(groups, ends, strict=True):
         if group in beside:
             beside[group].join()
-        # The last seconds are kept for a process that must be killed.
-        _measure(out, command, group, min(max(end, time.time()), begun + seconds - _GRACE))
-        rows = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
-        content = {**report.measured_here(), "rows": rows}
+        if any(row["error"] for row in _rows(out) if row["group"] == BESIDE.get(group)):
+            note(out, {"group": group, "case": "all", "error": f"needs what {BESIDE[group]} could not make"})
+        else:
+            _measure(out, command, group, min(max(end, time.time()), last))
+        content = {**report.measured_here(), "rows": _rows(out)}
         report.save(content, page(content), out / "gpu.json")
-    return not any(row["error"] for row in rows)
+    return not any(row["error"] for row in _rows(out))
+
+
+def _rows(out: Path) -> list[Row]:
+    return [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
 
 
 def _measure(out: Path, command: Sequence[str], group: str, until: float) -> None:

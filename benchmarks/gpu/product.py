@@ -97,7 +97,7 @@ def _e4e_decode(bench: Bench, rows: int) -> Measured:
     stage = families.stages(purifier, False, 0.0)[-1]
     mixed = example(stage.inputs[0], rows).to(bench.device)
     expected = [stage.reference(part) for part in mixed.split(4)]
-    engine = runtimes.load("torch", bench.work / _E4E / "decode.onnx", Options(precision="fp16", compiled=True))
+    engine = runtimes.load("torch", bench.work / _E4E / "decode.onnx", Options(precision="fp16", compiled=(rows,)))
     given = mixed.numpy() if bench.toy else DeviceArray(mixed)
     row = bench.clock(lambda _: engine.run({"mixed": given}), rows)
     found = engine.run({"mixed": given})["images"]

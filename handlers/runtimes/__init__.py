@@ -43,13 +43,13 @@ class Options:
         threads: CPU threads per engine; 0 for every core that the process may use.
         device: number of the GPU, for runtimes that use one.
         precision: of the bundle, "fp32", "fp16" or "bf16". A runtime must not compute in a lower precision.
-        compiled: whether the first run of a batch size may take a compiler's minute, so that later ones are faster.
+        compiled: batch sizes whose first run may take a compiler's minute, so that later ones are faster.
     """
 
     threads: int = 0
     device: int = 0
     precision: str = "fp32"
-    compiled: bool = False
+    compiled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,34 @@ import torch
 logger = logging.getLogger(__name__)
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-_SHAPES = 64  # that one module may be compiled for; PyTorch's own limit is 8, fewer than there are batch sizes
 
 
 class Compiled:
-    """A module that is compiled for each shape of its inputs, when it first gets them, or runs as it is if that fails.
+    """A module that is compiled for each batch size among ``sizes`` at its first run with it.
 
-    For each shape and not for any batch: only then does Inductor keep feature maps channels last. It makes no CUDA
-    graphs here, since `handlers.runtimes.cuda_graphs` does.
+    For each size and not for any batch: only then does Inductor keep feature maps channels last. It makes no CUDA
+    graphs here, since `handlers.runtimes.cuda_graphs` does. With other sizes, and where compiling fails, the module
+    runs as it is. The first of its inputs has a batch axis.
     """
 
-    def __init__(self, module: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> None:
-        use_private_cache()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
-        self._module = module
+    def __init__(
+        self, module: Callable[..., Any], sizes: Collection[int], backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        self._module, self._sizes = module, sizes
+        if sizes:
+            use_private_cache()
         self._compiled: Callable[..., Any] = torch.compile(module, dynamic=False, fullgraph=True, backend=backend)
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
+        if len(tensors[0]) not in self._sizes:
+            return self._module(*tensors)
         try:
             return self._compiled(*tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler may raise anything
             result = self._module(*tensors)  # which fails as well if not the compiler but the inputs are at fault
-            self._compiled = self._module
+            self._sizes = ()
             reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             _warn(f"programs run several times slower than they could, because PyTorch cannot compile them: {reason}")
             return result

@@ -40,7 +40,7 @@ def load(file: Path, options: Options) -> Engine:
     torch.backends.cudnn.benchmark = True  # there are few batch sizes, and warm-up runs each
     device = torch.device("cuda", options.device)
     module = channels_last(move_to_device_pass(program, str(device))).module(check_guards=False)
-    function = Function(Compiled(module) if options.compiled else module, info["inputs"], info["outputs"])
+    function = Function(Compiled(module, options.compiled), info["inputs"], info["outputs"])
     return CudaGraphs(lambda inputs: Computation(partial(function, inputs)), device)
 
 

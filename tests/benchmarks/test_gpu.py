@@ -98,6 +98,16 @@ def test_a_process_that_dies_or_hangs_leaves_its_rows_and_the_next_one_runs(
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == rows
 
 
+def test_what_needs_a_bundle_that_was_not_made_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.__main__._GRACE", 60.0)
+    command = [sys.executable, "-c", "import sys; sys.exit('write e4e' in sys.argv and 'no space left on device')"]
+    assert not run(tmp_path, command, {"e4e product": 1.0, "nvae": 1.0}, seconds=0)
+    made, needed = rows_in(tmp_path)
+    assert (made["group"], needed["group"]) == ("write e4e", "e4e product")
+    assert "no space left on device" in str(made["error"])
+    assert needed["error"] == "needs what write e4e could not make"
+
+
 def test_a_wrong_result_is_an_error() -> None:
     right = torch.ones(2, 3)
     assert compared([right + 1e-4], [right], 1e-3)["relative_error"] == pytest.approx(1e-4, rel=1e-2)

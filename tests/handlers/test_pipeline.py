@@ -313,7 +313,7 @@ def test_the_fallback_is_loaded_once_when_it_is_first_asked_for(
             closed.append(self.file)
 
     def load(_name: str, file: Path, options: Options) -> Engine:
-        loaded.append(f"{file.name} {options.precision}{' compiled' * options.compiled}")
+        loaded.append(f"{file.name} {options.precision}{' compiled' * bool(options.compiled)}")
         return Engine(file)
 
     monkeypatch.setattr("handlers.runtimes.load", load)

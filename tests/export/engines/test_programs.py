@@ -61,7 +61,8 @@ def test_programs_and_graphs_agree_in_every_batch(
         graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
         assert isinstance(program, runtime.CpuProgram)
         laid_out = runtime.channels_last(pt2.read(engine_store.find(file, "torch", runtime.version(), suffix=".pt2")))
-        as_on_gpu = Compiled(laid_out.module(check_guards=False), "eager")
+        as_on_gpu = Compiled(laid_out.module(check_guards=False), (1, 3), "eager")
+        assert stage.inputs[0].batched
         function = dataclasses.replace(program._function, module=as_on_gpu)
         recorded = CudaGraphs(lambda inputs, f=function: Computation(partial(f, inputs)), torch.device("cpu"))  # type: ignore[misc]
         for rows in (1, 3):

@@ -16,7 +16,7 @@ from benchmarks.gpu.bench import Bench, Measured, compared
 from export import classifier as classify
 from export import families
 from export.compare import run_reference
-from export.families.stylegan2 import StaticConv, shifted
+from export.engines.programs import for_gpu
 from export.precision import LIMITS, to_fp16
 from export.stage import Stage
 from export.trace import example
@@ -139,12 +139,9 @@ class Models:
         module: Any = stage.reference
         if "published" not in words:
             with self.bench.device, torch.no_grad():
-                module = (to_fp16(stage) if "half" in words else stage).module()
+                stage = to_fp16(stage) if "half" in words else stage
+                module = (for_gpu(stage) if "shifted" in words else stage).module()
             module = laid_out(module.eval().requires_grad_(False), words)
-            if "shifted" in words:
-                for layer in module.modules():
-                    if isinstance(layer, StaticConv) and layer.upsample:
-                        layer.smooth = shifted(layer.blur)
             if "compiled" in words and stage.name in ("encode", "decode"):  # no other is worth a compiler's minute
                 module = torch.compile(module, dynamic=False, backend="eager" if self.bench.toy else "inductor")
         return Function(module, [spec.name for spec in stage.inputs], [spec.name for spec in stage.outputs])

@@ -26,7 +26,7 @@ def write(stage: Stage, file: Path) -> Path:
         TraceError: the stage came as an ONNX graph, or cannot be exported.
         EngineError: the program has something else than operators, shapes and weights (`handlers.runtimes.pt2`).
     """
-    made = program(_for_gpu(stage))
+    made = program(for_gpu(stage))
     made.example_inputs = None  # these would be pickled
     graph = engine_store.digest(file)
     key = hashlib.sha256(f"{graph} {version()}".encode()).hexdigest()[:16]
@@ -42,7 +42,7 @@ def write(stage: Stage, file: Path) -> Path:
     return path
 
 
-def _for_gpu(stage: Stage) -> Stage:
+def for_gpu(stage: Stage) -> Stage:
     """``stage`` with what a GPU computes faster: its blurs as sums of shifted maps."""
 
     def module() -> nn.Module | ir.Model:

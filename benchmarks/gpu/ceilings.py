@@ -60,7 +60,7 @@ def _filter(bench: Bench, side: int, channels: int, taps: int, words: str) -> Me
     kernel = (torch.outer(line, line) / line.sum() ** 2).expand(channels, 1, taps, taps).contiguous()
     function: Any = shifted(kernel) if "shifted" in words else depthwise
     if "compiled" in words:
-        function = torch.compile(function, dynamic=False, backend="eager" if bench.toy else "inductor")
+        function = torch.compile(function, dynamic=False, fullgraph=True, backend="eager" if bench.toy else "inductor")
     x = torch.randn(8, channels, side + taps - 3, side + taps - 3, device=bench.device)  # a map of ``side`` comes out
     expected, given, halved = depthwise(x, kernel), laid_out(x.half(), words), kernel.half()
     row = bench.clock(lambda _: function(given, halved), 8)

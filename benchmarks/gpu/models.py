@@ -143,7 +143,9 @@ class Models:
                 module = (for_gpu(stage) if "shifted" in words else stage).module()
             module = laid_out(module.eval().requires_grad_(False), words)
             if "compiled" in words and stage.name in ("encode", "decode"):  # no other is worth a compiler's minute
-                module = torch.compile(module, dynamic=False, backend="eager" if self.bench.toy else "inductor")
+                module = torch.compile(
+                    module, dynamic=False, fullgraph=True, backend="eager" if self.bench.toy else "inductor"
+                )
         return Function(module, [spec.name for spec in stage.inputs], [spec.name for spec in stage.outputs])
 
 

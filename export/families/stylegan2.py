@@ -96,12 +96,13 @@ def shifted(taps: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     column, row = kernel.sum(1) / kernel.sum(), kernel.sum(0)
     if not torch.allclose(torch.outer(column, row), kernel, atol=1e-9):
         return depthwise  # it is no sum along rows of sums along columns
+    down, across = column.tolist(), row.tolist()  # numbers: from tensors, a compiler could not read them
 
     def smooth(x: Tensor, _: Tensor) -> Tensor:
         x = F.pad(x, (1, 1, 1, 1))
-        height, width = x.shape[2] - len(column) + 1, x.shape[3] - len(row) + 1
-        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(column.tolist()))  # type: ignore[assignment]
-        return sum(weight * x[..., i : i + width] for i, weight in enumerate(row.tolist()))  # type: ignore[return-value]
+        height, width = x.shape[2] - len(down) + 1, x.shape[3] - len(across) + 1
+        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(down))  # type: ignore[assignment]
+        return sum(weight * x[..., i : i + width] for i, weight in enumerate(across))  # type: ignore[return-value]
 
     return smooth
 

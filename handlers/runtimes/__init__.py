@@ -7,12 +7,16 @@ share a module.
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from handlers.errors import MlvgmError
+
+# OpenVINO tells Google Analytics that it is imported, unless this package of its is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Array = Any  # a numpy array, or one that stays on a device, with the methods of `handlers.runtimes.device.DeviceArray`
 

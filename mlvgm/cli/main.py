@@ -18,6 +18,7 @@ VERBS = {
     "archive": "pack a bundle for TorchServe, or for other servers",
     "serve": "start TorchServe on loopback with an archive",
     "ready": "check that a running server answers, for probes",
+    "playground": "attack pictures and see them purified, on a page",
     "predict": "ask a running server about image files",
     "purify": "purify a folder of images in bulk",
     "certify": "answer with a proven radius",

@@ -16,7 +16,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"\n    {verb} " in text for verb in VERBS)
+    assert all(re.search(rf"^    {verb}\s", text, re.MULTILINE) for verb in VERBS)
 
 
 def test_alone_it_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,14 +106,16 @@ def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int 
         raise DamagedError from None
 
 
-def is_costly(image: bytes | Pixels) -> bool:
-    """Whether an image takes much longer to decode than most photographs do, as far as its header says."""
+def is_costly(image: bytes | Pixels, images_in_request: int = 1) -> bool:
+    """Whether `decode` takes an image by its header, and much longer for it than for most photographs."""
     if isinstance(image, np.ndarray):
         return False
     try:
         stripped = strip_metadata(image)
+        opened = _open(stripped.data)
+        _check_header(opened, stripped, images_in_request)
         samples = stripped.scans.samples if stripped.scans else 0
-        return samples > 3 * MAX_PIXELS or _is_large(_open(stripped.data), stripped)
+        return samples > 3 * MAX_PIXELS or _is_large(opened, stripped)
     except Exception:  # decoders raise almost anything for hostile bytes
         return False
 

@@ -168,7 +168,8 @@ class Service:
         """Whether a request takes longer than one image of ordinary size can, whatever its samples."""
         most = self._pipeline.manifest.samples.max
         samples = most if request.samples == AUTO else int(request.samples)
-        return len(request.images) * samples + request.certify > most or any(map(is_costly, request.images))
+        count = len(request.images)
+        return count * samples + request.certify > most or any(is_costly(image, count) for image in request.images)
 
     def _decode_all(self, requests: Sequence[Request]) -> Iterator[_Decoded | Outcome]:
         owners = [(request, i) for request in requests for i in range(len(request.images))]

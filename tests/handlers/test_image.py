@@ -349,7 +349,9 @@ def test_the_largest_purified_image_is_no_larger_than_an_answer_may_be() -> None
 def test_costly_images_are_known_by_their_headers() -> None:
     ordinary = [b"", b"hello", encoded(Image.new("RGB", (2000, 2000)), "PNG"), np.zeros((8, 8, 3), np.uint8)]
     photograph = encoded(Image.new("RGB", (6000, 4000)), "JPEG")
-    assert not any(map(is_costly, [*ordinary, photograph]))
+    refused = [WEBP_BOMB, encoded(Image.new("1", (8000, 8000)), "PNG")]
+    assert not any(map(is_costly, [*ordinary, photograph, *refused]))
+    assert not is_costly(encoded(Image.new("L", (3000, 3000)), "PNG"), images_in_request=16)
     large = [wide_png(6, 16, 4), scans(1000, 60), encoded(Image.new("RGB", (3000, 1500)), "WEBP")]
     assert all(map(is_costly, large))
 

@@ -37,7 +37,12 @@ map $client $sharing_client {{
     default "{sharing}";
     "~^gateway-" "";
 }}
-map $sharing_client $most_requests {{
+# The same, but for requests that cannot cost much: one image of less than 100 kB, with the model's own samples.
+map "$content_type|$content_length|$http_content_encoding$http_x_mlvgm_samples$http_x_mlvgm_certify" $costly_client {{
+    default $sharing_client;
+    "~^(image/[a-z]+|application/octet-stream|)\\|\\d{{1,5}}\\|$" "";
+}}
+map $costly_client $most_requests {{
     default "{fair_share}";
     "" "{most_requests}";
 }}
@@ -48,8 +53,8 @@ client_max_body_size {most_bytes};
 # Half of what the smallest model takes in, at work and in its queue: no client can fill it alone.
 limit_conn requests_of_client {most_requests};
 # One worker stays free of any client that shares.
-limit_conn_zone $sharing_client zone=requests_of_sharing:1m;
-limit_conn requests_of_sharing {fair_share};
+limit_conn_zone $costly_client zone=costly_requests:1m;
+limit_conn costly_requests {fair_share};
 """
 
 
@@ -184,7 +189,7 @@ class Nginx:
 
 
 def fair_share(server: Server) -> int:
-    """Concurrent requests allowed per client that shares the workers with others: one fewer than any model has workers.
+    """Concurrent costly requests of a client that shares the workers with others: one fewer than any model has workers.
 
     0 where a model has only one.
     """

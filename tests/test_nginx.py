@@ -245,26 +245,31 @@ def shared(nvae_bundle: Path, tmp_path: Path) -> Iterator[Pair]:
 
 
 def test_clients_that_share_the_workers_leave_one_free(shared: Pair) -> None:
-    """A client that holds its share gets no more; all others do, and a gateway does whatever it holds."""
+    """A client with costly requests at work gets small ones answered; all others get what they ask for, and a gateway
+    does whatever it holds.
+    """
     assert fair_share(shared.server) == 1
+    costly = {"X-Mlvgm-Samples": "2"}
     with contextlib.ExitStack() as stack:
         for key in ("open-sesame", "web"):
-            stack.enter_context(shared.connect()).sendall(half_a_request(key))
-        until(lambda: shared.predict()[0] == 429)
-        assert "1 at once" in shared.predict()[1]["error"]
+            stack.enter_context(shared.connect()).sendall(half_a_request(key, costly))
+        until(lambda: shared.predict(KEY | costly)[0] == 429)
+        assert "1 at once" in shared.predict(KEY | costly)[1]["error"]
+        assert shared.predict()[0] == 200
         assert shared.ask("GET", "/v2/health/ready")[0] == 200
-        assert shared.predict(LONG_KEY)[0] == 200
-        assert shared.predict({"X-Api-Key": "web"})[0] == 200
-    until(lambda: shared.predict()[0] == 200)
+        assert shared.predict(LONG_KEY | costly)[0] == 200
+        assert shared.predict({"X-Api-Key": "web"} | costly)[0] == 200
+    until(lambda: shared.predict(KEY | costly)[0] == 200)
 
 
 def test_a_client_that_is_alone_has_all_workers(shared: Pair) -> None:
     shared.clients.write_text('# the others have left\n"open-sesame" tester;\n"another-key" tester;\n')
     until(lambda: shared.predict(LONG_KEY)[0] == 401)  # nginx has read the file
+    costly = {"X-Mlvgm-Samples": "2"}
     with shared.connect() as first, shared.connect() as second:
-        first.sendall(half_a_request("open-sesame"))
-        second.sendall(half_a_request("open-sesame"))
-        assert [shared.predict()[0] for _ in range(3)] == [200] * 3
+        first.sendall(half_a_request("open-sesame", costly))
+        second.sendall(half_a_request("open-sesame", costly))
+        assert [shared.predict(KEY | costly)[0] for _ in range(3)] == [200] * 3
 
 
 def test_clients_are_counted_by_their_names(tmp_path: Path) -> None:
@@ -281,11 +286,11 @@ def test_clients_are_counted_by_their_names(tmp_path: Path) -> None:
     assert several_clients(clients)
 
 
-def half_a_request(key: str) -> bytes:
+def half_a_request(key: str, headers: dict[str, str] | None = None) -> bytes:
     """It holds a place until nginx has waited for its end for too long."""
-    return (
-        f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nX-Api-Key: {key}\r\nContent-Length: 1000\r\n\r\nhalf".encode()
-    )
+    lines = {"Host": "x", "X-Api-Key": key, "Content-Length": "1000", **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"POST /predictions/tiny HTTP/1.1\r\n{head}\r\nhalf".encode()
 
 
 def test_slow_clients_are_cut_off_and_keep_nobody_waiting(pair: Pair) -> None:

@@ -213,7 +213,7 @@ def several_clients(clients_map: Path) -> bool:
 
 
 def one_batch(server: Server) -> int:
-    """Concurrent requests allowed per client that shares the workers with others: as many as any model takes at once."""
+    """Concurrent requests allowed per client that shares the workers with others: as many as any model batches."""
     return min((model.batch_size for model in server.served().values()), default=1)
 
 

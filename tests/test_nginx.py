@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deploy import readiness
-from deploy.nginx import fair_share, most_requests, several_clients
+from deploy.nginx import fair_share, most_requests, one_batch, several_clients
 from tests import bundles
 from tests.deploy.pair import KEY, LONG_KEY, WAIT, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
@@ -260,6 +260,17 @@ def test_clients_that_share_the_workers_leave_one_free(shared: Pair) -> None:
         assert shared.predict(LONG_KEY | costly)[0] == 200
         assert shared.predict({"X-Api-Key": "web"} | costly)[0] == 200
     until(lambda: shared.predict(KEY | costly)[0] == 200)
+
+
+def test_a_client_that_shares_has_one_batch_at_once(shared: Pair) -> None:
+    most = one_batch(shared.server)
+    with contextlib.ExitStack() as stack:
+        for _ in range(most):
+            stack.enter_context(shared.connect()).sendall(half_a_request("open-sesame"))
+        until(lambda: shared.predict()[0] == 429)
+        assert f"{most} at once" in shared.predict()[1]["error"]
+        assert shared.predict(LONG_KEY)[0] == 200
+    until(lambda: shared.predict()[0] == 200)
 
 
 def test_a_client_that_is_alone_has_all_workers(shared: Pair) -> None:

@@ -44,7 +44,9 @@ def _of_table(content: Mapping[str, Any]) -> Iterator[str]:
         ):
             if one in entries and other in entries:
                 first, second = entries[one], entries[other]
-                if first["count"] / first["n"] < second["count"] / second["n"]:
+                # Costly attacks meet fewer images, which may be harder or easier ones.
+                same = first["n"] == second["n"] or not overlap(first, second)
+                if same and first["share"] < second["share"]:
                     yield f"{title}: {said} ({first['share']:.1%} and {second['share']:.1%} withstand)."
     served = worst.get("served")
     for row, entry in worst.items():

@@ -36,6 +36,8 @@ def markdown(content: Content) -> str:
     if content["certified"]:
         lines += ["Accuracy with a proven L2 radius larger than:", "", *_certified(content), ""]
     lines += ["Cost, and how far the samples differ:", "", *_defences(content), ""]
+    if content["training"]:
+        lines += ["How the comparators were trained:", "", *_training(content), ""]
     if content["caveats"]:
         lines += ["Caveats:", "", *(f"- {caveat}" for caveat in content["caveats"]), ""]
     return "\n".join(lines)
@@ -106,6 +108,15 @@ def _defences(content: Content) -> list[str]:
         for name, title in content["defences"].items()
     ]
     return table(["defence", "ms per image", "deviation of samples", "all samples right, clean", "attacked"], rows)
+
+
+def _training(content: Content) -> list[str]:
+    rows = []
+    for name, about in content["training"].items():
+        figures = ", ".join(f"{part} {value:.1%}" for part, value in about.get("held_out", {}).items())
+        known = (about.get(key, "") for key in ("step", "seconds", "device"))
+        rows.append([content["defences"].get(name, name), *known, figures, about["sha256"][:12]])
+    return table(["defence", "steps", "seconds", "device", "held-out training images", "SHA-256"], rows)
 
 
 def _unanimous(content: Content, name: str) -> list[str]:

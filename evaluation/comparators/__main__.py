@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    torch.backends.cudnn.benchmark = True
     try:
         signs, comparator = read_training(args.images), COMPARATORS[args.name]()
         comparator = dataclasses.replace(comparator, steps=args.steps or comparator.steps)

@@ -1,6 +1,7 @@
 """Trained comparators as defences: rows of `mlvgm evaluate`, computed in PyTorch, since no bundle holds them."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from evaluation.attacks import to_float
 from evaluation.comparators.autoencoders import draw, read
 from evaluation.comparators.training import ComparatorError
 from evaluation.defences import Defence, Images, Predictions, Seeds, Subject
-from mlvgm.checkpoint import weights_digest
+from mlvgm.checkpoint import read_checkpoint, weights_digest
 from mlvgm.load import load_classifier
 from mlvgm.purifier import Autoencoder
 
@@ -55,6 +56,17 @@ def comparators(subject: Subject, folder: Path, samples: int | str | None, serve
         names = ", ".join((*CLASSIFIERS, *AUTOENCODERS))
         raise ComparatorError(f"{folder}: holds no comparator NAME.safetensors, of the names {names}")
     return rows
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """How each of the files in ``folder`` was trained, by name, for a report; and its SHA-256."""
+    found = {}
+    for name in (*CLASSIFIERS, *AUTOENCODERS):
+        if (file := folder / f"{name}.safetensors").is_file():
+            about = read_checkpoint(file).get("about")
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[name] = {**(about if isinstance(about, dict) else {}), "sha256": digest}
+    return found
 
 
 def classifier(

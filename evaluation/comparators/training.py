@@ -1,7 +1,7 @@
 """The training loop of all comparators. Its end is a number of steps or of seconds, whichever comes first.
 
 Everything is on the device: the images as 8-bit values, their augmentation, and attacks. The moving average of the
-weights is looked at every `REPORT_SECONDS` on held-out images, and the best one so far is in the file. So a run that is
+weights is looked at on held-out images from time to time, and the best one so far is in the file. So a run that is
 stopped leaves the weights of a report, and robust overfitting (Rice, Wong and Kolter, ICML 2020) does no harm.
 """
 
@@ -24,7 +24,8 @@ from mlvgm.training.data import Signs
 from mlvgm.training.images import augment
 from mlvgm.training.loop import cosine_rate
 
-REPORT_SECONDS = 15.0
+REPORT_SECONDS, REPORT_SHARE = 15.0, 0.1
+"""Least time between reports, and the most of the whole time that they may take."""
 AVERAGE = 0.995
 """Decay of the moving average of the weights, per step."""
 MAX_NORM = 5.0
@@ -106,7 +107,8 @@ def train(
     network = comparator.begin(int(training.labels.max()) + 1).to(device).requires_grad_(True)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = comparator.optimizer(network)
-    begun = reported = time.monotonic()
+    begun = time.monotonic()
+    report_at = begun + REPORT_SECONDS
     best: dict[str, Any] = {}
     order, total, step, is_last = torch.empty(0), torch.zeros((), device=device), 0, False
     per_epoch = max(1, len(training.labels) // comparator.batch)
@@ -129,16 +131,17 @@ def train(
         step += 1
         _follow(average, network, min(AVERAGE, step / (step + 10)))
         is_last = step == comparator.steps or (seconds is not None and time.monotonic() - begun >= seconds)
-        if is_last or now - reported >= REPORT_SECONDS:
-            figures = _figures(comparator, average, held_out)
+        if is_last or now >= report_at:
             elapsed = time.monotonic() - begun
+            figures = _figures(comparator, average, held_out)
             say(f"step {step}, {elapsed:.0f} s: loss {float(total) / step:.4f}, " + _said(figures))
             score = next(iter(figures.values()))
             if not best or score >= next(iter(best["held_out"].values())):
                 best = {"step": step, "seconds": round(elapsed), "device": _name(device), "held_out": figures}
                 best |= {"seed": seed, "settings": asdict(comparator)}
                 _save(average, best, file)
-            reported = time.monotonic()
+            took = time.monotonic() - begun - elapsed
+            report_at = begun + elapsed + max(REPORT_SECONDS, took / REPORT_SHARE)
     return best
 
 

@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
     from evaluation import report, robustness
     from evaluation.caveats import caveats
+    from evaluation.comparators.rows import training
     from evaluation.photographs import read_labelled
 
     manifest = pipeline.manifest
@@ -139,6 +140,7 @@ def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
         "command": shlex.join(["mlvgm", *sys.argv[1:]]),
         "runtime": pipeline.runtime,
         "precision": manifest.precision,
+        "training": training(args.comparators) if args.comparators else {},
         "files": {name: digest.sha256 for name, digest in manifest.files.items()},
         **report.measured_here(),
     }

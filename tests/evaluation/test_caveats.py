@@ -31,6 +31,7 @@ def _cell(**changes: Any) -> dict[Any, Any]:
 
 def test_a_sound_report_has_none() -> None:
     assert caveats(_content(apgd=_of(800), white=_of(500), square=_of(700), linf=_of(600)), _cell()) == []
+    assert caveats(_content(apgd=_of(500), white=_of(104, 200)), _cell()) == []  # fewer images, no difference
 
 
 def test_each_sign_of_a_weak_attack_is_told() -> None:

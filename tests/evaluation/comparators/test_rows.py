@@ -1,14 +1,17 @@
 """Comparators as rows of a report: what is served is what attackers meet, and their classifier is the one attacked."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation import changes
+from evaluation import changes, robustness_report
 from evaluation.adaptive import Effort
 from evaluation.attacks import predict, to_float
 from evaluation.comparators import rows
@@ -102,3 +105,15 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, tmp_path: Path) -
     wide.image_size = 16
     with pytest.raises(ComparatorError, match="A-VAE is for images of 16x16 pixels, the bundle for 8x8"):
         rows.autoencoder(subject, "avae", "A-VAE", wide)
+
+
+def test_a_report_says_how_they_were_trained(tmp_path: Path) -> None:
+    about = {"step": 7, "held_out": {"attacked": 0.5}}
+    save_file({"weight": torch.zeros(1)}, tmp_path / "pgd.safetensors", {"about": json.dumps(about)})
+    save_file({"weight": torch.zeros(1)}, tmp_path / "avae.safetensors")
+    found = rows.training(tmp_path)
+    assert found["pgd"] == about | {"sha256": hashlib.sha256((tmp_path / "pgd.safetensors").read_bytes()).hexdigest()}
+    assert list(found) == ["pgd", "avae"]
+    assert list(found["avae"]) == ["sha256"]
+    lines = robustness_report._training({"training": found, "defences": {"pgd": "trained on attacks"}})
+    assert f"| trained on attacks | 7 |  |  | attacked 50.0% | {found['pgd']['sha256'][:12]} |" in lines

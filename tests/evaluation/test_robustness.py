@@ -53,7 +53,13 @@ def content(subject: Subject, images: np.ndarray, labels: np.ndarray, tmp_path_f
     content = summarise(cells, rows, columns, 0.5)
     here = {"processor": "a processor", "cores": 2, "python": "3", "packages": {"torch": "2"}}
     about = {"model": "tiny", "n": 12, "few": 8, "images": "signs", "budget_name": "quick", "l2": 0.5, "machine": here}
-    about |= {"budget": robustness.settings(BUDGET), "runtime": "onnxruntime", "precision": "fp32", "command": "this"}
+    about |= {
+        "budget": robustness.settings(BUDGET),
+        "runtime": "onnxruntime",
+        "precision": "fp32",
+        "command": "this",
+        "training": {},
+    }
     return {**content, **about, "caveats": caveats(content, cells)}
 
 

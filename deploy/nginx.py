@@ -43,7 +43,7 @@ map "$content_type|$content_length|$http_content_encoding$http_x_mlvgm_samples$h
     "~^(image/[a-z]+|application/octet-stream|)\\|\\d{{1,5}}\\|$" "";
 }}
 map $sharing_client $most_small {{
-    default "{one_batch}";
+    default "{small_share}";
     "" "{most_requests}";
 }}
 map $costly_client $most_requests {{
@@ -56,9 +56,9 @@ map "" $most_bytes {{
 client_max_body_size {most_bytes};
 # Half of what the smallest model takes in, at work and in its queue: no client can fill it alone.
 limit_conn requests_of_client {most_requests};
-# Of a client that shares, one batch, and nothing costly in one of the workers.
+# Of a client that shares, nothing costly in one of the workers, and twice as much that is small.
 limit_conn_zone $sharing_client zone=requests_of_sharing:1m;
-limit_conn requests_of_sharing {one_batch};
+limit_conn requests_of_sharing {small_share};
 limit_conn_zone $costly_client zone=costly_requests:1m;
 limit_conn costly_requests {fair_share};
 """
@@ -178,7 +178,7 @@ class Nginx:
             key=server.client().key("inference"),
             most_requests=most_requests(server),
             fair_share=max(1, fair_share(server)),
-            one_batch=one_batch(server),
+            small_share=2 * max(1, fair_share(server)),
             sharing="$client"
             if fair_share(server) and several_clients(self._conf.parent / "private" / "clients.map")
             else "",
@@ -210,11 +210,6 @@ def several_clients(clients_map: Path) -> bool:
     except OSError:  # it is being replaced
         return True
     return len({line.split()[-1] for line in lines if line.strip() and not line.lstrip().startswith("#")}) > 1
-
-
-def one_batch(server: Server) -> int:
-    """Concurrent requests allowed per client that shares the workers with others: as many as any model batches."""
-    return min((model.batch_size for model in server.served().values()), default=1)
 
 
 def most_requests(server: Server) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deploy import readiness
-from deploy.nginx import fair_share, most_requests, one_batch, several_clients
+from deploy.nginx import fair_share, most_requests, several_clients
 from tests import bundles
 from tests.deploy.pair import KEY, LONG_KEY, WAIT, Pair, needs_both, picture, tiny_store, until
 from tests.handlers import forms
@@ -262,8 +262,8 @@ def test_clients_that_share_the_workers_leave_one_free(shared: Pair) -> None:
     until(lambda: shared.predict(KEY | costly)[0] == 200)
 
 
-def test_a_client_that_shares_has_one_batch_at_once(shared: Pair) -> None:
-    most = one_batch(shared.server)
+def test_a_client_that_shares_may_send_twice_as_many_small_requests(shared: Pair) -> None:
+    most = 2 * fair_share(shared.server)
     with contextlib.ExitStack() as stack:
         for _ in range(most):
             stack.enter_context(shared.connect()).sendall(half_a_request("open-sesame"))

@@ -24,6 +24,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     ServerError             a server cannot be reached, or answered with an error
     AttackError             an attack cannot be made
     PhotographError         labelled images cannot be read, or their classes are not the bundle's
+    ComparatorError         a comparator cannot be trained or read
     TuningError             a search for interpolation weights cannot run
     VerificationError       a bundle and the reference cannot be compared
     TrtexecError            trtexec is missing or fails

@@ -171,17 +171,16 @@ class Nginx:
         files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
         seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
         server = self._server
+        share = fair_share(server)
         upstream = UPSTREAM.format(
             port=server.port,
             metrics_port=server.metrics_port,
             socket=self._state / "health.sock",
             key=server.client().key("inference"),
             most_requests=most_requests(server),
-            fair_share=max(1, fair_share(server)),
-            small_share=2 * max(1, fair_share(server)),
-            sharing="$client"
-            if fair_share(server) and several_clients(self._conf.parent / "private" / "clients.map")
-            else "",
+            fair_share=max(1, share),
+            small_share=2 * max(1, share),
+            sharing="$client" if share and several_clients(self._conf.parent / "private" / "clients.map") else "",
             most_bytes=most_bytes(),
         )
         if upstream != self._upstream:

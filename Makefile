@@ -28,8 +28,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV), which takes some minutes: PyTorch ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@echo '... ONNX Runtime, OpenVINO, TensorRT for RTX, TorchServe with Java, and what the tests need ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,attack,dev]'
+	@echo '... ONNX Runtime, OpenVINO, TensorRT for RTX, TorchServe with Java, Ray, and what the tests need ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,scale,attack,dev]'
 	@touch $@
 
 demo: install

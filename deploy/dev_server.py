@@ -1,6 +1,6 @@
 """The requests and answers of TorchServe behind nginx, from one process without Java, archive or keys: to develop with.
 
-`predict` is all of it that is not this process: deploy/ray answers with it too.
+`routes` is all of it that is not this process: deploy/ray answers with it too.
 """
 
 import asyncio
@@ -56,9 +56,13 @@ def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: f
     Args:
         batch: requests that are answered together at most.
     """
+    return routes(manifest, Batches(service.answer, batch, delay_s), lambda: True)
+
+
+def routes(manifest: Manifest, batches: "Batches", is_ready: Callable[[], bool]) -> Starlette:
+    """The ASGI application that answers requests with ``batches``, and questions about the model of ``manifest``."""
     metadata = open_inference.metadata({"name": manifest.name, "version": manifest.version})
     served = {manifest.name: ServedModel(manifest.name, manifest.version, metadata=metadata)}
-    batches = _Batches(service.answer, batch, delay_s)
 
     @contextlib.asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
@@ -73,7 +77,7 @@ def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: f
         return await predict(request, batches.ask)
 
     async def describe(request: Request) -> Response:
-        status, content = protocol_answer(request.url.path, served, {manifest.name: True})
+        status, content = protocol_answer(request.url.path, served, {manifest.name: is_ready()})
         return JSONResponse(content, status)
 
     async def elsewhere(_: Request, __: Exception) -> Response:
@@ -81,12 +85,12 @@ def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: f
 
     paths = ["/predictions/{model}", "/predictions/{model}/{version}"]
     paths += ["/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"]
-    routes = [Route(path, ask, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]) for path in paths]
-    routes += [Route("/v2", describe), Route("/v2/{rest:path}", describe), Route("/ping", _ping)]
-    return Starlette(routes=routes, lifespan=running, exception_handlers={404: elsewhere})
+    found = [Route(path, ask, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]) for path in paths]
+    found += [Route("/v2", describe), Route("/v2/{rest:path}", describe), Route("/ping", _ping)]
+    return Starlette(routes=found, lifespan=running, exception_handlers={404: elsewhere})
 
 
-class _Batches:
+class Batches:
     """Requests that wait, and the thread that answers them a batch after the other."""
 
     def __init__(self, run: Callable[[Sequence[Fields]], Sequence[answer.Response]], size: int, delay_s: float) -> None:
@@ -103,6 +107,10 @@ class _Batches:
                 503, "application/json", b'{"error": "busy or restarting: try again"}', {"Retry-After": "2"}
             )
         return await future
+
+    async def between(self, call: Callable[[], None]) -> None:
+        """Make a call in the thread of the pipeline, when the batch in work is done."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def run(self) -> None:
         """Answer for ever."""

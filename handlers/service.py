@@ -130,6 +130,14 @@ class Service:
             RuntimeError: the pipeline cannot be run or its answer is not 200.
         """
         self._pipeline.warm_up()
+        self.probe()
+
+    def probe(self) -> None:
+        """Answer one request, which the metrics do not count.
+
+        Raises:
+            RuntimeError: its answer is not 200.
+        """
         height, width = self._pipeline.manifest.image_size
         gray = encode_png(np.full((3, height, width), 0.5, np.float32))
         (response,) = Service(self._pipeline).answer([({"body": gray}, {})])

@@ -27,6 +27,7 @@ class ServedModel:
         batch_size: largest batch of a worker.
         metadata: name, version and tensors, in the format of the Open Inference Protocol.
         workers: number of its workers.
+        runtime: see `handlers.runtimes`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ServedModel:
     batch_size: int = 1
     metadata: Mapping[str, Any] | None = None
     workers: int = 1
+    runtime: str = "auto"
 
 
 def read(archive: Path) -> ServedModel:
@@ -50,12 +52,15 @@ def read(archive: Path) -> ServedModel:
         model = json.loads(manifest or b"")["model"]
         (settings,) = _entries(archive, [model.get("configFile", "no such file")])
         content = yaml.safe_load(settings) if settings else {}
+        pipeline = json.loads(bundle) if bundle else {}
+        runtime = content.get("handler", {}).get("runtime", "auto")
         return ServedModel(
             str(model["modelName"]),
             str(model.get("modelVersion", "1.0")),
             int(content.get("jobQueueSize", 100)),
             int(content.get("batchSize", 1)),
-            open_inference.metadata(json.loads(bundle)) if bundle else None,
+            open_inference.metadata(pipeline) if bundle else None,
+            runtime=str(pipeline.get("runtime", "auto") if runtime == "auto" else runtime),
         )
     except (*_WRONG_FILE, *_WRONG_CONTENT):
         raise CliError(

@@ -24,7 +24,7 @@ from deploy.readiness import Readiness
 from deploy.server import PORTS
 from deploy.signals import Stopped, pause
 from deploy.torchserve import TorchServe, try_lock
-from deploy.workers import chosen, sizes_of
+from deploy.workers import chosen, gpus_for, sizes_of
 from handlers.client import ServerError
 
 LOOK_EVERY_S = 0.5
@@ -105,7 +105,7 @@ class Supervisor:
         if not names:
             raise CliError(f"{options.model_store}: no archive there")
         archives = [options.model_store / name for name in names]
-        workers, threads = chosen(options.workers, 0, sizes_of(archives))
+        workers, threads = chosen(options.workers, 0, sizes_of(archives), gpus_for(archives))
         self._running.append(torchserve)
         try:
             torchserve.start(archives, workers, options.timeout, threads)

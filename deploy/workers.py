@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from deploy import model_archive
 from handlers import cores
+from handlers.runtimes import ON_CPU
 from handlers.torchserve import THREADS_VARIABLE
 
 CORES_EACH = 8
@@ -15,6 +17,7 @@ others compute. For a large model, whose batches take seconds, that is not worth
 MOST_SHARES = 8
 """Largest number of workers of a small model, without the additional one; on more cores each has several threads."""
 
+_DEVICES = Path("/dev")
 _MEMORY_EACH = 3.0  # memory of a worker as a multiple of its archive: the model, its activations, and OpenVINO's copy
 _MEMORY_MORE = 800e6  # bytes for any model
 _MEMORY_IMAGE = (
@@ -23,11 +26,13 @@ _MEMORY_IMAGE = (
 _JAVA = 1.5e9  # bytes: its heap, as deploy/config.properties has it, and the bodies that it holds outside of that
 
 
-def chosen(workers: int | None, threads: int, sizes: Iterable[int]) -> tuple[int, int]:
+def chosen(workers: int | None, threads: int, sizes: Iterable[int], gpus: int = 0) -> tuple[int, int]:
     """Workers per model, and threads per worker: the given numbers, or defaults for archives of these ``sizes``.
 
-    0 threads leaves the number to the archive, or to $MLVGM_THREADS.
+    0 threads leaves the number to the archive, or to $MLVGM_THREADS. Models that compute on ``gpus`` get a worker for
+    each of these, to which TorchServe assigns them in turn.
     """
+    workers = workers or gpus
     if workers:
         suited = max(1, cores.usable() // workers) if workers > 1 else 0
     else:
@@ -59,6 +64,16 @@ def available_memory() -> float:
             except (OSError, ValueError):  # not there, or "max"
                 continue
     return max(available, 0.0)
+
+
+def gpus_for(archives: Iterable[Path]) -> int:
+    """How many GPUs are here, if all the models compute on GPUs; otherwise 0."""
+    if any(model_archive.read(archive).runtime in ("auto", *ON_CPU) for archive in archives):
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(
+        list(_DEVICES.glob("nvidia[0-9]*")) if visible is None else [name for name in visible.split(",") if name]
+    )
 
 
 def sizes_of(archives: Iterable[Path]) -> list[int]:

@@ -1,5 +1,6 @@
 """The arguments of one `Pipeline.run`, checked: images, seeds, number of samples, alphas and noise."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,20 +75,20 @@ class PipelineInputs:
     def draw_each(
         self, manifest: Manifest, parts: Sequence[IntArray], wanted: set[str], ahead: bool
     ) -> Iterator[dict[str, FloatArray]]:
-        """As `draw`, for each of ``parts``; with ``ahead``, threads draw the next while the caller has one."""
+        """As `draw`, for each of ``parts``; with ``ahead``, threads draw the next one already, from this call on."""
         if not ahead:
-            yield from (self.draw(manifest, rows, wanted) for rows in parts)
-            return
-        with ThreadPoolExecutor(_DRAWERS) as pool:
+            return (self.draw(manifest, rows, wanted) for rows in parts)
 
-            def begin(rows: IntArray) -> list[Future[dict[str, FloatArray]]]:
-                return [pool.submit(self.draw, manifest, rows, {name}) for name in wanted]
+        def begin(rows: IntArray) -> list[Future[dict[str, FloatArray]]]:
+            return [_drawers().submit(self.draw, manifest, rows, {name}) for name in wanted]
 
-            begun = begin(parts[0])
+        def finish(begun: list[Future[dict[str, FloatArray]]]) -> Iterator[dict[str, FloatArray]]:
             for following in (*parts[1:], None):
                 drawn = {name: noise for future in begun for name, noise in future.result().items()}
                 begun = [] if following is None else begin(following)
                 yield drawn
+
+        return finish(begin(parts[0]))
 
     def draw(self, manifest: Manifest, rows: IntArray, wanted: set[str]) -> dict[str, FloatArray]:
         """The noise inputs named in ``wanted`` for some rows: sliced from given noise, or drawn."""
@@ -111,6 +112,11 @@ class PipelineInputs:
             else:
                 drawn[name] = latent(int(name.removeprefix("noise_")))
         return drawn
+
+
+@functools.cache
+def _drawers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_DRAWERS, "noise")
 
 
 def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:

@@ -229,7 +229,7 @@ class Pipeline:
 
         # In groups, so that few encoded images need to be kept.
         for items in np.split(np.arange(count), range(self._group, count, self._group)):
-            encoded = self._encode(inputs, items, timing)
+            encoded: dict[str, Array] = {}
             undecided, drawn = items, 0
             for stop in inputs.rounds:
                 if drawn:
@@ -237,7 +237,13 @@ class Pipeline:
                 if not len(undecided):
                     break
                 rows = (undecided[:, None] * most + np.arange(drawn, stop)).ravel()
-                purified = list(self._purify(inputs, encoded, rows, items[0], timing))
+                parts = [rows[chunk] for chunk in chunks(0, len(rows), self._buckets)]
+                # On a GPU, noise is drawn while the GPU encodes.
+                ahead = self.runtime not in runtimes.ON_CPU
+                noise = inputs.draw_each(self.manifest, parts, self._noise_inputs, ahead)
+                if drawn == 0:
+                    encoded = self._encode(inputs, items, timing)
+                purified = list(self._purify(inputs, encoded, zip(parts, noise, strict=True), items[0], timing))
                 made += purified
                 batches = [(some // most, images) for some, images in purified]
                 if compare and drawn == 0:  # unpurified images are classified together with their first samples
@@ -268,22 +274,28 @@ class Pipeline:
         return {name: _joined([part[name] for part in parts]) for name in self._from_image}
 
     def _purify(
-        self, inputs: PipelineInputs, encoded: Mapping[str, Array], rows: IntArray, first: int, timing: "_Timing"
+        self,
+        inputs: PipelineInputs,
+        encoded: Mapping[str, Array],
+        parts: Iterator[tuple[IntArray, dict[str, FloatArray]]],
+        first: int,
+        timing: "_Timing",
     ) -> Iterator[tuple[IntArray, Array]]:
-        """Chunks of ``rows`` with their purified images; the first row of ``encoded`` is that of image ``first``."""
-        parts = list(chunks(0, len(rows), self._buckets))
-        ahead = self.runtime not in runtimes.ON_CPU
-        noise = inputs.draw_each(self.manifest, [rows[chunk] for chunk in parts], self._noise_inputs, ahead)
-        for chunk in parts:
-            owners = rows[chunk] // inputs.samples
-            tensors = {name: array[owners - first] for name, array in encoded.items()} | {"alphas": inputs.alphas}
+        """Rows and their purified images, of rows and their noise; row 0 of ``encoded`` is that of image ``first``."""
+        while True:
             with timing.of("noise"):
-                tensors |= next(noise)
+                part = next(parts, None)
+            if part is None:
+                return
+            rows, noise = part
+            owners = rows // inputs.samples
+            tensors = {name: array[owners - first] for name, array in encoded.items()}
+            tensors |= {"alphas": inputs.alphas, **noise}
             for stage in self._per_sample:
                 tensors |= self._run_stage(stage, tensors, owners, timing)
             if not isinstance(tensors["images"], np.ndarray):
                 _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
-            yield rows[chunk], tensors["images"]
+            yield rows, tensors["images"]
 
     def _classify(self, batches: list[tuple[IntArray, Array]], timing: "_Timing") -> FloatArray:
         """The logits of all ``batches``, each given as (index of the image that each row belongs to, rows)."""

@@ -35,6 +35,9 @@ GROUPS = dict(
 BESIDE = {"e4e product": "write e4e", "road-signs": "export road-signs"}
 """Groups that run on the CPU from the start, by the group that waits for what they make."""
 
+_THREADS_BESIDE = str(max(1, (os.cpu_count() or 1) // 4))
+"""Of those groups: the compiler of the groups that are measured needs most of the CPU."""
+
 FIELDS = (
     *("time", "group", "case", "rows", "device", "ms", "ms_p90", "repeats", "per_s", "setup_s", "predicted_ms"),
     *("tflops", "gb_per_s", "relative_error", "limit", "kernels", "top", "allocated_gb", "facts", "error"),
@@ -88,9 +91,16 @@ def _rows(out: Path) -> list[Row]:
 def _measure(out: Path, command: Sequence[str], group: str, until: float) -> None:
     log = out / f"{group.replace(' ', '-')}.log"
     left = max(until - time.time(), 0) + _GRACE
+    threads = {"OMP_NUM_THREADS": _THREADS_BESIDE} if group in BESIDE.values() else {}
     with log.open("w") as errors:
         try:
-            subprocess.run([*command, "--group", group, "--until", str(until)], stderr=errors, timeout=left, check=True)
+            subprocess.run(
+                [*command, "--group", group, "--until", str(until)],
+                env=os.environ | threads,
+                stderr=errors,
+                timeout=left,
+                check=True,
+            )
         except subprocess.SubprocessError as error:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
             note(out, {"group": group, "case": "all that is left", "error": f"{last}\n{error}"})

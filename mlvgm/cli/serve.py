@@ -10,7 +10,7 @@ from deploy.errors import CliError
 from deploy.server import Server
 from deploy.signals import Stopped, noted, pause
 from deploy.torchserve import TorchServe
-from deploy.workers import chosen, sizes_of
+from deploy.workers import chosen, gpus_for, sizes_of
 from mlvgm.cli.options import add_port, add_store, number, positive, whole
 
 
@@ -68,7 +68,7 @@ def _serve(args: argparse.Namespace, archives: list[Path]) -> int:
     server = TorchServe(args.port, detached=args.detach)
     print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    workers, threads = chosen(args.workers, args.threads, sizes_of(archives))
+    workers, threads = chosen(args.workers, args.threads, sizes_of(archives), gpus_for(archives))
     server.start(archives, workers, args.timeout, threads, _print_step)
     print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
     for model in server.models:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from deploy import workers
 from deploy.workers import chosen, sizes_of
 from handlers import cores
+from tests import bundles
 from tests.handlers.test_cores import grant
 
 SMALL, LARGE = 20_000_000, 1_300_000_000
@@ -61,3 +63,50 @@ def test_memory_is_what_the_container_has_left(tmp_path: Path, monkeypatch: pyte
     files = {"pod/memory.max": "900\n", "pod/memory.current": "200\n", "pod/box/memory.max": "max\n"}
     grant(monkeypatch, tmp_path, "0::/pod/box\n", files)
     assert workers.available_memory() == 700
+
+
+def unpacked_archive(folder: Path, runtime: str, of_bundle: str) -> Path:
+    (folder / "MAR-INF").mkdir(parents=True)
+    model = {"modelName": folder.name, "configFile": "model.yaml"}
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": model}))
+    (folder / "model.yaml").write_text(f"handler: {{runtime: {runtime}}}")
+    (folder / "bundle").mkdir()
+    bundles.write_nvae(folder / "bundle", runtime=of_bundle)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "visible", "expected"),
+    [
+        ([("torch", "auto")], None, 2),
+        ([("auto", "torch")], None, 2),
+        ([("torch", "auto"), ("onnxruntime", "torch")], None, 0),
+        ([("auto", "auto")], None, 0),
+        ([("torch", "auto")], "1", 1),
+        ([("torch", "auto")], "", 0),
+    ],
+)
+def test_workers_follow_the_gpus_of_models_that_compute_there(
+    runtimes: list[tuple[str, str]],
+    visible: str | None,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(workers, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    archives = [unpacked_archive(tmp_path / f"m{i}", *names) for i, names in enumerate(runtimes)]
+    assert workers.gpus_for(archives) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, (2, 3)), (4, (4, 1))])
+def test_a_gpu_has_one_worker_unless_told_otherwise(
+    given: int | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "usable", lambda: 6)
+    monkeypatch.delenv("MLVGM_THREADS", raising=False)
+    assert chosen(given, 0, [SMALL], gpus=2) == expected

@@ -235,7 +235,7 @@ def test_noise_that_is_drawn_ahead_is_the_same(nvae_bundle: Path) -> None:
     manifest = Manifest.read(nvae_bundle)
     wanted = {t.name for stage in manifest.stages for t in stage.inputs if t.name.startswith("noise")}
     inputs = PipelineInputs.of(manifest, bundles.images(3), samples=3, seeds=[7, 8, 9])
-    parts = [np.arange(4), np.arange(4, 8), np.array([8])]
+    parts = [np.arange(4), np.arange(4, 8), np.array([8])]  # fewer rows than threads, too
     ahead, alone = (list(inputs.draw_each(manifest, parts, wanted, ahead)) for ahead in (True, False))
     assert [part.keys() for part in ahead] == [wanted] * len(parts)
     for found, expected in zip(ahead, alone, strict=True):

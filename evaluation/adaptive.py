@@ -174,7 +174,7 @@ def examine(forward: Forward, clean: Tensor, labels: Tensor, draws: int) -> Grad
 
 def _per_image(gradients: list[Tensor | None], count: int) -> Tensor:
     """(B, N): all that a stage was given for an image, over its draws."""
-    parts = [g.view(-1, count, g[0].numel()).transpose(0, 1).flatten(1) for g in gradients if g is not None]
+    parts = [g.reshape(-1, count, g[0].numel()).transpose(0, 1).flatten(1) for g in gradients if g is not None]
     return torch.cat(parts, dim=1) if parts else torch.zeros(count, 1)
 
 

@@ -8,7 +8,8 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from evaluation.adaptive import Forward, Trace
 from evaluation.attacks import to_bytes, to_float
 from evaluation.photographs import encode
+from export.fold import fold_batch_norms, without_weight_norm
 from handlers.client import Client
 from handlers.pipeline import Pipeline
 from handlers.result import Result
@@ -34,6 +36,8 @@ NOISE_L2 = 1.0
 """L2 norm of the noise defence, for images in [0, 1]: half of that in the paper's ablation at 64x64."""
 
 JPEG_QUALITY, BITS = 75, 3
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _CHUNK = 64
 
@@ -104,12 +108,30 @@ class Subject:
 
     Attributes:
         blur: whether the bundle blurs its input.
+        device: where gradients are taken. Attacks keep images and logits on the CPU, where the engines judge them.
     """
 
     pipeline: Pipeline
     purifier: Purifier
     classifier: nn.Module
     blur: bool = False
+    device: str = "cpu"
+
+    @cached_property
+    def fast_purifier(self) -> Purifier:
+        """`fast` of the purifier."""
+        return fast(self.purifier, self.device)
+
+    @cached_property
+    def fast_classifier(self) -> nn.Module:
+        """`fast` of the classifier."""
+        return fast(self.classifier, self.device)
+
+
+def fast(network: Module, device: str = "cpu") -> Module:
+    """A copy on ``device`` that computes the same up to rounding, and its gradients in about half the time on a CPU."""
+    plain = fold_batch_norms(without_weight_norm(network).eval()).requires_grad_(False)
+    return cast(Module, plain.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -199,8 +221,8 @@ def _serve(subject: Subject, change: Callable[[Images], NDArray[Any]] = lambda i
 
 def _forward(subject: Subject, change: Callable[[Tensor], Tensor] = lambda images: images) -> Forward:
     def forward(images: Tensor, _: int) -> Trace:
-        changed = change(images)
-        return Trace(subject.classifier(changed)[None], {"classify": (changed,)})
+        changed = change(images).to(subject.device)
+        return Trace(subject.fast_classifier(changed)[None].cpu(), {"classify": (changed,)})
 
     return forward
 
@@ -224,9 +246,9 @@ def _noise(subject: Subject, samples: int, l2: float = NOISE_L2) -> Defence:
         return Predictions.of(np.stack(voters, axis=1), _classify(subject, images))
 
     def forward(images: Tensor, draws: int) -> Trace:
-        noisy = images.repeat(draws, 1, 1, 1)
-        noisy = add_noise(noisy, torch.randn(noisy.shape), l2)
-        return Trace(subject.classifier(noisy).view(draws, len(images), -1), {"classify": (noisy,)})
+        noisy = images.to(subject.device).repeat(draws, 1, 1, 1)
+        noisy = add_noise(noisy, torch.randn_like(noisy), l2)
+        return Trace(subject.fast_classifier(noisy).view(draws, len(images), -1).cpu(), {"classify": (noisy,)})
 
     return Defence("noise", f"noise of L2 {l2:g}, vote of {samples}", serve, forward, True)
 
@@ -242,8 +264,7 @@ def _squeezed(subject: Subject, name: str, title: str, squeeze: Callable[[Images
 
 def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], samples: int | str) -> Defence:
     """The whole pipeline as it is served."""
-    manifest, purifier = subject.pipeline.manifest, subject.purifier
-    l2 = manifest.input_noise_l2
+    l2 = subject.pipeline.manifest.input_noise_l2
     is_random = any(alphas) or l2 > 0
     if not is_random:
         samples = 1  # without any noise all samples are the same
@@ -261,17 +282,19 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
         return Predictions.of(np.concatenate(logits), np.concatenate(before), np.concatenate(deviation))
 
     def forward(images: Tensor, draws: int) -> Trace:
-        repeated = images.repeat(draws, 1, 1, 1)
-        purified = purifier.purify(
-            repeated,
-            [torch.randn(len(repeated), *shape) for shape in purifier.noise_shapes],
-            torch.tensor(alphas),
-            blur=subject.blur,
-            input_noise=torch.randn(repeated.shape) if l2 else None,
-            input_noise_l2=l2,
-        )
+        purifier, count = subject.fast_purifier, draws * len(images)
+        shown = blur_images(images.to(subject.device)) if subject.blur else images.to(subject.device)
+        noise = [torch.randn(count, *shape, device=subject.device) for shape in purifier.noise_shapes]
+        if l2:
+            shown = shown.repeat(draws, 1, 1, 1)
+            shown = add_noise(shown, torch.randn_like(shown), l2)
+        encoded = purifier.encode(shown)
+        if not l2:  # all draws of an image have the same code
+            encoded = tuple(code.repeat(draws, *[1] * (code.ndim - 1)) for code in encoded)
+        purified = purifier.generate(encoded, noise, torch.tensor(alphas, device=subject.device))
         stages = {"decode": purified.mixed, "classify": (purified.images,)}
-        return Trace(subject.classifier(purified.images).view(draws, len(images), -1), stages)
+        logits = subject.fast_classifier(purified.images).view(draws, len(images), -1)
+        return Trace(logits.cpu(), stages)
 
     return Defence(name, title, serve, forward, is_random)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from evaluation.attacks import fingerprint
 from evaluation.defences import Defence, Images, Labels, Subject, share
 from evaluation.progress import bar
-from evaluation.threats import Budget, Record, Target, Threat
+from evaluation.threats import COLUMNS, Budget, Record, Target, Threat
 
 CHUNK = 50
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
@@ -69,6 +69,7 @@ def measure(
     budget: Budget,
     log: Log,
     cache: Path | None = None,
+    worst: float | None = None,
 ) -> dict[tuple[str, str], list[Record]]:
     """All cells, from ``log`` where they are there already.
 
@@ -76,24 +77,57 @@ def measure(
         images: uint8 (N, H, W, 3); those after ``budget.few`` meet transferred attacks only.
         labels: (N,).
         cache: folder for attacks that know the classifier alone.
+        worst: only the worst over all attacks is wanted, of changes up to this L2 norm: costly attacks meet only the
+            images that the attacks before them, in the order of ``columns``, have left.
     """
     known, identity = log.read(), _identity(subject)
     cells: dict[tuple[str, str], list[Record]] = {(row, column): [] for row in rows for column in columns}
     plan = list(_plan(len(images), rows.values(), columns, budget))
+    left: dict[tuple[str, int], NDArray[np.bool_]] = {}
     with bar(sum(size for *_, size in plan), "evaluating") as shown:
         for start, defence, name, size in plan:
             threat, part = columns[name], slice(start, start + size)
             shown.set_description(f"{defence.name}, {name}")
+            target = Target(subject, defence, images[part], labels[part], start, cache)
+            resisting = left.setdefault((defence.name, start), np.ones(CHUNK, np.bool_))[:size]
+            is_spared = worst is not None and threat.is_costly and bool(threat.knows)
+            if is_spared:
+                target = target.only(np.flatnonzero(resisting))
             what = (identity, start, defence.name, defence.title, defence.digest, threat)
-            key = hashlib.sha256(repr(what).encode() + images[part].tobytes() + labels[part].tobytes()).hexdigest()
-            if key not in known:
+            key = _key(what, target)
+            if key not in known and len(target.images):
                 begun = time.monotonic()
-                record = threat.run(Target(subject, defence, images[part], labels[part], start, cache))
+                record = threat.run(target)
                 known[key] = {**record, "seconds": round(time.monotonic() - begun, 3)}
                 log.append(key=key, defence=defence.name, threat=name, first=start, record=known[key])
-            cells[defence.name, name].append(known[key])
+            record = known.get(key, {"seconds": 0.0})
+            cells[defence.name, name].append(_spread(record, resisting) if is_spared else record)
+            if worst is not None and (threat.knows or name == "clean"):
+                resisting &= _withstood(cells[defence.name, name][-1], name, worst)
             shown.update(size)
     return cells
+
+
+def _key(what: object, target: Target) -> str:
+    parts = (target.images, target.labels, *(() if target.rows is None else (target.rows,)))
+    return hashlib.sha256(repr(what).encode() + b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+def _spread(record: Record, met: NDArray[np.bool_]) -> Record:
+    """A record of some images as one of all: those that it has not ``met`` were broken before."""
+    columns = {}
+    for name in COLUMNS:
+        whole = np.zeros(len(met))
+        whole[met] = record.get(name, ())
+        columns[name] = whole.tolist()
+    return {**record, **columns, "met": met.astype(int).tolist()}
+
+
+def _withstood(record: Record, threat: str, l2: float) -> NDArray[np.bool_]:
+    """(N,): where an attack found nothing, or a change that is larger than allowed."""
+    far = np.array(record["l2"]) > l2 if threat in NEAREST else False
+    withstood: NDArray[np.bool_] = (np.array(record["right"]) > 0) | far
+    return withstood
 
 
 def _plan(
@@ -124,7 +158,8 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
             need more, the attacker sends the clean image.
 
     Returns:
-        "defences" and "threats", name -> title; "trained", the names of trained comparators; by defence and threat
+        "defences" and "threats", name -> title; "skipped", by defence and threat how many images had been broken before
+        and were not attacked again; "trained", the names of trained comparators; by defence and threat
         "accuracy", "unanimous" and "detection"; by defence "worst", the images that withstand every attack,
         "deviation", "cost_ms" and "certified"; by threat of `NEAREST` "within", for some bounds, by defence; and
         "conclusion".
@@ -137,6 +172,7 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
         "threats": {name: column.title for name, column in columns.items()},
         "knows": {name: column.knows for name, column in columns.items()},
         "accuracy": _by_place(found, lambda cell: share(cell["right"] > 0)),
+        "skipped": _by_place(found, lambda cell: int((cell["met"] == 0).sum()), "met"),
         "worst": {row: share(worst) for row in rows if (worst := _worst(found, row, attacks, l2)) is not None},
         "unanimous": _by_place(found, lambda cell: share(cell["unanimous"] > 0), "unanimous"),
         "deviation": {row: float(found[row, "clean"]["deviation"].mean()) for row in rows if (row, "clean") in found},
@@ -253,7 +289,7 @@ def _detection(found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence
         limits = {rate: np.quantile(clean["score"], 1 - rate, method="higher") for rate in FALSE_ALARMS}
         table[name] = {
             "flagged": share(cell["flagged"][changed] > 0),
-            "agreement": _mean(cell["agreement"]),
+            "agreement": _mean(cell["agreement"][changed]),
             "auroc": auroc(clean["score"], scores),
             "found": {str(rate): share(scores > limit) for rate, limit in limits.items()},
         }

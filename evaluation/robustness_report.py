@@ -29,6 +29,8 @@ def markdown(content: Content) -> str:
         "",
     ]
     lines += [*_accuracy(content), ""]
+    if content["skipped"]:
+        lines += [_SKIPPED, "", *_skipped(content), ""]
     lines += ["Detection: how flags and scores tell attacked images from clean ones:", ""]
     lines += [*_detection(content), ""]
     if any(content["within"].values()):
@@ -64,6 +66,22 @@ def _accuracy(content: Content) -> list[str]:
         for name, entries in content["accuracy"].items()
     ]
     return table(["defence", *columns.values(), "worst"], rows)
+
+
+_SKIPPED = (
+    "Only the worst over all attacks was asked for: an image that one has broken is not attacked by the costly ones to "
+    "its right. In their columns it counts as broken, so each says what is left after it and all before it. Images "
+    "that were not attacked again:"
+)
+
+
+def _skipped(content: Content) -> list[str]:
+    columns = list(dict.fromkeys(column for entries in content["skipped"].values() for column in entries))
+    rows = [
+        [content["defences"][name], *(entries.get(column, "") for column in columns)]
+        for name, entries in content["skipped"].items()
+    ]
+    return table(["defence", *(content["threats"][column] for column in columns)], rows)
 
 
 def _detection(content: Content) -> list[str]:

@@ -10,20 +10,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evaluation import changes
 from evaluation.adaptive import Effort, Forward, Found, Trace, ascend, examine
 from evaluation.attacks import AttackError, attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
-from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
+from evaluation.defences import Defence, Images, Labels, Predictions, Subject, fast, gaussian
 from handlers.certify import certify
 
+Rows = NDArray[np.int64]
 Record = dict[str, Any]
 """What a threat found on a chunk of images, as JSON: lists with an entry per image, and what the caveats need."""
+
+COLUMNS = ("right", "unanimous", "flagged", "agreement", "score", "deviation", "l2")
+"""Its lists, for all threats that send images."""
 
 FLAT = 0.9
 """Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
 _EXAMINED = 16  # images whose gradients tell so
+_SHORT = 10  # steps of the first ascent
 TRIES = 10
 _BALL, _EFFORT = changes.L2(0.5), Effort()
 _TRY = 1_000_003  # seeds of a further try at the same image are this far away
@@ -38,6 +44,7 @@ class Target:
         labels: (N,), their true classes.
         first: number of the first of them among all images; chooses the noise.
         cache: folder for attacks that know the classifier alone.
+        rows: (N,), how far each stands after the first; None where all follow one another.
     """
 
     subject: Subject
@@ -46,26 +53,36 @@ class Target:
     labels: Labels
     first: int = 0
     cache: Path | None = None
+    rows: Rows | None = None
+
+    @property
+    def places(self) -> Rows:
+        """(N,), the number of each among all images."""
+        return self.first + (np.arange(len(self.images)) if self.rows is None else self.rows)
+
+    def only(self, rows: Rows) -> "Target":
+        """The images in these ``rows``, which keep their noise."""
+        rows_of = (self.places - self.first)[rows]
+        return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], rows=rows_of)
 
     def predict(self, images: Images, attempt: int = 0, rows: Any = slice(None)) -> Predictions:
         """What the defence makes of ``images``, which stand in these ``rows``, at a further ``attempt``."""
-        places = np.arange(self.first, self.first + len(self.images))[rows]
-        return self.defence.serve(images, [int(place) + attempt * _TRY for place in places])
+        return self.defence.serve(images, [int(place) + attempt * _TRY for place in self.places[rows]])
 
     def record(self, images: Images, found: Predictions | None = None, **more: Any) -> Record:
         """What is kept of the answers to ``images``."""
         found = self.predict(images) if found is None else found
         voters, labels = found.sample_labels, self.labels
-        columns: dict[str, Any] = {
-            "right": found.labels == labels,
-            "unanimous": ((voters == labels[:, None]) | (voters < 0)).all(axis=1),
-            "flagged": found.flagged,
-            "agreement": found.agreement,
-            "score": found.scores,
-            "deviation": found.deviation,
-            "l2": (to_float(images) - to_float(self.images)).flatten(1).norm(dim=1).numpy(),
-        }
-        return {**{name: _list(column) for name, column in columns.items()}, **more}
+        columns = (
+            found.labels == labels,
+            ((voters == labels[:, None]) | (voters < 0)).all(axis=1),
+            found.flagged,
+            found.agreement,
+            found.scores,
+            found.deviation,
+            (to_float(images) - to_float(self.images)).flatten(1).norm(dim=1).numpy(),
+        )
+        return {**{name: _list(column) for name, column in zip(COLUMNS, columns, strict=True)}, **more}
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,9 @@ class Clean(Threat):
     sigma: float = 0.0
 
     def run(self, target: Target) -> Record:
-        images, places = target.images, range(target.first, target.first + len(target.images))
+        images = target.images
         if self.sigma:
-            return target.record(gaussian(images, self.sigma, places))
+            return target.record(gaussian(images, self.sigma, target.places.tolist()))
         found = target.predict(images)
         if target.defence.name != "none":
             return target.record(images, found)
@@ -129,8 +146,10 @@ class Transferred(Threat):
         images = self._attacked(target)
         found = target.predict(images)
         for attempt in range(1, self.tries if target.defence.is_random else 1):
-            again = target.predict(images, attempt)
-            found = _replace(found, again, np.flatnonzero(again.labels != target.labels))
+            resisting = np.flatnonzero(found.labels == target.labels)
+            if not len(resisting):
+                break
+            found = _replace(found, target.predict(images[resisting], attempt, resisting), resisting)
         return target.record(images, found)
 
     def _attacked(self, target: Target) -> Images:
@@ -141,8 +160,9 @@ class Transferred(Threat):
         def compute() -> Images:
             clean, labels = to_float(target.images), torch.from_numpy(target.labels)
             best: Found | None = None
+            forward = _alone(fast(classifier, target.subject.device), target.subject.device)
             for attempt in range(self.effort.restarts):
-                found = ascend(_alone(classifier), clean, labels, self.change, self.effort, attempt, target.first)
+                found = ascend(forward, clean, labels, self.change, self.effort, attempt, target.first)
                 best = found if best is None else _better(best, found)
             assert best is not None
             return to_bytes(best.images)
@@ -153,7 +173,10 @@ class Transferred(Threat):
 
 @dataclass(frozen=True)
 class White(Threat):
-    """Gradients through the whole defence; what comes out is rounded to 8 bits and judged by the served engines."""
+    """Gradients through the whole defence; what comes out is rounded to 8 bits and judged by the served engines.
+
+    Each ascent begins anew on the images that the engines, with fresh noise, still classify correctly.
+    """
 
     is_costly: ClassVar[bool] = True
     knows: ClassVar[str] = "defence"
@@ -168,14 +191,15 @@ class White(Threat):
         images, found = target.images.copy(), target.predict(target.images)
         resisting = np.flatnonzero(found.labels == target.labels)
         broken, late = [], 0
-        for attempt in range(effort.restarts):
+        for attempt, each in enumerate([*_first(effort), *[effort] * effort.restarts]):
             if not len(resisting):
                 break
-            got = ascend(forward, clean[resisting], labels[resisting], self.change, effort, attempt, target.first)
+            got = ascend(forward, clean[resisting], labels[resisting], self.change, each, attempt, target.first)
             changed = to_bytes(got.images)
             answers = target.predict(changed, attempt, resisting)
-            images[resisting], found = changed, _replace(found, answers, resisting, np.arange(len(resisting)))
-            late += int(((got.margins < 0) & (got.earlier >= 0)).sum())
+            images[resisting], found = changed, _replace(found, answers, resisting)
+            if each is effort:
+                late += int(((got.margins < 0) & (got.earlier >= 0)).sum())
             fell = answers.labels != target.labels[resisting]
             broken.append(int(fell.sum()))
             resisting = resisting[~fell]
@@ -309,8 +333,15 @@ def threats(budget: Budget, l2: float = 0.5, linf: float = 4 / 255, sigma: float
     }
 
 
-def _alone(classifier: torch.nn.Module) -> Forward:
-    return lambda images, _: Trace(classifier(images)[None])
+def _first(effort: Effort) -> list[Effort]:
+    """A short ascent before long ones: most images fall to it, and the long ones need not be taken on them."""
+    if effort.steps < 2 * _SHORT:
+        return []
+    return [dataclasses.replace(effort, steps=_SHORT, draws=-(-effort.draws // 4))]
+
+
+def _alone(classifier: torch.nn.Module, device: str) -> Forward:
+    return lambda images, _: Trace(classifier(images.to(device))[None].cpu())
 
 
 def _better(one: Found, other: Found) -> Found:
@@ -319,11 +350,11 @@ def _better(one: Found, other: Found) -> Found:
     return Found(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
 
 
-def _replace(found: Predictions, other: Predictions, rows: Any, of: Any = None) -> Predictions:
-    """``found`` with what ``other`` says in ``rows``, where it stands in the rows ``of``, or the same."""
+def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
+    """``found``, but in these ``rows`` what ``other`` says."""
     columns = {}
     for entry in dataclasses.fields(Predictions):
-        old, new = getattr(found, entry.name), getattr(other, entry.name)[rows if of is None else of]
+        old, new = getattr(found, entry.name), getattr(other, entry.name)
         if entry.name == "sample_labels":  # "auto" draws more samples of some
             most = max(old.shape[1], new.shape[1])
             old, new = (np.pad(a, ((0, 0), (0, most - a.shape[1])), constant_values=-1) for a in (old, new))

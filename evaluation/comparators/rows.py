@@ -87,7 +87,7 @@ def autoencoder(subject: Subject, name: str, title: str, network: Autoencoder) -
     side, (height, width) = network.image_size, subject.pipeline.manifest.image_size
     if not side == height == width:
         raise ComparatorError(f"{title} is for images of {side}x{side} pixels, the bundle for {height}x{width}")
-    sizes = [math.prod(shape) for shape in network.noise_shapes]
+    sizes, quick = [math.prod(shape) for shape in network.noise_shapes], defences.fast(network, subject.device)
 
     @torch.no_grad()
     def serve(images: Images, seeds: Seeds) -> Predictions:
@@ -104,11 +104,11 @@ def autoencoder(subject: Subject, name: str, title: str, network: Autoencoder) -
         return Predictions.of(np.stack(logits, axis=1), subject.pipeline.classify(images), spread)
 
     def forward(images: Tensor, draws: int) -> Trace:
-        repeated = images.repeat(draws, 1, 1, 1)
-        purified = network.purify(repeated, draw(network, len(repeated)))
+        repeated = images.to(subject.device).repeat(draws, 1, 1, 1)
+        purified = quick.purify(repeated, draw(network, len(repeated), subject.device))
         changed = purified.images.clamp(0, 1)
         stages = {"decode": purified.mixed, "classify": (changed,)}
-        return Trace(subject.classifier(changed).view(draws, len(images), -1), stages)
+        return Trace(subject.fast_classifier(changed).view(draws, len(images), -1).cpu(), stages)
 
     return Defence(name, f"{title}, vote of {SAMPLES}", serve, forward, True, digest=weights_digest(network))
 

@@ -81,6 +81,15 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
     parser.add_argument("--few", type=positive, metavar="N", help="of these, for threats that take long")
+    parser.add_argument(
+        "--worst",
+        action="store_true",
+        help="ask for the worst over all attacks alone: what one has broken the costly ones that follow need not "
+        "attack, so they are taken on all images (or --few)",
+    )
+    for name in ("steps", "restarts", "draws"):
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help="of gradients, instead of the budget's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for gradients (%(default)s)")
     parser.add_argument("--samples", type=number_of_samples, help="samples that vote, or auto (default: the bundle's)")
     parser.add_argument("--alphas", metavar="NAME", help="schedule that is evaluated as served (default: the bundle's)")
     parser.add_argument("--l2", type=number, default=0.5, help="largest L2 norm of a change (%(default)s)")
@@ -128,7 +137,8 @@ def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
     rows, columns = _rows(args, subject), _columns(args, budget)
     images, labels = read_labelled(args.images, manifest.classes, manifest.image_size, budget.images)
     log = robustness.Log(args.json.with_suffix(".jsonl"))
-    cells = robustness.measure(subject, rows, columns, images, labels, budget, log, args.cache)
+    worst = args.l2 if args.worst else None
+    cells = robustness.measure(subject, rows, columns, images, labels, budget, log, args.cache, worst)
     content = robustness.summarise(cells, rows, columns, args.l2) | {
         "model": f"{manifest.name} {manifest.version}",
         "images": str(args.images),
@@ -151,19 +161,26 @@ def _budget(args: argparse.Namespace) -> "Budget":
     from evaluation.threats import BUDGETS
 
     budget = BUDGETS[args.budget]
-    return dataclasses.replace(budget, images=args.limit or budget.images, few=args.few or budget.few)
+    given = {name: value for name in ("steps", "restarts", "draws") if (value := getattr(args, name))}
+    images = args.limit or budget.images
+    few = args.few or (images or sys.maxsize if args.worst else budget.few)
+    return dataclasses.replace(budget, effort=dataclasses.replace(budget.effort, **given), images=images, few=few)
 
 
 def _subject(args: argparse.Namespace, pipeline: "Pipeline") -> "Subject":
+    import torch
+
     from evaluation.defences import Subject
     from export.classifier import stage
     from export.models import load_models
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CliError("--device cuda: PyTorch finds no GPU here")
     manifest = pipeline.manifest
     recipe = read_recipe(args, manifest)
     purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     adapted: Any = stage(classifier, recipe.image_size, len(recipe.classes)).reference
-    return Subject(pipeline, purifier.requires_grad_(False), adapted.requires_grad_(False), recipe.blur)
+    return Subject(pipeline, purifier.requires_grad_(False), adapted.requires_grad_(False), recipe.blur, args.device)
 
 
 def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from evaluation.attacks import predict
 from evaluation.caveats import caveats
 from evaluation.defences import Subject, share
 from evaluation.robustness import Log, measure, summarise
-from evaluation.threats import Budget, Clean, Record, Target, Threat, threats
+from evaluation.threats import COLUMNS, Budget, Clean, Record, Target, Threat, threats
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import of_bundle
@@ -19,7 +20,7 @@ pytest.importorskip("foolbox")
 
 BUDGET = Budget(Effort(3, 2, 2), 20, 20, 12, 8)
 ROWS = ("none", "blur", "served", "kept", "one")
-COLUMNS = ("clean", "noise", "deepfool", "cw", "apgd", "certify")
+THREATS = ("clean", "noise", "deepfool", "cw", "apgd", "certify")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def _rows(subject: Subject) -> dict[str, defences.Defence]:
 @pytest.fixture(scope="module")
 def content(subject: Subject, images: np.ndarray, labels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict:
     rows, all_columns = _rows(subject), threats(BUDGET)
-    columns = {name: all_columns[name] for name in COLUMNS}
+    columns = {name: all_columns[name] for name in THREATS}
     log = Log(tmp_path_factory.mktemp("log") / "log.jsonl")
     cells = measure(subject, rows, columns, images, labels, BUDGET, log)
     content = summarise(cells, rows, columns, 0.5)
@@ -170,6 +171,77 @@ def test_work_goes_on_where_it_was_cut_off(
     assert again(labels=np.roll(labels, 1))[0] == 6  # other labels
     assert again(clean=Counting("clean", 0.1))[0] == 6  # other settings
     assert again() == (0, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sieve(Threat):
+    """An attack that breaks the images whose number ``by`` divides, and notes which it has met."""
+
+    knows = "defence"
+    by: int = 1
+    costly: bool = True
+    l2: float = 0.0
+    met: list[int] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def is_costly(self) -> bool:  # type: ignore[override]
+        return self.costly
+
+    def run(self, target: Target) -> Record:
+        self.met.extend(target.places.tolist())
+        right = [int(place % self.by != 0) for place in target.places]
+        return {**dict.fromkeys(COLUMNS, [0.5] * len(right)), "right": right, "l2": [self.l2] * len(right)}
+
+
+def test_only_the_worst_is_asked_for_and_what_is_broken_is_spared(
+    subject: Subject, images: np.ndarray, labels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robustness, "CHUNK", 5)
+    rows, log, budget = (
+        {"none": _rows(subject)["none"]},
+        Log(tmp_path / "log.jsonl"),
+        dataclasses.replace(BUDGET, few=12),
+    )
+    columns: dict[str, Threat] = {
+        "clean": Clean("clean"),  # 0 and 1 are misread
+        "deepfool": Sieve("far", 1, costly=False, l2=0.6),
+        "cheap": Sieve("cheap", 4, costly=False),
+        "odd": Sieve("costly", 3, l2=0.4),
+        "rest": Sieve("costliest", 5),
+    }
+
+    def run(**changed: Threat) -> dict:
+        return summarise(
+            measure(subject, rows, columns | changed, images, labels, budget, log, worst=0.5), rows, columns, 0.5
+        )
+
+    content = run()
+    met = {name: threat.met for name, threat in columns.items() if isinstance(threat, Sieve)}
+    assert met["deepfool"] == met["cheap"] == list(range(12))
+    assert met["odd"] == [2, 3, 5, 6, 7, 9, 10, 11]
+    assert met["rest"] == [2, 5, 7, 10, 11]
+    assert content["skipped"]["none"] == {"odd": 4, "rest": 7}
+    assert content["accuracy"]["none"]["rest"] == content["worst"]["none"] == share(np.arange(12) < 3)
+    assert content["accuracy"]["none"]["odd"]["count"] == 5
+    assert content["detection"]["none"]["odd"]["agreement"] == 0.5
+    assert run() == content
+    assert met["rest"] == [2, 5, 7, 10, 11]  # the log knows
+    assert run(odd=Sieve("breaks all", 1))["skipped"]["none"] == {"odd": 4, "rest": 12}
+
+
+def test_a_report_of_the_worst_says_what_was_skipped(content: dict) -> None:
+    asked = {**content, "skipped": {"none": {"certify": 7}}}
+    assert "not attacked by the costly ones" in robustness_report.markdown(asked)
+    assert "| no defence | 7 |" in robustness_report.markdown(asked)
+    assert "not attacked by the costly ones" not in robustness_report.markdown(content)
+
+
+def test_an_attack_that_only_asks_must_not_break_what_gradients_left(content: dict) -> None:
+    accuracy = {"none": {"linf": share(np.arange(100) < 40), "square": share(np.arange(100) < 30)}}
+    asked = {**content, "accuracy": accuracy, "skipped": {"none": {"linf": 50, "square": 60}}}
+    assert any("breaks 10 of 100 images more" in caveat for caveat in caveats(asked, {}))
+    accuracy["none"]["square"] = share(np.arange(100) < 39)
+    assert not any("images more" in caveat for caveat in caveats(asked, {}))
 
 
 def test_the_report_is_written_three_times(content: dict, tmp_path: Path) -> None:

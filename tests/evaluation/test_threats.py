@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,34 @@ def test_a_white_box_is_judged_as_served_and_goes_on_with_what_resists(
     assert found["l2"][:2] == [0, 0]
     assert sum(found["broken"]) == 10 - sum(found["right"])
     assert found["gradients"]["zero"] == {"images": 0, "classify": 0}
+
+
+def test_a_short_ascent_takes_what_falls_easily(subject: Subject, rows: dict[str, Defence]) -> None:
+    """Long ones, which cost more draws, see the rest only."""
+    asked: list[tuple[int, int]] = []
+
+    def forward(images: torch.Tensor, draws: int) -> Trace:
+        asked.append((len(images), draws))
+        return rows["none"].forward(images, draws)
+
+    target = _target(subject, Defence("none", "none", rows["none"].serve, forward))
+    found = White("", L2(0.04), Effort(20, 2)).run(target)
+    assert sum(found["broken"]) == 10 - sum(found["right"])
+    sizes = [size for size, _ in asked[2:]]  # two look at the gradients
+    assert sizes[:11] == [10] * 11
+    assert set(sizes[11:32]) == {10 - found["broken"][0]}
+    assert found["broken"][0] > 0
+
+
+def test_some_images_of_a_target_keep_their_noise(subject: Subject, rows: dict[str, Defence]) -> None:
+    target = dataclasses.replace(_target(subject, rows["served"]), first=7)
+    some = target.only(np.array([1, 4, 6]))
+    twice = some.only(np.array([0, 2]))
+    assert some.places.tolist() == [8, 11, 13]
+    assert twice.places.tolist() == [8, 13]
+    whole, part = target.predict(target.images), twice.predict(twice.images)
+    assert np.allclose(whole.logits[[1, 6]], part.logits)
+    assert twice.labels.tolist() == target.labels[[1, 6]].tolist()
 
 
 def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:

@@ -161,6 +161,33 @@ def test_a_worse_bundle_is_refused_by_the_gate(
 
 
 @pytest.mark.parametrize("made", ["callable"], indirect=True)
+def test_the_worst_alone_takes_costly_attacks_to_all_images(made: Path, tmp_path: Path) -> None:
+    given = ["--images", made / "images", "--recipe", made / "recipe.yaml", "--json", tmp_path / "report.json"]
+    words = [
+        "--worst",
+        "--limit",
+        6,
+        "--threat",
+        "apgd",
+        "--threat",
+        "white",
+        "--defence",
+        "none",
+        "--defence",
+        "served",
+    ]
+    words += ["--l2", 2, "--steps", 3, "--restarts", 2, "--draws", 1, "--threads", 1, "--cache", tmp_path / "cache"]
+    assert main(["evaluate", str(made / "bundle"), *map(str, (*given, *words))]) == 0
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["budget"]["effort"] == {"steps": 3, "restarts": 2, "draws": 1}
+    for row in ("none", "served"):
+        accuracy = content["accuracy"][row]
+        assert accuracy["white"] == content["worst"][row]
+        assert accuracy["white"]["n"] == 6
+        assert content["skipped"][row]["white"] == 6 - accuracy["apgd"]["count"]
+
+
+@pytest.mark.parametrize("made", ["callable"], indirect=True)
 def test_strict_refuses_a_report_with_caveats(made: Path, tmp_path: Path) -> None:
     words = ["--defence", "none", "--threat", "noise"]
     assert _evaluate(made, tmp_path, *words) == 0
@@ -176,6 +203,11 @@ def test_strict_refuses_a_report_with_caveats(made: Path, tmp_path: Path) -> Non
         (["--comparators", "nowhere"], "nowhere: holds no comparator"),
         (["--images", "nowhere"], "nowhere"),
         (["--gate", "nowhere.yaml"], "nowhere.yaml"),
+        pytest.param(
+            ["--device", "cuda"],
+            "PyTorch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(

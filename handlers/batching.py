@@ -16,8 +16,8 @@ def buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:
     Those of ``further`` are among them where the engine takes so many.
     """
     most = batch.most(on_cpu)
-    powers = {2**i for i in range(most.bit_length())}
-    return sorted((size for size in powers | {batch.opt, most, *further} if batch.min <= size <= most), reverse=True)
+    sizes = {2**i for i in range(most.bit_length())} | {batch.min, batch.opt, most, *further}
+    return sorted((size for size in sizes if batch.min <= size <= most), reverse=True)
 
 
 def chunks(start: int, stop: int, sizes: Sequence[int]) -> Iterator[IntArray]:

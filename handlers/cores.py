@@ -1,9 +1,12 @@
-"""The number of CPU cores that this process may use, with the limits of its container."""
+"""The number of CPU cores that this process may use, with the limits of its container, and what they are."""
 
+import functools
 import os
+import platform
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_OF_THE_CPU = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "cpu part", "features")
 
 
 def usable() -> int:
@@ -42,6 +45,17 @@ def groups(resource: str) -> list[Path]:
         group = top / path.lstrip("/")
         found += [group, *(parent for parent in group.parents if parent.is_relative_to(top))]
     return found
+
+
+@functools.cache
+def kind() -> str:
+    """Model and instruction sets of the CPU: what is compiled or measured for one kind does not hold for another."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip().lower() in _OF_THE_CPU]
+    return "\n".join([platform.machine(), *lines])
 
 
 def _share(folder: Path) -> float | None:

@@ -206,6 +206,11 @@ class Manifest:
         digests = {name: FileDigest.of(folder / name) for name in _files_in(folder)}
         return dataclasses.replace(self, files=digests)
 
+    def graph_digest(self, file: str) -> str:
+        """SHA-256 of the digests of a listed graph and of its external weights."""
+        names = [name for name in (file, f"{file}.data") if name in self.files]
+        return hashlib.sha256(b"".join(bytes.fromhex(self.files[name].sha256) for name in names)).hexdigest()
+
     def _check(self) -> None:
         """Check that the fields are consistent."""
         for schedule, weights in self.alphas.items():

@@ -4,10 +4,12 @@ It is independent of model families: the manifest declares the inputs and output
 noise, directly or through another stage, runs once per sample, any other once per image.
 """
 
+import dataclasses
 import logging
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +61,8 @@ class Pipeline:
         self._engines = dict(engines)
         self._load_fallback = load_fallback
         self._fallback: Pipeline | None = None
+        self._warming: threading.Thread | None = None
+        self._closed = threading.Event()
         on_cpu = runtime in runtimes.ON_CPU
         self._buckets = buckets(manifest.batch, on_cpu)
         self._group = self._buckets[0]
@@ -86,16 +90,17 @@ class Pipeline:
         folder = Path(folder)
         manifest = Manifest.read(folder)
         name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
-        files = {stage.name: folder / stage.file for stage in manifest.stages}
+        files = {stage.name: stage.file for stage in manifest.stages}
         usual = manifest.batch.opt, manifest.batch.max
-        engines = _engines(name, files, Options(threads, device, manifest.precision, compiled=usual))
+        options = Options(threads, device, manifest.precision, compiled=usual)
+        engines = _engines(name, folder, manifest, files, options)
 
         def fallback() -> Pipeline:
             # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU. Nothing is compiled:
             # an image waits for the answer.
             graphs = name if name in _HAVE_FALLBACKS else runtimes.choose("auto")
-            files = {stage.name: folder / (stage.fallback or stage.file) for stage in manifest.stages}
-            return cls(manifest, _engines(graphs, files, Options(threads, device, "fp32")), graphs)
+            files = {stage.name: stage.fallback or stage.file for stage in manifest.stages}
+            return cls(manifest, _engines(graphs, folder, manifest, files, Options(threads, device, "fp32")), graphs)
 
         half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
         return cls(manifest, engines, name, fallback if half else None)
@@ -181,13 +186,56 @@ class Pipeline:
             EngineError: a stage cannot be run at one of the sizes.
         """
         for i, size in enumerate(self._classify_buckets, 1):
-            start = time.perf_counter()
-            images = np.zeros((size, *self.manifest.image_size, 3), np.uint8)
-            self.classify(images)
-            if size in self._buckets:
-                self.run(images, samples=1, seeds=range(size))
-            taken, n = time.perf_counter() - start, len(self._classify_buckets)
-            logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, taken, i, n)
+            self._run_once(size, i)
+
+    def warm_up_behind(self) -> None:
+        """As `warm_up`, but return after the largest and the smallest size where engines can be run in several threads.
+
+        The other sizes follow in a thread. Until a size is warm, batches are split into sizes that are, so no answer
+        waits for a compiler. A size that fails is never used.
+
+        Raises:
+            EngineError: a stage cannot be run at the largest or the smallest size.
+        """
+        if not all(getattr(engine, "takes_threads", False) for engine in self._engines.values()):
+            self.warm_up()
+            return
+        whole = Pipeline(self.manifest, self._engines, self.runtime)
+        largest, *rest = whole._classify_buckets
+        sizes = [largest, *reversed(rest)]  # after these two, the smaller ones, which are asked for first
+        self._use_sizes(whole, sizes[:2])
+        for i, size in enumerate(sizes[:2], 1):
+            whole._run_once(size, i)
+
+        def follow() -> None:
+            warm = set(sizes[:2])
+            for i, size in enumerate(sizes[2:], 3):
+                if self._closed.is_set():
+                    return
+                try:
+                    whole._run_once(size, i)
+                except Exception:
+                    logger.exception("batches of %d rows fail: they are split", size)
+                else:
+                    warm.add(size)
+                    self._use_sizes(whole, warm)
+
+        self._warming = threading.Thread(target=follow, name="warm-up")
+        self._warming.start()
+
+    def _use_sizes(self, whole: "Pipeline", sizes: Collection[int]) -> None:
+        """Make batches of ``sizes`` alone, as far as ``whole`` makes such."""
+        self._buckets = [size for size in whole._buckets if size in sizes]
+        self._classify_buckets = [size for size in whole._classify_buckets if size in sizes]
+
+    def _run_once(self, size: int, i: int) -> None:
+        """Run every stage with ``size`` rows, the ``i``-th of the sizes that are warmed up."""
+        start, n = time.perf_counter(), len(self._classify_buckets)
+        images = np.zeros((size, *self.manifest.image_size, 3), np.uint8)
+        self.classify(images)
+        if size in self._buckets:
+            self.run(images, samples=1, seeds=range(size))
+        logger.info("%s %d rows at once, %.1f s (%d of %d)", PROGRESS, size, time.perf_counter() - start, i, n)
 
     def with_stage(self, name: str, engine: Engine) -> "Pipeline":
         """This pipeline with another engine for the stage ``name``. It shares the others: close only one of the two."""
@@ -195,6 +243,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the engines."""
+        self._closed.set()
+        if self._warming:
+            self._warming.join()
         _close(self._engines)
         if self._fallback:
             self._fallback.close()
@@ -336,13 +387,16 @@ class Pipeline:
         return outputs
 
 
-def _engines(runtime: str, files: Mapping[str, Path], options: Options) -> dict[str, Engine]:
-    """The engines of all files, by stage; if one fails, the others are closed."""
+def _engines(
+    runtime: str, folder: Path, manifest: Manifest, files: Mapping[str, str], options: Options
+) -> dict[str, Engine]:
+    """The engines of all files of the bundle in ``folder``, by stage; if one fails, the others are closed."""
     engines: dict[str, Engine] = {}
     try:
         for stage, file in files.items():
-            engines[stage] = runtimes.load(runtime, file, options)
-            logger.info("%s %s loaded in %s (%d of %d)", PROGRESS, file.name, runtime, len(engines), len(files))
+            own = dataclasses.replace(options, digest=manifest.graph_digest(file))
+            engines[stage] = runtimes.load(runtime, folder / file, own)
+            logger.info("%s %s loaded in %s (%d of %d)", PROGRESS, file, runtime, len(engines), len(files))
     except Exception:
         _close(engines)
         raise

@@ -124,12 +124,12 @@ class Service:
         return [[next(in_order) for _ in request.images] for request in requests]
 
     def self_test(self) -> None:
-        """Warm up every batch size, then answer one request.
+        """Warm up as many batch sizes as answers need (`Pipeline.warm_up_behind`), then answer one request.
 
         Raises:
             RuntimeError: the pipeline cannot be run or its answer is not 200.
         """
-        self._pipeline.warm_up()
+        self._pipeline.warm_up_behind()
         self.probe()
 
     def probe(self) -> None:

@@ -9,12 +9,21 @@ from hypothesis import HealthCheck, settings
 
 from deploy.server import Server
 from handlers.client import Client
+from handlers.runtimes.cache import VARIABLE
 from tests import bundles
 from tests.handlers.fake_server import FakeServer, serving, serving_https
 
 # Properties say what must hold, not how fast: a busy machine must not fail them.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One of this run, also for the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -48,12 +48,15 @@ class Options:
         device: number of the GPU, for runtimes that use one.
         precision: of the bundle, "fp32", "fp16" or "bf16". A runtime must not compute in a lower precision.
         compiled: batch sizes whose first run may take a compiler's minute, so that later ones are faster.
+        digest: of the graph and its external weights (`handlers.manifest.Manifest.graph_digest`); "" if it is unknown.
+            What is compiled of a graph is kept under its digest for later starts (`handlers.runtimes.cache`).
     """
 
     threads: int = 0
     device: int = 0
     precision: str = "fp32"
     compiled: tuple[int, ...] = ()
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from handlers.runtimes import cache
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +64,4 @@ def use_private_cache() -> None:
     if os.environ.get(CACHE):
         return
     with contextlib.suppress(OSError):
-        os.environ[CACHE] = str(_own_folder() or tempfile.mkdtemp(prefix="mlvgm-inductor-"))
-
-
-def _own_folder() -> Path | None:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlvgm" / "inductor"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):  # no home, or one that cannot be written to
-        return None
-    private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
-    return folder if private else None
+        os.environ[CACHE] = str(cache.own_folder("inductor") or tempfile.mkdtemp(prefix="mlvgm-inductor-"))

@@ -3,9 +3,15 @@
 With a dynamic batch, shapes are inferred at every call, which for a small network takes as long as its layers. So a
 small graph is compiled once per batch size, and the batch is split between cores, which then never wait for each other.
 A large graph is compiled once with a dynamic batch: its layers take most of the time, and its weights gigabytes.
+
+What is compiled of a small graph is kept for later starts, which then take a third of the time. It has the weights in
+it, once for each batch size, so of a large graph nothing is kept.
 """
 
-from collections.abc import Mapping
+import contextlib
+import io
+import threading
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,9 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, Engine, EngineError, Options
+from handlers.runtimes import Array, Engine, EngineError, Options, cache
+
+_KEPT = "openvino"  # folder of the cache
 
 SMALL_BYTES = 64_000_000
 """Graphs with at most this many bytes of weights are compiled once per batch size."""
@@ -38,7 +46,7 @@ def load(file: Path, options: Options) -> Engine:
         model = core.read_model(str(file))
         if weights > SMALL_BYTES:
             return DynamicEngine(core, model, settings)
-        return StaticEngine(core, model, settings)
+        return StaticEngine(core, model, settings, options.digest)
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
 
@@ -65,47 +73,77 @@ class StaticEngine:
     """One compiled model per batch size; inputs and outputs are numpy arrays.
 
     A batch that divides evenly among the threads is split into as many parts, each computed by one thread.
+
+    Args:
+        digest: of the graph; "" to keep nothing that is compiled.
     """
 
-    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
-        self._core, self._model, self._settings = core, model, settings
+    takes_threads = True
+
+    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], digest: str = "") -> None:
+        self._core, self._model, self._settings, self._digest = core, model, settings, digest
         self._batched = {name for port in model.inputs if port.partial_shape[0].is_dynamic for name in port.names}
-        self._compiled: dict[int, list[_Share]] = {}
+        self._compiled: dict[int, _Shares] = {}
         self._shares(1)  # so that a graph that cannot be compiled is refused when it is loaded
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         rows = next(len(array) for name, array in inputs.items() if name in self._batched)
-        shares = self._shares(rows)
-        each = rows // len(shares)
-        try:
-            for i, share in enumerate(shares):
-                part = slice(i * each, (i + 1) * each)
-                share.start({name: array[part] if name in self._batched else array for name, array in inputs.items()})
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise EngineError(f"OpenVINO: {error}") from error
-        finally:
-            failed = [failure for share in shares if (failure := share.failure())]
-        if failed:
-            raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
-        outputs: dict[str, Array] = {}
-        for i, names in enumerate(shares[0].output_names):
-            outputs |= dict.fromkeys(names, np.concatenate([share.outputs[i] for share in shares]))
-        return outputs
+        return self._shares(rows).run(inputs, rows, self._batched)
 
     def close(self) -> None:
         del self._model
         self._compiled.clear()
 
-    def _shares(self, rows: int) -> "list[_Share]":
-        """The requests that compute ``rows`` rows, in equal parts."""
+    def _shares(self, rows: int) -> "_Shares":
         if rows not in self._compiled:
-            cores = self._settings["INFERENCE_NUM_THREADS"]
-            streams = 1 if rows % cores else cores
-            model = self._model.clone()
-            model.reshape({port: _with_rows(port.partial_shape, rows // streams) for port in model.inputs})
-            compiled = self._core.compile_model(model, "CPU", {**self._settings, "NUM_STREAMS": streams})
-            self._compiled[rows] = [_Share(compiled.create_infer_request()) for _ in range(streams)]
+            threads = self._settings["INFERENCE_NUM_THREADS"]
+            streams = 1 if rows % threads else threads
+            compiled = self._compile(rows // streams, {**self._settings, "NUM_STREAMS": streams})
+            self._compiled.setdefault(rows, _Shares(compiled, streams))
         return self._compiled[rows]
+
+    def _compile(self, rows: int, settings: dict[str, Any]) -> ov.CompiledModel:
+        """The graph compiled for ``rows`` rows, now or at an earlier start."""
+        about = {"openvino": ov.get_version(), "cpu": cores.kind(), "rows": rows, "settings": settings}
+        key = {"graph": self._digest, **about}
+        if self._digest and (kept := cache.read(_KEPT, key)):
+            with contextlib.suppress(RuntimeError):  # which no entry of this version should cause
+                return self._core.import_model(kept, "CPU", settings)
+        model = self._model.clone()
+        model.reshape({port: _with_rows(port.partial_shape, rows) for port in model.inputs})
+        compiled = self._core.compile_model(model, "CPU", settings)
+        if self._digest:
+            exported = io.BytesIO()
+            compiled.export_model(exported)
+            cache.write(_KEPT, key, exported.getvalue())
+        return compiled
+
+
+class _Shares:
+    """The requests that compute a number of rows in equal parts, all at once."""
+
+    def __init__(self, compiled: ov.CompiledModel, count: int) -> None:
+        self._shares = [_Share(compiled.create_infer_request()) for _ in range(count)]
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, Array], rows: int, batched: Container[str]) -> dict[str, Array]:
+        """The outputs; the inputs that are ``batched`` have ``rows`` rows."""
+        each = rows // len(self._shares)
+        with self._lock:
+            try:
+                for i, share in enumerate(self._shares):
+                    part = slice(i * each, (i + 1) * each)
+                    share.start({name: array[part] if name in batched else array for name, array in inputs.items()})
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise EngineError(f"OpenVINO: {error}") from error
+            finally:
+                failed = [failure for share in self._shares if (failure := share.failure())]
+            if failed:
+                raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
+            outputs: dict[str, Array] = {}
+            for i, names in enumerate(self._shares[0].output_names):
+                outputs |= dict.fromkeys(names, np.concatenate([share.outputs[i] for share in self._shares]))
+        return outputs
 
 
 class _Share:

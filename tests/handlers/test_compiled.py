@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from handlers.runtimes import compiled
+from handlers.runtimes.cache import VARIABLE
 from handlers.runtimes.compiled import CACHE, Compiled, use_private_cache
 
 SIZES = (1, 3, 8)
@@ -107,6 +108,7 @@ def test_wrong_inputs_fail_and_the_program_stays_compiled(caplog: pytest.LogCapt
 
 def test_what_is_compiled_is_kept_where_only_this_user_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def folder(home: Path) -> Path:
+        monkeypatch.delenv(VARIABLE, raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         monkeypatch.delenv(CACHE)
         use_private_cache.cache_clear()

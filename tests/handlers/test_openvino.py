@@ -1,15 +1,17 @@
 """Rows shared out between cores come back in their order, whichever way a graph is compiled."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from handlers import runtimes
-from handlers.runtimes import EngineError, Options
+from handlers.runtimes import EngineError, Options, cache
 
 pytest.importorskip("openvino")
 from handlers.runtimes import openvino
@@ -40,6 +42,80 @@ def test_all_numbers_of_rows_agree_with_onnxruntime(
         found = engine.run(feeds)["images"]
         np.testing.assert_allclose(found, reference.run(feeds)["images"], rtol=1e-5, atol=1e-6)
     engine.close()
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of what OpenVINO has compiled."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    return tmp_path / "openvino"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every graph that is compiled."""
+    calls: list[object] = []
+    core = openvino.ov.Core
+
+    class Core(core):  # type: ignore[misc, valid-type]
+        def compile_model(self, *given: object) -> object:
+            calls.append(given)
+            return super().compile_model(*given)
+
+    monkeypatch.setattr(openvino.ov, "Core", Core)
+    return calls
+
+
+def test_what_is_compiled_is_kept_for_later_starts(nvae_bundle: Path, kept: Path, compiled: list[object]) -> None:
+    results = []
+    for count in (3, 3, 6, 6):  # graphs that have been compiled so far
+        other = count > 3
+        engine = openvino.load(nvae_bundle / "decode.onnx", Options(1 if other else 2, digest="0"))
+        results.append([engine.run(inputs(rows))["images"] for rows in (1, 2, 3)])
+        engine.close()
+        assert len(compiled) == len(list(kept.iterdir())) == count
+    for found in results[1:]:
+        for array, expected in zip(found, results[0], strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the end", "another library's"])
+def test_what_cannot_be_loaded_is_compiled_again(
+    nvae_bundle: Path, kept: Path, compiled: list[object], damage: str
+) -> None:
+    def images() -> np.ndarray:
+        return openvino.load(nvae_bundle / "decode.onnx", Options(1, digest="0")).run(inputs(1))["images"]
+
+    expected = images()
+    (entry,) = kept.iterdir()
+    whole = entry.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    foreign = hashlib.sha256(b"what").digest() + b"what"
+    entry.write_bytes({"a byte": flipped, "the end": whole[:-1], "another library's": foreign}[damage])
+    assert np.array_equal(images(), expected)
+    assert len(compiled) == 2
+    assert np.array_equal(images(), expected)
+    assert len(compiled) == 2
+
+
+def test_nothing_is_kept_of_a_graph_without_a_digest_or_a_large_one(
+    nvae_bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino.load(nvae_bundle / "decode.onnx", Options(1))
+    monkeypatch.setattr(openvino, "SMALL_BYTES", 0)
+    openvino.load(nvae_bundle / "decode.onnx", Options(1, digest="0"))
+    assert not kept.exists()
+
+
+def test_threads_get_their_own_answers(nvae_bundle: Path) -> None:
+    engine = openvino.load(nvae_bundle / "decode.onnx", Options(2))
+    given = [{**inputs(4), "alphas": np.array([share, share], np.float32)} for share in np.linspace(0, 1, 8)]
+    expected = [engine.run(feeds)["images"] for feeds in given]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: engine.run(given[i % 8])["images"], range(200)))
+    for i, images in enumerate(found):
+        assert np.array_equal(images, expected[i % 8])
 
 
 def test_a_wrong_shape_is_one_error_and_the_engine_goes_on(nvae_bundle: Path) -> None:

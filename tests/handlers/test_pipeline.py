@@ -1,4 +1,5 @@
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,81 @@ def test_from_a_device_only_logits_come_until_the_images_are_wanted(
         fetched.clear()
         assert result.purified is result.purified
         assert not fetched, "they are fetched once"
+
+
+@pytest.mark.parametrize("batch", [Batch(1, 8, 64), Batch(1, 1, 1), Batch(1, 3, 5), Batch(4, 4, 8), Batch(3, 8, 8)])
+def test_until_a_size_is_warm_batches_are_made_of_others(
+    tmp_path: Path, nvae: Pipeline, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that no answer waits for the rest: it is held up here until the answers are there."""
+    bundles.write_nvae(tmp_path, batch=batch)
+    rest, seen = threading.Event(), set[int]()
+    run_once = Pipeline._run_once
+
+    def held(pipeline: Pipeline, size: int, i: int) -> None:
+        if i > 2:
+            rest.wait(60)
+        run_once(pipeline, size, i)
+
+    monkeypatch.setattr(Pipeline, "_run_once", held)
+    with Pipeline.load(tmp_path, "onnxruntime") as pipeline:
+        every = pipeline._buckets, pipeline._classify_buckets
+        for engine in pipeline._engines.values():
+
+            def spy(feeds: dict[str, Floats], original: Any = engine.run) -> object:
+                seen.add(len(next(iter(feeds.values()))))
+                return original(feeds)
+
+            monkeypatch.setattr(engine, "run", spy)
+            monkeypatch.setattr(engine, "takes_threads", True, raising=False)
+        pipeline.warm_up_behind()
+        warm = set(seen)
+        for count in (1, 2, 7, 11):
+            result = pipeline.run(bundles.images(count), 3, range(count))
+            expected = nvae.run(bundles.images(count), 3, range(count))
+            assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5)
+        assert seen == warm, "no size is used before it is warm"
+        rest.set()
+        assert pipeline._warming
+        pipeline._warming.join()
+        assert (pipeline._buckets, pipeline._classify_buckets) == every
+
+
+def test_a_size_that_fails_behind_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundles.write_nvae(tmp_path, batch=Batch(1, 8, 8))
+    run_once = Pipeline._run_once
+
+    def failing(pipeline: Pipeline, size: int, i: int) -> None:
+        if size == 4:
+            raise EngineError("no memory")
+        run_once(pipeline, size, i)
+
+    monkeypatch.setattr(Pipeline, "_run_once", failing)
+    with Pipeline.load(tmp_path, "openvino", 1) as pipeline:
+        pipeline.warm_up_behind()
+        assert pipeline._warming
+        pipeline._warming.join()
+        assert pipeline._buckets == [8, 2, 1]
+        assert "batches of 4 rows fail" in caplog.text
+        assert pipeline.run(bundles.images(7), 3).sample_logits.shape == (7, 3, 3)
+
+
+def test_closing_ends_the_warm_up(tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path)
+    pipeline = Pipeline.load(tmp_path, "openvino", 1)
+    pipeline.warm_up_behind()
+    pipeline.close()
+    assert pipeline._warming
+    assert not pipeline._warming.is_alive()
+
+
+def test_engines_without_threads_are_warm_before_the_first_answer(tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path)
+    with Pipeline.load(tmp_path, "onnxruntime", 1) as pipeline:
+        pipeline.warm_up_behind()
+        assert pipeline._warming is None
 
 
 def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,94 @@
+"""What a library has compiled or measured, kept for later starts in files that only this user can write.
+
+What lies there is loaded like code. So the folder is this user's own or none, files appear complete or not at all, and
+one that is damaged is as good as missing. Nothing else depends on them: where nothing can be kept, it is made anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "MLVGM_CACHE"
+
+LIMIT_BYTES = 1_000_000_000
+"""Largest size of a folder: beyond it, the entries that have not been used for longest are removed."""
+
+_CHECKSUM = hashlib.sha256
+_CHECKSUM_BYTES = 32
+
+
+def own_folder(name: str) -> Path | None:
+    """The folder ``name`` of this user's cache: ``$MLVGM_CACHE``, ``$XDG_CACHE_HOME/mlvgm`` or ``~/.cache/mlvgm``.
+
+    None where it cannot be made, or belongs to or can be written by others.
+    """
+    try:
+        chosen = os.environ.get(VARIABLE)
+        top = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlvgm")
+        folder = top / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+        return None
+    private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+    return folder if private else None
+
+
+def read(name: str, key: Mapping[str, Any]) -> bytes | None:
+    """What `write` has kept in the folder ``name`` under ``key``; None if it is missing or damaged."""
+    try:
+        if (folder := own_folder(name)) is None:
+            return None
+        path = folder / _entry(key)
+        kept = path.read_bytes()
+        content = kept[_CHECKSUM_BYTES:]
+        if _CHECKSUM(content).digest() != kept[:_CHECKSUM_BYTES]:
+            return None
+        os.utime(path)
+    except OSError:
+        return None
+    return content
+
+
+def write(name: str, key: Mapping[str, Any], content: bytes) -> None:
+    """Keep ``content`` in the folder ``name`` under ``key``, which JSON can express, if that is possible.
+
+    A reader finds the whole entry or none, even if several processes write the same one.
+    """
+    if len(content) > LIMIT_BYTES or (folder := own_folder(name)) is None:
+        return
+    draft = None
+    try:
+        _make_room(folder, len(content))
+        number, draft = tempfile.mkstemp(prefix=".draft-", dir=folder)
+        with open(number, "wb") as stream:
+            stream.write(_CHECKSUM(content).digest() + content)
+        os.replace(draft, folder / _entry(key))
+    except OSError:  # such as a full disk
+        if draft:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+
+
+def _entry(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    """Remove what has not been used for longest, drafts of killed processes included, until ``needed`` bytes fit."""
+    found = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    total = needed + sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= LIMIT_BYTES:
+            return
+        path.unlink(missing_ok=True)
+        total -= size

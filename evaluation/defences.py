@@ -183,7 +183,13 @@ def defences(subject: Subject, samples: int | str | None = None, served: str | N
 
 
 def remote(served: Defence, client: Client, model: str, classes: int) -> Defence:
-    """A running server, asked as anybody asks it; its gradients are those of the reference. It draws its own seeds."""
+    """A running server, asked as anybody asks it; its gradients are those of the reference."""
+    serve = asked(client, model, classes)
+    return Defence("server", f"the server's {model}", serve, served.forward, served.is_random)
+
+
+def asked(client: Client, model: str, classes: int) -> Serve:
+    """A running server's ``model``. It draws its own seeds; its "logits" are the logarithms of its confidences."""
 
     def serve(images: Images, _: Seeds) -> Predictions:
         labels, logits, flagged, scores = [], [], [], []
@@ -200,7 +206,7 @@ def remote(served: Defence, client: Client, model: str, classes: int) -> Defence
         floats = (np.array(logits, np.float32), np.array(flagged, np.bool_), np.array(scores, np.float32))
         return Predictions(found, found[:, None], *floats, np.zeros(len(images), np.float32))
 
-    return Defence("server", f"the server's {model}", serve, served.forward, served.is_random)
+    return serve
 
 
 def gaussian(images: Images, sigma: float, seeds: Seeds) -> Images:

@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.attacks import fingerprint
+from evaluation.budgets import Budget
 from evaluation.defences import Defence, Images, Labels, Subject, share
 from evaluation.progress import bar
-from evaluation.threats import COLUMNS, Budget, Record, Target, Threat
+from evaluation.threats import COLUMNS, Record, Target, Threat
 
 CHUNK = 50
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 FALSE_ALARMS = (0.01, 0.05)
-NEAREST = ("deepfool", "cw")
+NEAREST = ("deepfool", "cw", "hopskipjump")
 """Threats that know no bound: they find the nearest image that is misclassified."""
 
 Cells = Mapping[tuple[str, str], Sequence[Record]]
@@ -181,7 +182,9 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
         "within": {
             column: [{"l2": bound, **_within(found, rows, column, bound)} for bound in BOUNDS]
             for column in NEAREST
-            if column in columns and "clean" in columns
+            if column in columns
+            and "clean" in columns
+            and not any("met" in found.get((row, column), ()) for row in rows)
         },
         "certified": {
             row: {str(radius): share(cell["radius"] > radius) for radius in RADII}

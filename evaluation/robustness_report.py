@@ -25,7 +25,7 @@ def markdown(content: Content) -> str:
     lines = [f"# Robustness of {content['model']}", "", f"**{content['conclusion']}**", "", _preamble(content), ""]
     lines += [
         "Accuracy with 95 % intervals. The worst counts images that are classified correctly under every attack; "
-        f"DeepFool and Carlini-Wagner count only with changes of an L2 norm up to {content['l2']:g}:",
+        f"DeepFool, Carlini-Wagner and HopSkipJump count only with changes of an L2 norm up to {content['l2']:g}:",
         "",
     ]
     lines += [*_accuracy(content), ""]
@@ -180,7 +180,7 @@ def _point(panel: Any, entry: Mapping[str, Any], place: int, colour: str) -> Non
 
 
 def _by_size(panel: Any, content: Content, colours: Mapping[str, str]) -> None:
-    """Accuracy by the largest change that DeepFool and Carlini-Wagner may make, and proven accuracy by radius."""
+    """Accuracy by the largest change that attacks without a bound may make, and proven accuracy by radius."""
     lines: list[tuple[str, str, list[tuple[float, Mapping[str, Any]]]]] = []
     for column, bounds in content["within"].items():
         for name, row in content["accuracy"].items():

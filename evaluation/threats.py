@@ -1,9 +1,7 @@
-"""Threats: what an attacker knows, may change, and spends, at three budgets."""
+"""Threats: what an attacker knows, may change, and spends."""
 
 import dataclasses
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluation import changes
 from evaluation.adaptive import Effort, Forward, Found, Trace, ascend, examine
-from evaluation.attacks import AttackError, attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
+from evaluation.attacks import attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Images, Labels, Predictions, Subject, fast, gaussian
 from handlers.certify import certify
@@ -30,9 +28,9 @@ FLAT = 0.9
 """Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
 _EXAMINED = 16  # images whose gradients tell so
 _SHORT = 10  # steps of the first ascent
-TRIES = 10
 _BALL, _EFFORT = changes.L2(0.5), Effort()
-_TRY = 1_000_003  # seeds of a further try at the same image are this far away
+TRY = 1_000_003
+"""Seeds of a further try at the same image are this far away."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Target:
 
     def predict(self, images: Images, attempt: int = 0, rows: Any = slice(None)) -> Predictions:
         """What the defence makes of ``images``, which stand in these ``rows``, at a further ``attempt``."""
-        return self.defence.serve(images, [int(place) + attempt * _TRY for place in self.places[rows]])
+        return self.defence.serve(images, [int(place) + attempt * TRY for place in self.places[rows]])
 
     def record(self, images: Images, found: Predictions | None = None, **more: Any) -> Record:
         """What is kept of the answers to ``images``."""
@@ -216,42 +214,6 @@ class White(Threat):
 
 
 @dataclass(frozen=True)
-class BlackBox(Threat):
-    """The Square attack (Andriushchenko et al., ECCV 2020) of ART, in Linf: it asks, each time with fresh noise."""
-
-    is_costly: ClassVar[bool] = True
-    knows: ClassVar[str] = "nothing"
-    queries: int = 500
-    size: float = 4 / 255
-
-    def check(self) -> None:
-        _art("attacks.evasion")
-
-    def run(self, target: Target) -> Record:
-        evasion, classification = (_art(name) for name in ("attacks.evasion", "estimators.classification"))
-        asked, (count, *shape) = 0, target.images.shape
-        np.random.seed(target.first)  # ART draws from there
-
-        def predict(images: Any) -> Any:
-            nonlocal asked
-            asked += 1
-            pixels = (images * 255).round().astype(np.uint8)
-            seeds = [asked * _TRY + target.first + i for i in range(len(pixels))]
-            return target.defence.serve(pixels, seeds).logits
-
-        classes = len(target.subject.pipeline.manifest.classes)
-        box = classification.BlackBoxClassifierNeuralNetwork(
-            predict, tuple(shape), classes, channels_first=False, clip_values=(0, 1)
-        )
-        square = evasion.SquareAttack(
-            box, norm=np.inf, eps=self.size, max_iter=self.queries, p_init=0.3, batch_size=count, verbose=False
-        )
-        clean = (target.images / 255).astype(np.float32)
-        images = (square.generate(clean, target.labels) * 255).round().astype(np.uint8)
-        return target.record(images, target.predict(images, 1), queries=asked)
-
-
-@dataclass(frozen=True)
 class Certified(Threat):
     """No attack: the class that wins under noise, and within which radius that is proven (`handlers.certify`)."""
 
@@ -268,7 +230,7 @@ class Certified(Threat):
             nonlocal asked
             asked += 1
             pixels = (noisy.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-            seeds = [asked * _TRY + target.first + i for i in range(len(pixels))]
+            seeds = [asked * TRY + target.first + i for i in range(len(pixels))]
             return target.defence.serve(pixels, seeds).labels
 
         images = to_float(target.images).numpy()
@@ -276,61 +238,6 @@ class Certified(Threat):
         voted = found.counts.argmax(axis=1) == target.labels
         right = np.where(found.labels == target.labels, found.radii, 0.0)
         return {"right": _list(voted), "radius": _list(right)}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What an evaluation may cost.
-
-    Attributes:
-        effort: of attackers with gradients.
-        queries: of those without.
-        draws: of a certificate.
-        images: None for all.
-        few: images that costly threats are measured on, the first ones.
-    """
-
-    effort: Effort
-    queries: int
-    draws: int
-    images: int | None
-    few: int
-
-
-BUDGETS: Mapping[str, Budget] = {
-    "quick": Budget(Effort(10, 1, 4), 100, 100, 100, 50),
-    "standard": Budget(Effort(100, 5, 16), 1000, 1000, 1000, 200),
-    "full": Budget(Effort(100, 5, 64), 5000, 1000, None, 1000),
-}
-
-QUICK = ("deepfool", "apgd", "white")
-QUICK_DEFENCES = ("none", "blur", "kept", "served")
-
-
-def threats(budget: Budget, l2: float = 0.5, linf: float = 4 / 255, sigma: float = 0.25) -> dict[str, Threat]:
-    """All columns by name, in the order of a report.
-
-    Args:
-        l2, linf: norms of the largest change, for pixels from 0 to 1.
-        sigma: standard deviation of noise.
-    """
-    effort, queries, draws, ball = budget.effort, budget.queries, budget.draws, changes.L2(l2)
-    return {
-        "clean": Clean("clean"),
-        "noise": Clean(f"noise, sigma {sigma:g}", sigma),
-        "deepfool": Transferred("DeepFool", "deepfool"),
-        "cw": Transferred("Carlini-Wagner", "cw"),
-        "apgd": Transferred(f"Auto-PGD on the classifier, L2 {l2:g}", "", ball, effort),
-        "repeat": Transferred(f"the same, sent {TRIES} times", "", ball, effort, TRIES),
-        "white": White(f"white box, L2 {l2:g}", ball, effort),
-        "linf": White(f"white box, Linf {255 * linf:g}/255", changes.Linf(linf), effort),
-        "square": BlackBox(f"Square, {queries} queries, Linf {255 * linf:g}/255", queries, linf),
-        "lowfreq": White(f"white box, low frequencies, L2 {2 * l2:g}", changes.LowFrequency(2 * l2), effort),
-        "patch": White("white box, patch of 4 %", changes.Patch(0.5), effort),
-        "flow": White("white box, flow of 1 pixel", changes.Flow(1.0), effort),
-        "defocus": White("white box, blur of up to 1 pixel", changes.Blur(0.5), effort),
-        "certify": Certified(f"certified at sigma {sigma:g}", sigma, draws),
-    }
 
 
 def _first(effort: Effort) -> list[Effort]:
@@ -366,10 +273,3 @@ def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
 def _list(column: Any) -> list[Any]:
     values: list[Any] = (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()
     return values
-
-
-def _art(module: str) -> Any:
-    try:
-        return importlib.import_module(f"art.{module}")
-    except ImportError:
-        raise AttackError("ART is not installed: pip install adversarial-robustness-toolbox") from None

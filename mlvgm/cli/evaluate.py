@@ -12,8 +12,9 @@ from mlvgm.cli.options import add_engines, add_models, number, number_of_samples
 from mlvgm.cli.predict import add_server, find_server
 
 if TYPE_CHECKING:
+    from evaluation.budgets import Budget
     from evaluation.defences import Defence, Subject
-    from evaluation.threats import Budget, Threat
+    from evaluation.threats import Threat
     from handlers.pipeline import Pipeline
 
 THREATS = {
@@ -26,6 +27,7 @@ THREATS = {
     "white": "Auto-PGD through the whole defence, L2",
     "linf": "the same, Linf",
     "square": "Square, which only asks (needs ART)",
+    "hopskipjump": "HopSkipJump, which only asks for labels (needs ART)",
     "lowfreq": "gradients through the defence, low frequencies alone, of twice the L2 norm",
     "patch": "the same, any content in a square of 4 %%",
     "flow": "the same, points moved by up to a pixel",
@@ -158,7 +160,7 @@ def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
 
 
 def _budget(args: argparse.Namespace) -> "Budget":
-    from evaluation.threats import BUDGETS
+    from evaluation.budgets import BUDGETS
 
     budget = BUDGETS[args.budget]
     given = {name: value for name in ("steps", "restarts", "draws") if (value := getattr(args, name))}
@@ -184,9 +186,9 @@ def _subject(args: argparse.Namespace, pipeline: "Pipeline") -> "Subject":
 
 
 def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
+    from evaluation.budgets import QUICK_DEFENCES
     from evaluation.comparators.rows import comparators
     from evaluation.defences import defences, remote
-    from evaluation.threats import QUICK_DEFENCES
 
     known = subject.pipeline.manifest.alphas
     if args.alphas and args.alphas not in known:
@@ -204,7 +206,7 @@ def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
 
 
 def _columns(args: argparse.Namespace, budget: "Budget") -> "dict[str, Threat]":
-    from evaluation.threats import QUICK, threats
+    from evaluation.budgets import QUICK, threats
 
     columns = threats(budget, args.l2, args.linf, args.sigma)
     wanted = args.threat or (QUICK if args.budget == "quick" else columns)

@@ -8,10 +8,11 @@ import pytest
 from evaluation import defences, report, robustness, robustness_report
 from evaluation.adaptive import Effort
 from evaluation.attacks import predict
+from evaluation.budgets import Budget, threats
 from evaluation.caveats import caveats
 from evaluation.defences import Subject, share
 from evaluation.robustness import Log, measure, summarise
-from evaluation.threats import COLUMNS, Budget, Clean, Record, Target, Threat, threats
+from evaluation.threats import COLUMNS, Clean, Record, Target, Threat
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import of_bundle

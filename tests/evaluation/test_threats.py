@@ -8,10 +8,10 @@ import torch
 
 from evaluation import defences
 from evaluation.adaptive import Effort, Trace
-from evaluation.attacks import AttackError, attack, predict, to_float
+from evaluation.attacks import attack, predict, to_float
 from evaluation.changes import L2, Flow
 from evaluation.defences import Defence, Images, Predictions, Subject
-from evaluation.threats import BUDGETS, BlackBox, Certified, Clean, Target, Transferred, White, threats
+from evaluation.threats import Certified, Clean, Target, Transferred, White
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import Linear, of_bundle, pictures
@@ -161,38 +161,6 @@ def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:
 def test_changes_that_add_nothing(subject: Subject, rows: dict[str, Defence]) -> None:
     found = White("", Flow(1.0), Effort(8, 2)).run(_target(subject, rows["none"]))
     assert sum(found["right"]) < 10
-
-
-def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subject, rows: dict[str, Defence]) -> None:
-    pytest.importorskip("art")
-
-    def fail(*_: object) -> Trace:
-        raise AssertionError("it took a gradient")
-
-    asked: list[Images] = []
-
-    def serve(images: Images, seeds: range) -> Predictions:
-        asked.append(images)
-        return rows["none"].serve(images, seeds)
-
-    target = _target(subject, Defence("none", "none", serve, fail))  # type: ignore[arg-type]
-    found = BlackBox("", 30, 4 / 255).run(target)
-    assert sum(found["right"]) < 10
-    assert 0 < found["queries"] <= 3 * 30 + 4
-    whole = [images for images in asked if len(images) == 12]
-    assert len(whole) > 2
-    for images in whole:
-        assert np.abs(images.astype(int) - target.images).max() <= 4
-
-
-def test_a_library_that_is_missing_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "art.attacks.evasion", None)
-    monkeypatch.setitem(__import__("sys").modules, "foolbox", None)
-    columns = threats(BUDGETS["quick"])
-    for name, words in (("square", "adversarial-robustness-toolbox"), ("deepfool", "foolbox")):
-        with pytest.raises(AttackError, match=words):
-            columns[name].check()
-    columns["white"].check()
 
 
 def test_certified_radii_are_those_of_a_linear_classifier(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from deploy.output import Output
 from deploy.readiness import ask
 from deploy.server import DEPLOY, MAIN_CLASS, STATE_VARIABLE, Server, port_is_taken
 from deploy.signals import pause
+from handlers import runtimes
 from handlers.client import ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
@@ -87,13 +88,12 @@ class TorchServe(Server):
         try:
             self._prepare({name: asdict(replace(model, workers=workers)) for name, (model, _) in models.items()})
             store = archives[0].parent
-            self._launch(store, [f"{name}={archive.name}" for name, (_, archive) in models.items()], threads)
+            needs_torch = any(model.runtime not in ("auto", *runtimes.ON_CPU) for model, _ in models.values())
+            named = [f"{name}={archive.name}" for name, (_, archive) in models.items()]
+            self._launch(store, named, threads, needs_torch)
             deadline = time.monotonic() + timeout
             for model in models:
-                self._await_answer(model, deadline, progress)
-                if workers > 1:
-                    client = self.client(max(1.0, deadline - time.monotonic()))
-                    _patiently(partial(client.set_workers, model, workers))
+                self._await_answer(model, workers, deadline, progress)
         except BaseException:
             self.stop()
             raise
@@ -181,7 +181,7 @@ class TorchServe(Server):
             shutil.copyfile(DEPLOY / name, self.folder / name)
         (self.folder / "server.json").write_text(json.dumps({"port": self.port, "models": models}))
 
-    def _launch(self, store: Path, models: list[str], threads: int) -> None:
+    def _launch(self, store: Path, models: list[str], threads: int, needs_torch: bool) -> None:
         temporary = self.folder / "tmp"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         environment |= {
@@ -192,6 +192,9 @@ class TorchServe(Server):
         }
         if threads:
             environment[THREADS_VARIABLE] = str(threads)
+        if not needs_torch:  # TorchServe's worker imports it all the same, which takes as long as everything else
+            paths = [str(DEPLOY / "stand-in"), os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         command = self._command(store, models)
         dies_by = 0 if self._detached else signal.SIGKILL
         assert self._lock is not None
@@ -213,9 +216,9 @@ class TorchServe(Server):
         command += [MAIN_CLASS, "--python", sys.executable, "-f", str(config), "-ncs"]
         return [*command, "-s", str(store.resolve()), "-m", *models]
 
-    def _await_answer(self, model: str, deadline: float, progress: Callable[[str], None]) -> None:
-        """Wait for an answer of every model: TorchServe's health check succeeds long before a worker is ready."""
-        said, shown = "nothing", 0
+    def _await_answer(self, model: str, workers: int, deadline: float, progress: Callable[[str], None]) -> None:
+        """Wait for all ``workers`` and an answer: TorchServe's health check succeeds long before a worker is ready."""
+        said, shown, asked = "nothing", 0, 1
         while time.monotonic() < deadline:
             steps = [line[line.index(PROGRESS) :] for line in self._log_lines() if PROGRESS in line]
             for step in steps[shown:]:
@@ -226,7 +229,10 @@ class TorchServe(Server):
             if reason := self._failure():
                 raise CliError(reason)
             try:
-                if _patiently(lambda: self.client(5).ready_workers(model)):
+                if asked < workers:  # they start beside the archive's one
+                    _patiently(partial(self.client(5).set_workers, model, workers, wait=False))
+                    asked = workers
+                if _patiently(lambda: self.client(5).ready_workers(model)) >= workers:
                     _patiently(lambda: ask(self, model, max(1.0, deadline - time.monotonic())))
                     return
             except ServerError as error:

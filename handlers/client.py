@@ -189,13 +189,13 @@ class Client(_BaseClient):
         """
         return _read(self._manage("GET", f"/models/{quote(model, safe='')}"), _ready)
 
-    def set_workers(self, model: str, count: int) -> None:
-        """Scale ``model`` to ``count`` workers and wait until they are up.
+    def set_workers(self, model: str, count: int, wait: bool = True) -> None:
+        """Scale ``model`` to ``count`` workers, and with ``wait`` until they are up.
 
         Raises:
             ServerError: unreachable, or not all of them came up.
         """
-        number = f"min_worker={count}&max_worker={count}&synchronous=true"
+        number = f"min_worker={count}&max_worker={count}&synchronous={str(wait).lower()}"
         self._manage("PUT", f"/models/{quote(model, safe='')}?{number}")
 
     def key(self, kind: str) -> str:

@@ -17,7 +17,7 @@ from mlvgm.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("deploy", "evaluation", "export", "handlers", "mlvgm", "model_store")
-CHECKOUT_ONLY = ("deploy/ray/", "deploy/stand-in/")
+CHECKOUT_ONLY = ("deploy/ray/",)
 DATA = (
     "deploy/config.properties",
     "deploy/log4j2.xml",
@@ -65,7 +65,7 @@ class Installed:
     def run(self, *words: str | Path) -> "subprocess.CompletedProcess[str]":
         """A command without what the environment says of Python and of us: $PYTHONPATH may well name the checkout."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLVGM", "PYTHON"))}
-        environment |= {"XDG_STATE_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        environment |= {"XDG_STATE_HOME": str(self.home), "XDG_CACHE_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
         return subprocess.run(words, cwd=self.work, env=environment, capture_output=True, text=True)
 
     def mlvgm(self, *words: str | Path) -> "subprocess.CompletedProcess[str]":

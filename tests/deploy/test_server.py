@@ -8,8 +8,9 @@ from deploy import model_archive
 from deploy.errors import CliError
 from deploy.server import Server
 from deploy.torchserve import TorchServe
-from export.archive import build_archive
+from export.archive import Settings, build_archive
 from mlvgm.cli.main import main
+from tests import bundles
 from tests.machine import free_port, uninstall
 
 pytest.importorskip("ts")
@@ -25,6 +26,14 @@ def test_the_name_is_read_from_the_archive(nvae_bundle: Path, tmp_path: Path, ar
     archive = build_archive(nvae_bundle, tmp_path, archive_format=archive_format)
     renamed = archive.rename(archive.with_name(f"renamed{''.join(archive.suffixes)}"))
     assert model_archive.read(renamed).name == "tiny"
+
+
+def test_the_runtime_is_the_settings_or_else_the_bundles(nvae_bundle: Path, tmp_path: Path) -> None:
+    assert model_archive.read(build_archive(nvae_bundle, tmp_path)).runtime == "auto"
+    bundles.write_nvae(tmp_path / "bundle", runtime="torch")
+    assert model_archive.read(build_archive(tmp_path / "bundle", tmp_path)).runtime == "torch"
+    chosen = build_archive(tmp_path / "bundle", tmp_path, Settings(runtime="openvino"))
+    assert model_archive.read(chosen).runtime == "openvino"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])

@@ -103,6 +103,13 @@ def test_eight_at_once_with_one_truncated_image(client: Client) -> None:
         assert without_times(answer) == without_times(alone), "a batch must not change an answer"
 
 
+def test_workers_of_a_cpu_runtime_do_without_pytorch(server: Server) -> None:
+    process = server.process()
+    assert process is not None
+    (worker,) = process.children()
+    assert not [mapped.path for mapped in worker.memory_maps() if "libtorch" in mapped.path]
+
+
 def test_the_purified_image(client: Client) -> None:
     png, figures = client.purify(encoded(1), "tiny", seed=1)
     image = Image.open(io.BytesIO(png))

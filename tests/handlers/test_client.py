@@ -57,6 +57,8 @@ def test_management_has_a_key_of_its_own(client: Client, fake_server: FakeServer
     assert client.ready_workers("m") == 1
     client.set_workers("m", 2)
     assert "min_worker=2&max_worker=2&synchronous=true" in fake_server.asked[-1][0]
+    client.set_workers("m", 3, wait=False)
+    assert "min_worker=3&max_worker=3&synchronous=false" in fake_server.asked[-1][0]
 
 
 def test_a_refusal_carries_the_reason_and_the_status(client: Client) -> None:

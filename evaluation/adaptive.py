@@ -80,10 +80,28 @@ LOSSES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 """To be maximised, one restart after the other. The margin never saturates; cross-entropy weighs all classes."""
 
 
+Penalty = Callable[[Tensor, Tensor], Tensor]
+"""Of images (B, 3, H, W) and their logits (S, B, C): (B,), what the attacker wants to keep low, 0 or more."""
+
+SURE = 1.0
+"""Margin, in logits, by which an image has to be misclassified before an attacker looks at its penalty alone."""
+
+
 def ascend(
-    forward: Forward, clean: Tensor, labels: Tensor, change: Change, effort: Effort, attempt: int = 0, seed: int = 0
+    forward: Forward,
+    clean: Tensor,
+    labels: Tensor,
+    change: Change,
+    effort: Effort,
+    attempt: int = 0,
+    seed: int = 0,
+    penalty: Penalty | None = None,
 ) -> Found:
-    """One run of Auto-PGD within ``change``; ``attempt`` chooses the loss and the starting point."""
+    """One run of Auto-PGD within ``change``; ``attempt`` chooses the loss and the starting point.
+
+    With a ``penalty`` the loss is the margin, up to `SURE`, less the penalty; of the images that are surely
+    misclassified, that of the least penalty is kept.
+    """
     loss, generator = LOSSES[attempt % len(LOSSES)], torch.Generator().manual_seed(seed + 7919 * attempt)
     count, momentum = len(clean), 0.75
     best_images, least = clean, torch.full((count,), torch.inf)
@@ -95,11 +113,16 @@ def ascend(
         parameters = parameters.detach().requires_grad_()
         images = change.apply(clean, parameters)
         logits = forward(images, effort.draws).logits
-        value = loss(logits, labels)
-        (gradient,) = torch.autograd.grad(value.sum(), parameters)
         margins = margin(logits.detach(), labels)
-        better = margins < least
-        least = torch.where(better, margins, least)
+        if penalty is None:
+            value, rank = loss(logits, labels), margins
+        else:
+            price = penalty(images, logits)
+            value = (-margin(logits, labels)).clamp_max(SURE) - price
+            rank = torch.where(margins < -SURE, -SURE - 1 / (1 + price.detach()), margins)
+        (gradient,) = torch.autograd.grad(value.sum(), parameters)
+        better = rank < least
+        least = torch.where(better, rank, least)
         best_images = torch.where(better[:, None, None, None], images.detach(), best_images)
         return value.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)  # `examine` tells where it is broken
 

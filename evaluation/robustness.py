@@ -91,7 +91,7 @@ def measure(
             shown.set_description(f"{defence.name}, {name}")
             target = Target(subject, defence, images[part], labels[part], start, cache)
             resisting = left.setdefault((defence.name, start), np.ones(CHUNK, np.bool_))[:size]
-            is_spared = worst is not None and threat.is_costly and bool(threat.knows)
+            is_spared = worst is not None and threat.is_costly and bool(threat.knows) and not threat.meets_all
             if is_spared:
                 target = target.only(np.flatnonzero(resisting))
             what = (identity, start, defence.name, defence.title, defence.digest, threat)
@@ -290,11 +290,13 @@ def _detection(found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence
             continue
         scores = cell["score"][changed]
         limits = {rate: np.quantile(clean["score"], 1 - rate, method="higher") for rate in FALSE_ALARMS}
+        misread = (cell["right"] == 0)[changed]
         table[name] = {
             "flagged": share(cell["flagged"][changed] > 0),
             "agreement": _mean(cell["agreement"][changed]),
             "auroc": auroc(clean["score"], scores),
             "found": {str(rate): share(scores > limit) for rate, limit in limits.items()},
+            "unnoticed": {str(rate): share(misread & (scores <= limit)) for rate, limit in limits.items()},
         }
     return table
 

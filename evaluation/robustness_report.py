@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation import aisvs
 from evaluation.report import Content, conditions, figure, share, table
 
 _COLOURS = (
@@ -38,6 +39,8 @@ def markdown(content: Content) -> str:
     if content["certified"]:
         lines += ["Accuracy with a proven L2 radius larger than:", "", *_certified(content), ""]
     lines += ["Cost, and how far the samples differ:", "", *_defences(content), ""]
+    if answers := aisvs.answers(content):
+        lines += [aisvs.TITLE, "", *table(["requirement", "asks for", "what answers it"], answers), ""]
     if content["training"]:
         lines += ["How the comparators were trained:", "", *_training(content), ""]
     if content["caveats"]:
@@ -88,7 +91,7 @@ def _detection(content: Content) -> list[str]:
     rows = []
     for name in ("server", "served", "kept"):
         for column, entry in content["detection"].get(name, {}).items():
-            found = entry.get("found", {})
+            found, unnoticed = entry.get("found", {}), entry.get("unnoticed", {})
             rows.append(
                 [
                     content["defences"][name],
@@ -98,10 +101,11 @@ def _detection(content: Content) -> list[str]:
                     f"{entry['agreement']:.1%}",
                     f"{entry['auroc']:.3f}" if "auroc" in entry else "",
                     *(share(found[rate]) if rate in found else "" for rate in ("0.01", "0.05")),
+                    share(unnoticed["0.01"]) if unnoticed else "",
                 ]
             )
     head = ["defence", "images", "attacker knows", "flagged", "mean agreement", "AUROC of score"]
-    return table([*head, "found at 1 % false alarms", "at 5 %"], rows)
+    return table([*head, "found at 1 % false alarms", "at 5 %", "misread and not found at 1 %"], rows)
 
 
 def _within(content: Content) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from evaluation import changes
-from evaluation.adaptive import Effort, Forward, Found, Trace, ascend, examine
+from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine
 from evaluation.attacks import attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Images, Labels, Predictions, Subject, fast, gaussian
@@ -27,6 +28,7 @@ COLUMNS = ("right", "unanimous", "flagged", "agreement", "score", "deviation", "
 FLAT = 0.9
 """Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
 _EXAMINED = 16  # images whose gradients tell so
+_TINY = 1e-30  # of a probability, so that its logarithm is finite
 _SHORT = 10  # steps of the first ascent
 _BALL, _EFFORT = changes.L2(0.5), Effort()
 TRY = 1_000_003
@@ -92,11 +94,13 @@ class Threat(ABC):
         knows: "nothing" of the models, "classifier" or "defence"; "" for a threat that is no attack and does not count
             for the worst.
         is_costly: whether it takes hundreds of answers per image.
+        meets_all: whether it is wanted for its scores, so also on images that other attacks have broken.
     """
 
     title: str
     knows: ClassVar[str] = ""
     is_costly: ClassVar[bool] = False
+    meets_all: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027
         """Raises AttackError where a library is missing that `run` needs: before hours of work, not after."""
@@ -189,10 +193,13 @@ class White(Threat):
         images, found = target.images.copy(), target.predict(target.images)
         resisting = np.flatnonzero(found.labels == target.labels)
         broken, late = [], 0
-        for attempt, each in enumerate([*_first(effort), *[effort] * effort.restarts]):
+        penalty = self.penalty(target)
+        short = [] if penalty else _first(effort)
+        for attempt, each in enumerate([*short, *[effort] * effort.restarts]):
             if not len(resisting):
                 break
-            got = ascend(forward, clean[resisting], labels[resisting], self.change, each, attempt, target.first)
+            some = (clean[resisting], labels[resisting])
+            got = ascend(forward, *some, self.change, each, attempt, target.first, penalty)
             changed = to_bytes(got.images)
             answers = target.predict(changed, attempt, resisting)
             images[resisting], found = changed, _replace(found, answers, resisting)
@@ -203,7 +210,11 @@ class White(Threat):
             resisting = resisting[~fell]
         return target.record(images, found, draws=effort.draws, broken=broken, late=late, gradients=gradients)
 
-    def _flat(self, target: Target, clean: torch.Tensor, labels: torch.Tensor) -> tuple[Effort, Record]:
+    def penalty(self, target: Target) -> Penalty | None:
+        """What this attacker keeps low besides."""
+        return None
+
+    def _flat(self, target: Target, clean: Tensor, labels: Tensor) -> tuple[Effort, Record]:
         """As many draws as make two gradients agree, but not more than the budget has; and how they look then."""
         some, truth, draws = clean[:_EXAMINED], labels[:_EXAMINED], 1
         seen = examine(target.defence.forward, some, truth, draws)
@@ -211,6 +222,27 @@ class White(Threat):
             draws = min(2 * draws, self.effort.draws)
             seen = examine(target.defence.forward, some, truth, draws)
         return dataclasses.replace(self.effort, draws=draws), dataclasses.asdict(seen)
+
+
+@dataclass(frozen=True)
+class Quiet(White):
+    """The same by an attacker who knows the attack score (`handlers.result.Result.scores`) and keeps it low."""
+
+    knows: ClassVar[str] = "defence, score"
+    meets_all: ClassVar[bool] = True
+
+    def penalty(self, target: Target) -> Penalty:
+        """The score: the divergence of the classifier's answer to the image from that to its purified samples."""
+        subject = target.subject
+        own = target.defence.classifier
+        alone = _alone(subject.fast_classifier if own is None else fast(own, subject.device), subject.device)
+
+        def score(images: Tensor, logits: Tensor) -> Tensor:
+            before = alone(images, 1).logits[0].log_softmax(dim=1)
+            after = logits.softmax(dim=2).mean(dim=0).clamp_min(_TINY).log()
+            return (before.exp() * (before - after)).sum(dim=1).clamp_min(0)
+
+        return score
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import defences, report, robustness, robustness_report
+from evaluation import aisvs, defences, report, robustness, robustness_report
 from evaluation.adaptive import Effort
 from evaluation.attacks import predict
 from evaluation.budgets import Budget, threats
@@ -228,6 +228,31 @@ def test_only_the_worst_is_asked_for_and_what_is_broken_is_spared(
     assert run() == content
     assert met["rest"] == [2, 5, 7, 10, 11]  # the log knows
     assert run(odd=Sieve("breaks all", 1))["skipped"]["none"] == {"odd": 4, "rest": 12}
+
+
+def test_the_score_is_measured_on_what_the_attack_has_changed() -> None:
+    columns = {name: threats(BUDGET)[name] for name in ("clean", "quiet")}
+    row = {"served": defences.Defence("served", "served", None, None)}  # type: ignore[arg-type]
+    clean = {**dict.fromkeys(COLUMNS, [0.0] * 200), "score": [i / 200 for i in range(200)], "right": [1] * 200}
+    attacked = {**dict.fromkeys(COLUMNS, [0.0] * 4), "score": [0.1, 2.0, 0.1, 0.97], "right": [0, 0, 1, 0]}
+    cells = {
+        ("served", "clean"): [{**clean, "seconds": 1.0}],
+        ("served", "quiet"): [{**attacked, "l2": [0.4, 0.4, 0.4, 0]}],
+    }
+    found = summarise(cells, row, columns, 0.5)["detection"]["served"]["quiet"]
+    assert found["found"]["0.01"] == share(np.array([False, True, False]))
+    assert found["unnoticed"]["0.01"] == share(np.array([True, False, False]))
+    assert found["auroc"] == pytest.approx((20.5 + 200 + 20.5) / 600, abs=1e-4)
+
+
+def test_figures_are_put_under_the_requirements_that_they_answer(content: dict) -> None:
+    answers = {item: said for item, _, said in aisvs.answers(content)}
+    assert list(answers) == ["v1.0-C11.1.3", "v1.0-C11.1.4", "v1.0-C11.4.1"]
+    assert "DeepFool" in answers["v1.0-C11.1.3"]
+    assert robustness_report.share(content["worst"]["none"]) in answers["v1.0-C11.1.4"]
+    assert aisvs.TITLE in robustness_report.markdown(content)
+    only = {**content, "accuracy": {"none": content["accuracy"]["none"]}}
+    assert aisvs.answers(only) == []
 
 
 def test_a_report_of_the_worst_says_what_was_skipped(content: dict) -> None:

@@ -11,7 +11,7 @@ from evaluation.adaptive import Effort, Trace
 from evaluation.attacks import attack, predict, to_float
 from evaluation.changes import L2, Flow
 from evaluation.defences import Defence, Images, Predictions, Subject
-from evaluation.threats import Certified, Clean, Target, Transferred, White
+from evaluation.threats import Certified, Clean, Quiet, Target, Transferred, White
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import Linear, of_bundle, pictures
@@ -156,6 +156,28 @@ def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:
     draws = [threat.run(_target(subject, defence))["draws"] for defence in (fixed, quiet, random)]
     assert draws[:2] == [1, 1]
     assert 8 <= draws[2] <= 256
+
+
+def test_who_knows_the_score_is_found_less(subject: Subject) -> None:
+    """The classifier behind the defence differs from the bare one: what fools one need not fool the other."""
+    bare = linear_of(subject)
+    weights = np.random.default_rng(5).standard_normal(tuple(bare.weights.shape), np.float32)
+    behind = Linear((0.7 * bare.weights.numpy() + 0.7 * weights).astype(np.float32))
+
+    def serve(images: Images, _: object) -> Predictions:
+        pixels = to_float(images)
+        return Predictions.of(behind(pixels).numpy()[:, None], bare(pixels).numpy())
+
+    defence = Defence("own", "own", serve, lambda x, _: Trace(behind(x)[None]))
+    images = pictures(24)
+    target = Target(subject, defence, images, predict(behind, images))
+    white, quiet = (kind("", L2(1.0), Effort(15, 2)).run(target) for kind in (White, Quiet))
+    clean = Clean("").run(target)
+    assert sum(white["right"]) == sum(quiet["right"]) == 0
+    assert np.mean(quiet["score"]) < 0.5 * np.mean(white["score"])
+    assert np.mean(quiet["score"]) < np.mean(clean["score"])
+    assert Quiet.meets_all
+    assert "score" in Quiet.knows
 
 
 def test_changes_that_add_nothing(subject: Subject, rows: dict[str, Defence]) -> None:

@@ -7,6 +7,7 @@ ends, no answer is lost, and none is made twice.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ import os
 import struct
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from deploy.errors import CliError
 from evaluation.progress import say, track
+from mlvgm.cli.containers import Member, is_container, members
 from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, shown
 
 Row = dict[str, Any]
@@ -39,7 +41,7 @@ class Bulk:
     """One job.
 
     Attributes:
-        files: images, or folders of them.
+        files: images, or folders, tar or Parquet files of them.
         out: folder of the PNGs.
         name: what a PNG is called in a row, such as "purified".
         settings: everything beside the image that its answer depends on. They are stored with each answer, so that
@@ -56,7 +58,11 @@ class Bulk:
     overwrite: bool = False
 
     def run(self, work: "Work") -> Iterator[Row]:
-        """A row for each file, also for those that an earlier job has done.
+        """A row for each file, also for those that an earlier job has done; see `run_ahead`."""
+        return self.run_ahead(lambda images: functools.partial(work, images), 1)
+
+    def run_ahead(self, submit: "Submit", ahead: int) -> Iterator[Row]:
+        """As `run`, but that ``ahead`` batches are under way at a time.
 
         Raises:
             CliError: there is no image; ``out`` is taken by another job, or holds PNGs of other settings; it is full.
@@ -70,9 +76,9 @@ class Bulk:
             done = {} if self.overwrite else self._done(pairs)
             if done:
                 print(f"{len(done)} of {len(pairs)} images are there already", file=sys.stderr)
-            yield from self._rows(pairs, done, work)
+            yield from self._rows(pairs, done, submit, ahead)
 
-    def _done(self, pairs: Sequence[tuple[Path, Path]]) -> dict[Path, Row | None]:
+    def _done(self, pairs: Sequence[tuple["Source", Path]]) -> dict[Path, Row | None]:
         """The answers that are there, by PNG; None for a PNG without one, which no job of this kind has written."""
         done = {target: _read_answer(target) for _, target in pairs if os.path.lexists(target)}
         for target, answer in done.items():
@@ -83,12 +89,15 @@ class Bulk:
                 )
         return done
 
-    def _rows(self, pairs: Sequence[tuple[Path, Path]], done: Mapping[Path, Row | None], work: "Work") -> Iterator[Row]:
-        waiting: list[tuple[Path, Path, bytes]] = []
+    def _rows(
+        self, pairs: Sequence[tuple["Source", Path]], done: Mapping[Path, Row | None], submit: "Submit", ahead: int
+    ) -> Iterator[Row]:
+        waiting: list[tuple[Source, Path, bytes]] = []
+        under_way: deque[tuple[Sequence[tuple[Source, Path, bytes]], Callable[[], Sequence[Outcome]]]] = deque()
         for source, target in track(pairs, self.name):
             try:
                 str(source).encode()
-                data = read_file(source)
+                data = source.read() if isinstance(source, Member) else read_file(source)
             except UnicodeEncodeError:
                 yield _refusal(source, "its name is not UTF-8: rename it")
                 continue
@@ -104,13 +113,19 @@ class Bulk:
                 continue
             waiting.append((source, target, data))
             if len(waiting) == self.batch or sum(len(data) for *_, data in waiting) > MAX_BYTES:
-                yield from self._work_on(waiting, work)
+                under_way.append((waiting, submit([data for *_, data in waiting])))
                 waiting = []
-        yield from self._work_on(waiting, work)
+            while len(under_way) >= ahead:
+                yield from self._take(*under_way.popleft())
+        if waiting:
+            under_way.append((waiting, submit([data for *_, data in waiting])))
+        while under_way:
+            yield from self._take(*under_way.popleft())
 
-    def _work_on(self, files: Sequence[tuple[Path, Path, bytes]], work: "Work") -> Iterator[Row]:
-        outcomes = work([data for *_, data in files]) if files else []
-        for (source, target, data), outcome in zip(files, outcomes, strict=True):
+    def _take(
+        self, files: Sequence[tuple["Source", Path, bytes]], outcomes: Callable[[], "Sequence[Outcome]"]
+    ) -> Iterator[Row]:
+        for (source, target, data), outcome in zip(files, outcomes(), strict=True):
             if isinstance(outcome, str):
                 yield _refusal(source, outcome)
                 continue
@@ -125,12 +140,20 @@ class Bulk:
                 continue
             yield self._row(source, target, answer)
 
-    def _row(self, source: Path, target: Path, answer: Row) -> Row:
+    def _row(self, source: "Source", target: Path, answer: Row) -> Row:
         return {"file": str(source), self.name: str(target), **answer}
 
 
-Work = Callable[[Sequence[bytes]], Sequence["tuple[bytes, Row] | str"]]
-"""Takes encoded images, and gives for each a PNG and the answer, or what is wrong with it."""
+Source = Path | Member
+
+Outcome = tuple[bytes, Row] | str
+"""A PNG and the answer, or what is wrong with the image."""
+
+Work = Callable[[Sequence[bytes]], Sequence[Outcome]]
+"""Takes encoded images, and gives the outcome of each."""
+
+Submit = Callable[[Sequence[bytes]], Callable[[], Sequence[Outcome]]]
+"""Begins the work on images, and gives the call that waits for it."""
 
 
 def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
@@ -151,11 +174,11 @@ def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
         raise CliError(f"standard output: {error.strerror}; the same command prints all answers again") from None
 
 
-def _refusal(path: Path, reason: str) -> Row:
-    return {"file": shown(path), "error": reason}
+def _refusal(path: Source, reason: str) -> Row:
+    return {"file": shown(str(path)), "error": reason}
 
 
-def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Iterator[tuple[Path, Path]]:
+def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Iterator[tuple[Source, Path]]:
     """Every image file and the PNG below ``out`` that it becomes; files of a folder keep their places in it.
 
     sign.jpg becomes sign.png, but sign.jpg.png where there is a sign.webp beside it. What lies below ``out`` itself is
@@ -164,19 +187,24 @@ def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Itera
     Raises:
         CliError: two files would become one, or a file itself would be overwritten.
     """
-    names = named_files(given, out, complain)
+    names: list[tuple[Source, Path]] = []
+    for path in given:
+        if is_container(path) and not path.is_dir():
+            names += [(member, Path(member.name)) for member in members(path, complain)]
+        else:
+            names += named_files([path], out, complain)
     sharing = Counter(name.with_suffix(".png") for _, name in names)
-    taken: dict[Path, Path] = {}
+    taken: dict[Path, Source] = {}
     for file, name in names:
         alone = name.with_suffix(".png")
         target = out / (alone if sharing[alone] == 1 else name.with_name(f"{name.name}.png"))
         if target in taken:
             raise CliError(
-                f"{shown(taken[target])} and {shown(file)} would both become {shown(target)}: "
+                f"{shown(str(taken[target]))} and {shown(str(file))} would both become {shown(target)}: "
                 "take them one after the other, with an --out for each"
             )
-        if os.path.realpath(target) == os.path.realpath(file):
-            raise CliError(f"{shown(file)} would be overwritten: choose another --out")
+        if os.path.realpath(target) == os.path.realpath(str(file)):
+            raise CliError(f"{shown(str(file))} would be overwritten: choose another --out")
         taken[target] = file
         yield file, target
 

@@ -1,6 +1,7 @@
 """``mlvgm purify``: purify image files in bulk, without a server."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from handlers.manifest import FILE_NAME, Manifest
+from handlers.noise import SEED_BITS
 from handlers.pipeline import Pipeline
 from handlers.request import parse
 from handlers.service import Service
 from mlvgm.cli.bulk import Bulk, Row, print_row
-from mlvgm.cli.options import add_files, add_pipeline, add_pngs, add_request, add_rows, request
+from mlvgm.cli.cluster import workers
+from mlvgm.cli.containers import pack, parts
+from mlvgm.cli.options import add_files, add_pipeline, add_pngs, add_request, add_rows, request, whole
 from mlvgm.files import shown
 
 
@@ -25,24 +29,46 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "purify",
         description="Purify images with a bundle, in this process. Each PNG holds its answer, so the same command goes "
         "on where work was cut off, and prints the answers of all images, those that were there already among them. "
-        "An image that cannot be purified is named and the others go on. Exit code 1 when there was one.",
+        "An image that cannot be purified is named and the others go on. Exit code 1 when there was one. "
+        "FILE can be a tar or Parquet file of images as well, and --out one of PNGs.",
         epilog="Example: mlvgm purify signs/ --bundle build/road-signs --out purified --json > answers.jsonl",
     )
     add_files(parser)
     add_pipeline(parser, required=True)
     add_pngs(parser, "purified")
     add_request(parser)
+    repeatable = "draw the noise from it and each image, so that the same images give the same PNGs; who knows it can "
+    repeatable += "prepare attacks (default: fresh noise)"
+    parser.add_argument("--seed", type=whole(0, 999_999_999), help=repeatable)
+    machines = "work on the machines of this Ray cluster, HOST:PORT or auto, with a process for each --threads cores "
+    machines += "(default: 1)"
+    parser.add_argument("--ray", metavar="ADDRESS", help=machines)
     add_rows(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Purify a batch after the other, and print what the samples voted for."""
-    failed = 0
-    with Purifier(args.bundle, args.runtime, args.threads, **request(args)) as purifier:
-        job = Bulk(args.files, args.out, "purified", purifier.settings, purifier.batch, args.overwrite)
-        for row in job.run(purifier.purify):
-            failed += "error" in row
-            print_row(row, args.json, _text)
+    folder, packed = parts(args.out, args.overwrite), dict[str, str | None]()
+    threads = args.threads or 1 if args.ray else args.threads
+    make = {"bundle": args.bundle.resolve(), "runtime": args.runtime, "threads": threads, **request(args)}
+    with Purifier(**make) as purifier:
+        job = Bulk(args.files, folder, "purified", purifier.settings, purifier.batch, args.overwrite)
+        with contextlib.ExitStack() as stack:
+            if args.ray:
+                rows = job.run_ahead(*stack.enter_context(workers(args.ray, threads, make, purifier.settings)))
+            else:
+                rows = job.run(purifier.purify)
+            failed = 0
+            for row in rows:
+                failed += "error" in row
+                if "error" in row:
+                    packed[row["file"]] = row["error"]
+                else:
+                    name = Path(row["purified"]).relative_to(folder)
+                    packed[str(name)], row["purified"] = None, str(args.out / name)
+                print_row(row, args.json, _text)
+    if folder != args.out:
+        pack(folder, args.out, packed)
     return 1 if failed else 0
 
 
@@ -50,6 +76,7 @@ class Purifier:
     """Purifies encoded images with the pipeline of a bundle, as its server would.
 
     Args:
+        seed: of a job: the noise of an image depends on it and the image's bytes alone. None for fresh noise.
         options: of a request, such as ``samples``; None stands for the bundle's default.
 
     Raises:
@@ -57,7 +84,9 @@ class Purifier:
         RequestError: the server would refuse the options.
     """
 
-    def __init__(self, bundle: Path, runtime: str = "auto", threads: int = 0, **options: Any) -> None:
+    def __init__(
+        self, bundle: Path, runtime: str = "auto", threads: int = 0, seed: int | None = None, **options: Any
+    ) -> None:
         manifest = Manifest.read(bundle)
         given = {name: value for name, value in options.items() if value is not None}
         self._request = parse({"image": b"-", "return": "purified", **given}, {}, manifest, allow_seed=True)
@@ -68,16 +97,24 @@ class Purifier:
             "samples": self._request.samples,
             "alphas": self._request.alphas,
             "bundle": hashlib.sha256((bundle / FILE_NAME).read_bytes()).hexdigest(),
+            **({} if seed is None else {"seed": seed}),
         }
+        self._seed = seed
         logging.getLogger().addHandler(_OneLine())
 
     def purify(self, images: Sequence[bytes]) -> list[tuple[bytes, Row] | str]:
         """For each image a PNG and the answer, or what is wrong with it."""
-        requests = [dataclasses.replace(self._request, images=(image,)) for image in images]
+        requests = [dataclasses.replace(self._request, images=(image,), seed=self._seed_of(image)) for image in images]
         return [
             (outcome.purified, outcome.content) if outcome.purified else str(outcome.content["error"])
             for (outcome,) in self._service.purify(requests)
         ]
+
+    def _seed_of(self, image: bytes) -> int | None:
+        if self._seed is None:
+            return None
+        digest = hashlib.sha256(b"%d\0%s" % (self._seed, hashlib.sha256(image).digest())).digest()
+        return int.from_bytes(digest[:8]) >> (64 - SEED_BITS)
 
     @functools.cached_property
     def _service(self) -> Service:

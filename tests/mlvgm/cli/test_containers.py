@@ -1,0 +1,149 @@
+"""Bulk jobs from and to tar and Parquet files: the same images and seed give the same bytes wherever they lie."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mlvgm.cli import containers
+from mlvgm.cli.main import main
+from tests import bundles
+
+NAMES = ("a.png", "deeper/b.png", "c.png", "d.png", "e.png")
+
+
+def encoded(number: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(bundles.images(1, seed=number)[0]).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def in_folder(path: Path, images: dict[str, bytes]) -> Path:
+    for name, data in images.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def in_tar(path: Path, images: dict[str, bytes]) -> Path:
+    with tarfile.open(path.with_suffix(".tar"), "w") as tar:
+        for name, data in images.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.with_suffix(".tar")
+
+
+def in_parquet(path: Path, images: dict[str, bytes], nested: bool = False) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs PyArrow: pip install '.[scale]'")
+    from pyarrow import parquet
+
+    columns: dict[str, Any] = {"file": list(images), "image": list(images.values())}
+    if nested:
+        columns = {"image": [{"bytes": data, "path": name} for name, data in images.items()]}
+    parquet.write_table(pyarrow.table(columns), path.with_suffix(".parquet"), row_group_size=2)
+    return path.with_suffix(".parquet")
+
+
+def in_dataset(path: Path, images: dict[str, bytes]) -> Path:
+    return in_parquet(path, images, nested=True)
+
+
+IMAGES = {name: encoded(i) for i, name in enumerate(NAMES)}
+FORMS: list[Callable[[Path, dict[str, bytes]], Path]] = [in_folder, in_tar, in_parquet, in_dataset]
+
+
+def purify(given: Path, out: Path, bundle: Path, *options: str) -> int:
+    words = ["purify", str(given), "--bundle", str(bundle), "--out", str(out), "--runtime", "onnxruntime"]
+    return main([*words, "--samples", "2", "--seed", "7", *options])
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """What came out, by name."""
+    if out.suffix == ".tar":
+        with tarfile.open(out) as tar:
+            return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    if out.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows = parquet.read_table(out).to_pylist()
+        return {row["file"]: row["image"] for row in rows if row["image"]}
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ending", ["", ".tar", ".parquet"])
+def test_whatever_they_lie_in(form: Any, ending: str, nvae_bundle: Path, tmp_path: Path) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow", reason="needs PyArrow: pip install '.[scale]'")
+    out = tmp_path / f"out{ending}"
+    assert purify(form(tmp_path / "in", IMAGES), out, nvae_bundle) == 0
+    assert purify(in_folder(tmp_path / "plain", IMAGES), tmp_path / "expected", nvae_bundle) == 0
+    assert content(out) == content(tmp_path / "expected")
+    assert set(content(out)) == set(NAMES)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+def test_work_that_was_cut_off_goes_on(
+    ending: str, nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow", reason="needs PyArrow: pip install '.[scale]'")
+    images = in_tar(tmp_path / "in", IMAGES | {"broken.png": b"no image"})
+    whole, out = tmp_path / f"whole{ending}", tmp_path / f"out{ending}"
+    assert purify(images, whole, nvae_bundle, "--json") == 1
+    answers = capsys.readouterr().out.replace(whole.name, out.name)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(containers.shutil, "rmtree", full)
+        patch.setattr(containers.Path, "replace", full)
+        assert purify(images, out, nvae_bundle) == 2
+    assert not out.exists()
+    (tmp_path / f"out{ending}.parts" / "c.png").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert purify(images, out, nvae_bundle, "--json") == 1
+    rows = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=str)
+    assert rows == sorted(map(json.loads, answers.splitlines()), key=str)
+    assert out.read_bytes() == whole.read_bytes()
+    assert purify(images, out, nvae_bundle) == 2
+    assert "its job is done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [in_tar, in_parquet])
+@pytest.mark.parametrize("name", ["/tmp/x.png", "../x.png", "a/../../x.png"])
+def test_a_name_that_leads_out_is_refused(
+    form: Any, name: str, nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = form(tmp_path / "in", {"a.png": encoded(0), name: encoded(1)})
+    assert purify(given, tmp_path / "out" / "deep", nvae_bundle) == 1
+    assert "its name leads out" in capsys.readouterr().err
+    assert set(content(tmp_path / "out" / "deep")) == {"a.png"}
+    assert not (tmp_path / "out" / "x.png").exists()
+
+
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+@pytest.mark.parametrize("damage", ["nothing", "text", "half", "missing"])
+def test_a_damaged_container_is_named(
+    ending: str, damage: str, nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (in_tar if ending == ".tar" else in_parquet)(tmp_path / "in", IMAGES)
+    whole = given.read_bytes()
+    given.write_bytes({"nothing": b"", "text": b"hello " * 500, "half": whole[: len(whole) // 8]}.get(damage, b""))
+    if damage == "missing":
+        given.unlink()
+    good = in_folder(tmp_path / "good", {"z.png": encoded(9)})
+    words = ["purify", str(given), str(good), "--bundle", str(nvae_bundle), "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "z.png" in content(tmp_path / "out")
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert given.name in captured.err

@@ -16,9 +16,10 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from deploy import api
 from deploy.errors import CliError
 from deploy.health import protocol_answer
 from deploy.model_archive import ServedModel
@@ -30,6 +31,7 @@ from handlers.service import Service
 from handlers.settings import HandlerSettings
 
 _BODY_SECONDS = 10.0
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 _QUEUE = 100  # requests; the next one gets 503 at once
 
 Fields = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -87,6 +89,8 @@ def routes(manifest: Manifest, batches: "Batches", is_ready: Callable[[], bool])
     paths += ["/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"]
     found = [Route(path, ask, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]) for path in paths]
     found += [Route("/v2", describe), Route("/v2/{rest:path}", describe), Route("/ping", _ping)]
+    page = HTMLResponse(api.page(manifest.name), headers={"Content-Security-Policy": _POLICY})
+    found += [Route("/", lambda _: page), Route("/openapi.json", lambda _: JSONResponse(api.document()))]
     return Starlette(routes=found, lifespan=running, exception_handlers={404: elsewhere})
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from evaluation import contact_sheet
 from evaluation.photographs import encode
 from evaluation.signs import drawn_signs
+from handlers import certify
 from handlers.answer import describe
 from handlers.client import Client
 from handlers.errors import MlvgmError
@@ -44,6 +45,7 @@ POLICY = (
 _STRONGEST = 3.0  # L2 norm of an attack
 _STEPS = 20
 _FIRST = "stop"
+_DRAWS = {"none": 0, "100 noisy images": 100, "1000 noisy images": 1000}
 _STYLE = """
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 12px }
 .pictures figure { margin: 0 }
@@ -73,8 +75,8 @@ class Purifier(Protocol):
     alphas: dict[str, tuple[float, ...]]
     most_samples: int
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float]) -> Purified:
-        """Raises MlvgmError, in the words of a server's answer."""
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
+        """With ``draws`` noisy images for a certificate. Raises MlvgmError, in the words of a server's answer."""
 
 
 class BundlePurifier:
@@ -87,7 +89,7 @@ class BundlePurifier:
         default = manifest.default_alphas
         self.alphas = {default: manifest.alphas[default], **manifest.alphas}
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float]) -> Purified:
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
         request = parse({"body": image}, {}, self._manifest)
         start = time.perf_counter()
         pixels = decode(request.images[0], self._manifest.image_size)[None]
@@ -96,10 +98,12 @@ class BundlePurifier:
             result = self._pipeline.run(pixels, samples, [seed], alphas=alphas)
             # All that is resampled is replaced, so that the rest of the picture is what is kept.
             kept = self._pipeline.run(pixels, 1, [seed], alphas=[float(alpha > 0) for alpha in alphas])
+            certified = self._pipeline.certify(pixels, draws=draws, alphas=alphas) if draws else None
         except NonFiniteError as error:
             raise MlvgmError(f"stage {error.stage} overflowed on this image") from None
         classes = self._manifest.classes
-        content = describe(result, 0, request, classes, decode_ms, {}).content
+        more = {} if certified is None else certify.answer(certified, 0, classes)
+        content = describe(result, 0, request, classes, decode_ms, more).content
         shown = [(_to_pixels(kept.purified[0, 0]), "what is kept")]
         for k, (sample, label) in enumerate(zip(result.purified[0], result.sample_labels[0], strict=True), 1):
             shown.append((_to_pixels(sample), f"sample {k}: {classes[label]}"))
@@ -114,8 +118,9 @@ class ServerPurifier:
         self.alphas: dict[str, tuple[float, ...]] = {}
         self.most_samples = 0
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float]) -> Purified:
-        content = self._client.predict(image, self.name, samples=samples)
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
+        options = {"certify": draws} if draws else {}
+        content = self._client.predict(image, self.name, samples=samples, **options)
         png, drawn = self._client.purify(image, self.name, samples=samples)
         with Image.open(io.BytesIO(png)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
@@ -175,6 +180,10 @@ def build(purifier: Purifier, attacker: Attacker | None, why_not: str = "") -> A
                     interactive=attacker is not None, elem_id="strength",
                 )  # fmt: skip
                 samples = gr.Slider(1, purifier.most_samples or 64, 8, step=1, label="Samples that vote")
+                draws = gr.Dropdown(
+                    list(_DRAWS), value="none", label="Certificate", info="a proven radius; takes longer",
+                    elem_id="draws",
+                )  # fmt: skip
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, visible=bool(names))
                 title = "Alphas, coarse to fine: 0 keeps a latent, 1 replaces it"
                 with gr.Accordion(title, open=False, visible=bool(names), elem_id="alphas"):
@@ -191,16 +200,16 @@ def build(purifier: Purifier, attacker: Attacker | None, why_not: str = "") -> A
                     answer = gr.JSON(show_label=False)
         chosen = gr.State(signs[_FIRST])
 
-        def run(image: bytes, strength: float, samples: int, seed: int, *alphas: float) -> tuple[Any, ...]:
+        def run(image: bytes, strength: float, samples: int, draws: str, seed: int, *alphas: float) -> tuple[Any, ...]:
             try:
-                return answered(purifier, attacker, image, strength, samples, int(seed or 0), alphas)
+                return answered(purifier, attacker, image, strength, samples, int(seed or 0), alphas, _DRAWS[draws])
             except MlvgmError as error:
                 text = str(error)
                 return f'<p role="alert"><b>Refused:</b> {_text(text)}</p>', None, {"error": text}
 
         ask: dict[str, Any] = {
             "fn": run,
-            "inputs": [chosen, strength, samples, seed, *alphas],
+            "inputs": [chosen, strength, samples, draws, seed, *alphas],
             "outputs": [result, votes, answer],
             "concurrency_id": "pipeline",
             "trigger_mode": "always_last",
@@ -211,7 +220,7 @@ def build(purifier: Purifier, attacker: Attacker | None, why_not: str = "") -> A
         if names:
             schedule.input(lambda name: list(purifier.alphas[name]), schedule, alphas).then(**ask)
         sliders = [slider.release for slider in (strength, samples, *alphas)]
-        gr.on([page.load, again.click, seed.submit, *sliders], **ask)
+        gr.on([page.load, again.click, seed.submit, draws.input, *sliders], **ask)
     return page
 
 
@@ -223,6 +232,7 @@ def answered(
     samples: int,
     seed: int,
     alphas: Sequence[float],
+    draws: int = 0,
 ) -> tuple[str, dict[str, float], dict[str, Any]]:
     """What the page shows: the result as HTML, the share of the votes by class, and the whole answer.
 
@@ -240,19 +250,31 @@ def answered(
             image = encode(attacked)
             pictures.append((attacked, f"attacked: {attacker.read(attacked)}"))
             pictures.append((np.asarray(contact_sheet.change(clean, attacked).pixels), contact_sheet.CHANGE))
-    purified = purifier.purify(image, samples, seed, alphas)
+    purified = purifier.purify(image, samples, seed, alphas, draws)
     content = purified.content
     timings = ", ".join(f"{name} {value:.1f}" for name, value in content["timing_ms"].items())
     lines = (
         f"<h2>{_text(content['label'])}</h2>",
         f"<p>{content['agreement']:.0%} of {content['samples']} samples agree. Without purification: "
         f"<b>{_text(content['unpurified']['label'])}</b>{', so it is flagged' if content['flagged'] else ''}. "
-        f"Attack score {content['score']:.2f}.</p>",
+        f"Attack score {content['score']:.2f}.{certificate(content)}</p>",
         *_figures([*pictures, *purified.pictures]),
         f"<p>Milliseconds: {timings}</p>",
     )
     shares = {entry["label"]: entry["votes"] / content["samples"] for entry in content["top_k"] if entry["votes"]}
     return "".join(lines), shares, content
+
+
+def certificate(content: dict[str, Any]) -> str:
+    """What an answer says of its certificate, as HTML; nothing where it has none."""
+    if "certified_l2" not in content:
+        return ""
+    if content["abstained"]:
+        return f" <b>No class is certified</b> by {content['draws']} noisy images."
+    return (
+        f" <b>Certified:</b> no change below {content['certified_l2']:.2f} (L2 norm) makes the vote of noisy images "
+        f"anything but {_text(content['certified_label'])}; wrong with a probability of {content['alpha']:g} at most."
+    )
 
 
 def _figures(pictures: Sequence[Picture]) -> Iterator[str]:

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 from evaluation import playground
 from evaluation.photographs import encode
-from evaluation.playground import Attacker, BundlePurifier, ServerPurifier, answered
+from evaluation.playground import Attacker, BundlePurifier, ServerPurifier, answered, certificate
 from handlers.client import Client, ServerError
 from handlers.errors import MlvgmError
 from handlers.pipeline import Pipeline
@@ -53,6 +53,16 @@ def test_a_bundles_answer_is_that_of_its_pipeline(pipeline: Pipeline, attacker: 
     named = [f"sample {k}: {bundles.CLASSES[i]}" for k, i in enumerate(expected.sample_labels[0], 1)]
     assert captions(result) == [f"original: {content['unpurified']['label']}", "what is kept", *named]
     assert f"<h2>{label}</h2>" in result
+
+
+def test_a_certificate_is_that_of_the_pipeline(pipeline: Pipeline) -> None:
+    result, _, content = answered(BundlePurifier(pipeline), None, PICTURE, 0, 1, 0, [0.0, 0.0], draws=100)
+    assert (content["draws"], content["sigma"]) == (100, 0.25)
+    said = "No class is certified" if content["abstained"] else f"no change below {content['certified_l2']:.2f}"
+    assert said in result
+    sure = {"certified_l2": 0.3, "abstained": False, "certified_label": "<a>", "alpha": 0.001, "draws": 9}
+    assert "no change below 0.30 (L2 norm) makes the vote of noisy images anything but &lt;a&gt;" in certificate(sure)
+    assert "No class is certified" in certificate(sure | {"abstained": True})
 
 
 def test_an_attack_stays_within_its_strength_and_is_what_is_purified(pipeline: Pipeline, attacker: Attacker) -> None:

@@ -1,0 +1,102 @@
+"""The description of the API (openapi.yaml), and a page that shows it without scripts or any other host."""
+
+import functools
+import html
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+:root { color-scheme: light dark }
+table { border-collapse: collapse; width: 100% }
+td, th { border-bottom: 1px solid #8888; padding: .3em; text-align: left; vertical-align: top }
+code { font: 14px monospace; overflow-wrap: anywhere }
+.method { text-transform: uppercase }
+"""
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def page(model: str) -> str:
+    """The document as HTML, with ``model`` in the examples."""
+    info = document()["info"]
+    title = f"{info['title']} {info['version']}: {model}"
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{_text(title)}</title><style>{_STYLE}</style><h1>{_text(title)}</h1><p>{_text(info['description'])}</p>"
+        f"<p>Try it: <code>curl -T IMAGE.png http://127.0.0.1:PORT/predictions/{_text(model)}</code>. For tools: "
+        "<a href=openapi.json>openapi.json</a>.</p>"
+    ]
+    for path, item in document()["paths"].items():
+        for method, operation in item.items():
+            if method != "parameters":
+                parts += _operation(method, path.replace("{model}", model), operation)
+    for name, schema in document()["components"]["schemas"].items():
+        if rows := [(f"<code>{_text(field)}</code>", _kind(kind)) for field, kind in _fields(schema)]:
+            parts += [f"<h2 id={name}>{name}</h2>", *_table(("field", "value"), rows)]
+    return "\n".join(parts)
+
+
+def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
+    yield f"<h2><span class=method>{method}</span> <code>{_text(path)}</code></h2><p>{_text(operation['summary'])}</p>"
+    if parameters := [_resolved(parameter) for parameter in operation.get("parameters", ())]:
+        rows = [(f"<code>{p['name']}</code>", _kind(p["schema"]), _text(p["description"])) for p in parameters]
+        yield from _table(("header", "values", "meaning"), rows)
+    bodies = operation.get("requestBody", {}).get("content", {})
+    yield from _table(("body", ""), [(_text(kind), _kind(body["schema"])) for kind, body in bodies.items()])
+    for status, response in operation["responses"].items():
+        response = _resolved(response)
+        kinds = " or ".join(_kind(body["schema"]) for body in response.get("content", {}).values())
+        yield f"<p><b>{status}</b> {_text(response['description'])}. {kinds}</p>"
+
+
+def _table(heads: Iterable[str], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if rows:
+        yield "<table><tr>" + "".join(f"<th>{head}" for head in heads)
+        yield from ("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
+        yield "</table>"
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    """Which values a schema allows, as HTML."""
+    if "$ref" in schema:
+        resolved, name = _resolved(schema), schema["$ref"].rpartition("/")[2]
+        return f"<a href='#{name}'>{name}</a>" if list(_fields(resolved)) else _kind(resolved)
+    if "oneOf" in schema:
+        return " or ".join(map(_kind, schema["oneOf"]))
+    if "items" in schema:
+        return f"list of {_kind(schema['items'])}"
+    if "allOf" in schema:
+        return ", with more: ".join(map(_kind, schema["allOf"]))
+    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+    kind = schema.get("type", "")
+    said = [", ".join(map(str, values)) or (" or ".join(kind) if isinstance(kind, list) else kind)]
+    said += [f"{word} {schema[bound]}" for word, bound in (("from", "minimum"), ("to", "maximum")) if bound in schema]
+    return _text(": ".join(filter(None, (" ".join(said), schema.get("description", "")))))
+
+
+def _fields(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for base in schema.get("allOf", ()):
+        yield from _fields(_resolved(base))
+    yield from schema.get("properties", {}).items()
+
+
+def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "$ref" not in schema:
+        return schema
+    found: Any = document()
+    for name in schema["$ref"].split("/")[1:]:
+        found = found[name]
+    return found  # type: ignore[no-any-return]
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

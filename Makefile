@@ -28,14 +28,19 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV), which takes some minutes: PyTorch ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@echo '... ONNX Runtime, OpenVINO, TensorRT for RTX, TorchServe with Java, Ray, and what the tests need ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,scale,attack,dev]'
+	@echo '... ONNX Runtime, OpenVINO, TorchServe with Java ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,serve,dev-server,attack]'
+	@touch $@
+
+$(VENV)/.installed-for-tests: $(VENV)/.installed
+	@echo 'Installing TensorRT for RTX, Ray, Gradio, and what the tests need ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch,cpu,rtx,serve,dev-server,scale,playground,attack,dev]'
 	@touch $@
 
 demo: install
 	@$(BIN)/python -m mlvgm demo
 
-lint: install
+lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -43,10 +48,10 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest
 
-test-full: install
+test-full: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest -m "full or not full"
 
-fuzz: install
+fuzz: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	for target in request image; do $(BIN)/python -m tests.fuzz.$$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
@@ -59,7 +64,7 @@ comparators: install
 	  $(BIN)/python -m evaluation.comparators train $$name $(DATA)/train.npz --out build/comparators --seconds $(SECONDS_EACH) || exit 1; done
 
 # What an earlier build left would be packed as well.
-wheel: install
+wheel: $(VENV)/.installed-for-tests
 	rm -rf build/setuptools build/mlvgm_serve-*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build .
 

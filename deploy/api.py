@@ -2,7 +2,7 @@
 
 import functools
 import html
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator
         yield f"<p><b>{status}</b> {_text(response['description'])}. {kinds}</p>"
 
 
-def _table(heads: Iterable[str], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(heads: Iterable[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     if rows:
         yield "<table><tr>" + "".join(f"<th>{head}" for head in heads)
         yield from ("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)

@@ -22,7 +22,7 @@ from evaluation.photographs import encode
 from evaluation.signs import drawn_signs
 from handlers import certify
 from handlers.answer import describe
-from handlers.client import Client
+from handlers.client import Client, Options
 from handlers.errors import MlvgmError
 from handlers.image import decode
 from handlers.pipeline import NonFiniteError, Pipeline
@@ -119,8 +119,8 @@ class ServerPurifier:
         self.most_samples = 0
 
     def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
-        options = {"certify": draws} if draws else {}
-        content = self._client.predict(image, self.name, samples=samples, **options)
+        options: Options = {"samples": samples, "certify": draws} if draws else {"samples": samples}
+        content = self._client.predict(image, self.name, **options)
         png, drawn = self._client.purify(image, self.name, samples=samples)
         with Image.open(io.BytesIO(png)) as picture:
             pixels = np.asarray(picture.convert("RGB"))

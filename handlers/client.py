@@ -56,9 +56,11 @@ class Options(TypedDict, total=False):
         top_k: number of classes in the answer.
         alphas: schedule of alphas, by name.
         seed: of the noise, if the server allows clients to choose it.
+        certify: noisy images to draw for a certificate, within the server's budget.
     """
 
     samples: int | str | None
+    certify: int | None
     top_k: int | None
     alphas: str | None
     seed: int | None

@@ -18,7 +18,13 @@ from mlvgm.cli.main import VERBS
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
 FOLDER = PROJECT / "deploy" / "kubernetes"
 VERSIONS = ("1.33", "1.37")
-FOREIGN = {"Kustomization", "PodMonitor", "PrometheusRule"}  # kinds that Kubernetes itself does not know
+FOREIGN = {
+    "Gateway",
+    "Kustomization",
+    "PodMonitor",
+    "PrometheusRule",
+    "TLSRoute",
+}  # kinds that Kubernetes itself does not know
 Document = dict[str, Any]
 
 
@@ -169,3 +175,16 @@ def test_the_autoscaler_goes_by_a_metric_that_the_adapter_makes() -> None:
     (metric,) = DOCUMENTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
     values = yaml.safe_load((FOLDER / "adapter-values.yaml").read_text())
     assert metric["pods"]["metric"]["name"] in {rule["name"]["as"] for rule in values["rules"]["custom"]}
+
+
+def test_both_ways_in_lead_to_the_service() -> None:
+    service = DOCUMENTS["Service"]
+    (port,) = service["spec"]["ports"]
+    (rule,) = DOCUMENTS["Ingress"]["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"] == {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
+    route = DOCUMENTS["TLSRoute"]["spec"]
+    assert route["rules"] == [{"backendRefs": [{"name": service["metadata"]["name"], "port": port["port"]}]}]
+    (listener,) = DOCUMENTS["Gateway"]["spec"]["listeners"]
+    assert route["parentRefs"] == [{"name": DOCUMENTS["Gateway"]["metadata"]["name"], "sectionName": listener["name"]}]
+    assert listener["tls"] == {"mode": "Passthrough"}

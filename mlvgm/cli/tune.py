@@ -11,11 +11,15 @@ from deploy.errors import CliError
 from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
 
 if TYPE_CHECKING:
-    from evaluation.tuning import Gain, Trial
+    from evaluation.tuning import Gain, Objective, Trial
     from handlers.manifest import Manifest
+    from handlers.pipeline import Pipeline
+    from mlvgm.recipe import Recipe
+    from mlvgm.training.data import Signs
 
 
 _CHUNK = 64
+_GRADIENT = "gradient from "
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,14 +28,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "tune",
         help="find the interpolation weights",
         description="Choose how much of each latent is drawn afresh: scaled linear, cosine and constant schedules "
-        "first, then Bayesian optimisation from there. The score is the mean of the accuracies on clean and on "
-        "attacked validation images after purification. The best few are compared once more on images that the search "
-        "has not seen, with the bundle's own weights beside them. A winner that is better by more than chance is "
-        "printed as it goes into a recipe; or else that there is no difference.",
+        "first, then Bayesian optimisation from there; or gradient descent on the classifier's loss from several "
+        "starts (--method). The score is the mean of the accuracies on clean and on attacked validation images after "
+        "purification. The best few are compared once more on images that neither has seen, with the bundle's own "
+        "weights beside them. A winner that is better by more than chance is printed as it goes into a recipe; or else "
+        "that there is no difference.",
         epilog="Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json",
     )
     add_pipeline(parser, default=Path("build/road-signs"), help="(%(default)s)")
-    add_models(parser, purifier=False)
+    add_models(parser)
     parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
     parser.add_argument(
         "--score",
@@ -46,7 +51,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--finalists", type=positive, default=5, help="how many are compared so (%(default)s)")
     parser.add_argument("--samples", type=positive, default=4, help="purified samples that vote (%(default)s)")
-    parser.add_argument("--trials", type=positive, default=100, help="at most (%(default)s)")
+    parser.add_argument(
+        "--method",
+        choices=("bayesian", "gradient", "both"),
+        default="bayesian",
+        help="both compares the best of the two as well (%(default)s)",
+    )
+    parser.add_argument("--trials", type=positive, default=100, help="of the search, at most (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=60, help="of each gradient descent (%(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
     parser.add_argument("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
 
@@ -58,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from evaluation import tuning
     from evaluation.attacks import attack
     from evaluation.photographs import read_photographs
-    from evaluation.progress import bar, say
+    from evaluation.progress import say
     from export.models import recipe_classifier
 
     with load_pipeline(arguments) as pipeline:
@@ -80,22 +92,25 @@ def run(arguments: argparse.Namespace) -> int:
             return tuning.objective(pipeline, signs.images[part], sets, signs.labels[part], arguments.samples)
 
         seen, unseen = slice(0, arguments.images), slice(arguments.images, None)
-        with bar(arguments.trials, "searching", "trial") as shown:
-
-            def tell(trial: "Trial") -> None:
-                shown.update()
-                say(tuning.describe(trial), sys.stderr)
-
-            trials = tuning.search(objective(seen), manifest.n_latents, arguments.trials, tell)
+        trials: list[Trial] = []
+        if arguments.method != "gradient":
+            trials += _search(arguments, objective(seen), manifest.n_latents)
+        if arguments.method != "bayesian":
+            sets = {name: images[seen] for name, images in attacked.items()}
+            trials += _learn(arguments, pipeline, recipe, objective(seen), signs, sets)
         say(f"comparing the best on {len(signs) - arguments.images} other images", sys.stderr)
         score = objective(unseen)
-        finalists = tuning.ranked(score(trial.weights, trial.origin) for trial in trials[: arguments.finalists])
+        trials = tuning.ranked(trials)
+        chosen = _finalists(trials, arguments.finalists)
+        finalists = tuning.ranked(score(trial.weights, trial.origin) for trial in chosen)
         as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
     best = finalists[0]
     gain = tuning.gain(best, as_it_is, len(finalists))
     _write(arguments, manifest, trials, finalists, as_it_is, gain)
     for trial in [*finalists, as_it_is]:
         print(f"{trial.origin:28} {tuning.describe(trial)}")
+    if arguments.method == "both":
+        print(_compared(finalists))
     interval = f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
     if not gain.is_certain:
         print(f"no difference: the best scores {interval} against the bundle's own weights; keep these")
@@ -105,6 +120,66 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"better than the bundle's own weights by {interval}:")
     print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in best.weights)}]")
     return 0
+
+
+def _search(arguments: argparse.Namespace, score: "Objective", n: int) -> "list[Trial]":
+    from evaluation import tuning
+    from evaluation.progress import bar, say
+
+    with bar(arguments.trials, "searching", "trial") as shown:
+
+        def tell(trial: "Trial") -> None:
+            shown.update()
+            say(tuning.describe(trial), sys.stderr)
+
+        return tuning.search(score, n, arguments.trials, tell)
+
+
+def _learn(
+    arguments: argparse.Namespace,
+    pipeline: "Pipeline",
+    recipe: "Recipe",
+    score: "Objective",
+    signs: "Signs",
+    attacked: "dict[str, Any]",
+) -> "list[Trial]":
+    from evaluation import learning, tuning
+    from evaluation.progress import say, track
+    from export.classifier import stage
+    from export.models import load_models
+
+    manifest = pipeline.manifest
+    purifier, classifier = load_models(recipe, arguments.purifier, arguments.classifier)
+    adapted: Any = stage(classifier, recipe.image_size, len(recipe.classes)).reference
+    n, trials = arguments.images, []
+    given = {"steps": arguments.steps, "blur": recipe.blur, "input_noise_l2": manifest.input_noise_l2}
+    starts = learning.starts(manifest.n_latents, manifest.alphas[manifest.default_alphas])
+    for name, start in track(list(starts.items()), "descending", "start"):
+        weights = learning.learn(purifier, adapted, signs.images[:n], attacked, signs.labels[:n], start, **given)
+        trials.append(score(weights, f"{_GRADIENT}{name}"))
+        say(tuning.describe(trials[-1]), sys.stderr)
+    return trials
+
+
+def _finalists(trials: "list[Trial]", count: int) -> "list[Trial]":
+    """The best, of both methods where there are two."""
+    chosen = trials[:count]
+    kinds = {trial.origin.startswith(_GRADIENT) for trial in chosen}
+    return chosen + [trial for trial in trials[count:] if trial.origin.startswith(_GRADIENT) not in kinds][:1]
+
+
+def _compared(finalists: "list[Trial]") -> str:
+    from evaluation import tuning
+
+    learned, searched = (
+        next(trial for trial in finalists if trial.origin.startswith(_GRADIENT) is is_learned)
+        for is_learned in (True, False)
+    )
+    # Each is the best of some on these images; the interval is that of a comparison of all with all.
+    ahead, behind = (learned, searched) if learned.score > searched.score else (searched, learned)
+    gain = tuning.gain(ahead, behind, len(finalists))
+    said = "better" if gain.is_certain else "no difference"
+    return f"{ahead.origin} against {behind.origin}: {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), {said}"
 
 
 def _set_threshold(arguments: argparse.Namespace) -> int:
@@ -153,6 +228,7 @@ def _write(
         "check": arguments.check,
         "samples": arguments.samples,
         "attacks": arguments.attacks,
+        "method": arguments.method,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

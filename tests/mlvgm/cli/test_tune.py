@@ -13,6 +13,7 @@ from handlers.pipeline import Pipeline
 from mlvgm.cli.main import main
 from tests import bundles
 from tests.evaluation.models import of_bundle, pictures
+from tests.evaluation.test_learning import Halves
 
 pytest.importorskip("foolbox")
 
@@ -48,6 +49,23 @@ def test_finds_and_writes_weights(words: list[str], capsys: pytest.CaptureFixtur
     assert content["finalists"][0]["score"] >= content["finalists"][1]["score"]
     assert content["as_it_is"]["alphas"] == [0.5, 1.0]
     assert capsys.readouterr().err.count("score ") == len(content["trials"])
+
+
+def test_alphas_by_gradient_are_compared_with_those_of_the_search(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nvae_bundle: Path
+) -> None:
+    monkeypatch.setattr(models, "load_models", lambda *_: (Halves(), of_bundle(nvae_bundle)))
+    assert main([*words, "--images", "5", "--check", "4", "--trials", "3", "--steps", "2", "--method", "both"]) == 0
+    content = json.loads(Path("tuned.json").read_text())
+    kinds = [trial["origin"].startswith("gradient from ") for trial in content["trials"]]
+    assert kinds.count(True) == 4
+    assert kinds.count(False) == 3
+    assert {trial["origin"].startswith("gradient from ") for trial in content["finalists"]} == {True, False}
+    out = capsys.readouterr().out
+    assert "against" in out
+    assert out.count("no difference") == 2  # of the two methods, and from the bundle's own
+    assert main([*words, "--images", "5", "--check", "4", "--steps", "1", "--method", "gradient"]) == 0
+    assert len(json.loads(Path("tuned.json").read_text())["trials"]) == 4
 
 
 def test_says_that_there_is_no_difference(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from handlers.certify import Certified, certify
 from handlers.inputs import PipelineInputs, checked_images
 from handlers.manifest import Manifest, StageSpec
 from handlers.result import Result
-from handlers.runtimes import Array, Engine, EngineError, Options
+from handlers.runtimes import Array, Engine, EngineError, Options, choice
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -78,7 +78,8 @@ class Pipeline:
         """Check the bundle in ``folder``, then load its engines.
 
         Args:
-            runtime: one of `handlers.runtimes.NAMES`; "auto" is the bundle's own choice or else the fastest installed.
+            runtime: one of `handlers.runtimes.NAMES`; "auto" is the bundle's own choice, or else the one that
+                has been measured to be the fastest here (`handlers.runtimes.choice`), or else usually is.
             threads: CPU threads; 0 for every core.
             device: number of the GPU, for the runtimes that use one.
 
@@ -89,7 +90,11 @@ class Pipeline:
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
-        name = runtimes.choose(manifest.runtime if runtime == "auto" else runtime)
+        name = manifest.runtime if runtime == "auto" else runtime
+        if name == "auto" and (measured := choice.kept(manifest)):
+            logger.info("auto is %s", measured)
+            name = measured.runtime
+        name = runtimes.choose(name)
         files = {stage.name: stage.file for stage in manifest.stages}
         usual = manifest.batch.opt, manifest.batch.max
         options = Options(threads, device, manifest.precision, compiled=usual)

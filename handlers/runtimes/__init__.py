@@ -99,15 +99,19 @@ def available() -> list[str]:
     return [name for name in installed() if gpu or not _RUNTIMES[name].gpu]
 
 
+def candidates() -> list[str]:
+    """The installed runtimes that "auto" can be, the usually faster first."""
+    return [name for name in _AUTO if _is_installed(_RUNTIMES[name])]
+
+
 def choose(name: str) -> str:
-    """``name`` itself, or for "auto" the fastest installed runtime.
+    """``name`` itself, or for "auto" the usually fastest installed runtime (`handlers.runtimes.choice` has measured).
 
     Raises:
         RuntimeMissing: the runtime is unknown or not installed; the message says what to install.
     """
     if name == "auto":
-        found = [candidate for candidate in _AUTO if _is_installed(_RUNTIMES[candidate])]
-        if not found:
+        if not (found := candidates()):
             commands = " or ".join(_RUNTIMES[candidate].install for candidate in _AUTO)
             raise RuntimeMissing(f"no runtime is installed: {commands}")
         return found[0]

@@ -19,6 +19,8 @@ from deploy.server import Server, grey_png, port_is_taken
 from deploy.torchserve import INSTALL
 from handlers import runtimes
 from handlers.client import ServerError
+from handlers.errors import MlvgmError
+from handlers.runtimes import cache
 from mlvgm.cli.options import add_port, add_store
 
 _NEEDED = {"numpy": "1.26", "pillow": "10.3", "pyyaml": "6"}  # by every worker
@@ -46,6 +48,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add_port(parser, "the port to serve on")
     add_store(parser)
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        help="also say which runtime auto is for it; where that is unknown here, measure it, for some seconds",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         *(partial(_package, name, *needed) for name, needed in packages.items()),
         _runtimes,
         _gpu,
+        *([partial(_auto, args.bundle)] if args.bundle else []),
         partial(_store, store),
         partial(_folder, server),
         partial(_disk, server, store),
@@ -104,6 +112,24 @@ def _runtimes() -> Finding:
     if not found:
         return Finding("runtimes", "none", "pip install onnxruntime or pip install openvino")
     return Finding("runtimes", f"{', '.join(found)}; auto takes {runtimes.choose('auto')}")
+
+
+def _auto(bundle: Path) -> Finding:
+    from handlers import fastest
+    from handlers.manifest import Manifest
+    from handlers.runtimes import choice
+
+    try:
+        manifest = Manifest.read(bundle)
+        if manifest.runtime != "auto":
+            return Finding("runtime", f"{manifest.runtime}: {manifest.name} names it")
+        found = choice.kept(manifest) or fastest.measure(bundle)
+    except MlvgmError as error:
+        return Finding("runtime", f"{bundle} cannot be run", str(error))
+    if choice.kept(manifest) or not found.milliseconds:
+        return Finding("runtime", str(found))
+    cure = f"try again on a quiet machine, with ${cache.VARIABLE} naming a folder of your own"
+    return Finding("runtime", f"{found}; not kept: workers take {runtimes.choose('auto')}", cure, is_warning=True)
 
 
 def _gpu() -> Finding:

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     from export.bundle import export_bundle
     from export.models import load_models
+    from handlers import fastest
 
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
             say(f"built engines with {name} {built['version']}; share of fp16: {halves}")
     if args.single_graph is not None:
         _add_single_graph(out, args, say)
+    if manifest.runtime == "auto":
+        say(f"the runtime here is {fastest.measure(out)}")
     print(f"Next: mlvgm archive {out}")
     return 0
 

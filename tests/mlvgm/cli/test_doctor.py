@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from export.archive import build_archive
+from handlers.runtimes import cache
 from mlvgm.cli.main import main
+from tests import bundles
 from tests.machine import free_port, uninstall
 
 pytest.importorskip("ts")
@@ -21,6 +23,29 @@ def test_all_is_well(nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "FAIL" not in text
     assert "->" not in text
     assert "auto takes" in text
+
+
+def test_the_runtime_of_a_bundle_is_measured_once(
+    nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("handlers.fastest._times", lambda pipeline, count: [2.0 if "vino" in pipeline.runtime else 1.0])
+
+    def line(bundle: Path = nvae_bundle) -> str:
+        main(["doctor", "--port", str(free_port()), "--model-store", str(tmp_path), "--bundle", str(bundle)])
+        return next(line for line in capsys.readouterr().out.splitlines() if " runtime " in line)
+
+    (tmp_path / "cache").touch()
+    assert "workers take openvino" in line(), "nothing can be kept"
+    (tmp_path / "cache").unlink()
+    first = line()
+    assert first.startswith("ok    runtime               onnxruntime, 2.00 times as fast as openvino; ")
+    assert "openvino 2.0 ms for one image, 2.0 ms for a batch" in first
+    monkeypatch.setattr("handlers.fastest.measure", None)
+    assert line() == first
+    bundles.write_nvae(tmp_path / "own", runtime="openvino")
+    assert "openvino: tiny names it" in line(tmp_path / "own")
+    assert line(tmp_path / "none").startswith("FAIL")
 
 
 def test_a_missing_archive_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ _TURNED = 0.05
 """Largest change of an image's logits by other images of its batch, as a share of their norm: int8 activations that are
 scaled for the whole batch change them a little."""
 
-PROBABILITIES = "returns probabilities (a softmax), so their logarithms are taken as logits"
+PROBABILITIES = "returns probabilities (of a softmax or of sigmoids), so their logarithms are taken as logits"
 """The end of "the classifier is adapted: it ..."."""
 
 
@@ -29,7 +29,7 @@ class Habits:
     """Unusual behaviour of a classifier that an export can make up for.
 
     Attributes:
-        probabilities: its outputs sum to one, so they are probabilities instead of logits.
+        probabilities: its outputs are probabilities instead of logits: they sum to one, or all are between 0 and 1.
         in_place: it modifies its input.
     """
 
@@ -76,8 +76,9 @@ def probe(classify: Callable[[Tensor], Any], image_size: int, n_classes: int, na
             "training mode, or are random numbers drawn?"
         )
     sums = logits.double().sum(dim=1)
-    probabilities = bool((logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
-    return Habits(probabilities, not torch.equal(given, images))
+    softmax = (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
+    sigmoids = ((logits > 0) & (logits < 1)).all()
+    return Habits(bool(softmax or sigmoids), not torch.equal(given, images))
 
 
 def first_line(error: BaseException) -> str:

@@ -35,6 +35,12 @@ def test_ordinary_classifiers_are_ordinary() -> None:
     assert habits == Habits(probabilities=False, in_place=False)
 
 
+@pytest.mark.parametrize("last", [nn.Softmax(dim=1), nn.Sigmoid()])
+def test_probabilities_are_told_from_logits(last: nn.Module) -> None:
+    assert probe(nn.Sequential(PLAIN, last), 8, 4, "mine").probabilities
+    assert not probe(PLAIN, 8, 4, "mine").probabilities
+
+
 def test_habits_are_told() -> None:
     def classifier(images: Tensor) -> Tensor:
         return PLAIN(images.mul_(2)).softmax(dim=1)

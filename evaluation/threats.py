@@ -232,15 +232,16 @@ class Quiet(White):
     meets_all: ClassVar[bool] = True
 
     def penalty(self, target: Target) -> Penalty:
-        """The score: the divergence of the classifier's answer to the image from that to its purified samples."""
+        """The score."""
         subject = target.subject
         own = target.defence.classifier
         alone = _alone(subject.fast_classifier if own is None else fast(own, subject.device), subject.device)
 
         def score(images: Tensor, logits: Tensor) -> Tensor:
-            before = alone(images, 1).logits[0].log_softmax(dim=1)
-            after = logits.softmax(dim=2).mean(dim=0).clamp_min(_TINY).log()
-            return (before.exp() * (before - after)).sum(dim=1).clamp_min(0)
+            before, label = alone(images, 1).logits[0].log_softmax(dim=1).max(dim=1)
+            after = logits.softmax(dim=2).mean(dim=0)
+            left = after.gather(1, label[:, None])[:, 0].clamp_min(_TINY).log()
+            return ((before - left) * after.amax(dim=1)).clamp_min(0)
 
         return score
 

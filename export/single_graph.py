@@ -286,11 +286,13 @@ class _Builder:
         won = self.node("Cast", self.node("Squeeze", most, last), to=TensorProto.FLOAT)
         self.node("Div", won, self.constant(np.float32(self.samples)), out="agreement")
         shares = self.node("ReduceMean", self.node("Softmax", ours, axis=2), samples, keepdims=0)
-        after = self.node("Log", self.node("Max", shares, self.constant(np.finfo(np.float32).tiny)))
-        logs = self.node("LogSoftmax", before, axis=1)
-        terms = self.node("Mul", self.node("Exp", logs), self.node("Sub", logs, after))
-        divergence = self.node("ReduceSum", terms, last, keepdims=0)
-        self.node("Max", divergence, self.constant(np.float32(0)), out="score")
+        label = self.node("ArgMax", before, axis=1, keepdims=1)
+        left = self.node("GatherElements", shares, label, axis=1)
+        left = self.node("Log", self.node("Max", left, self.constant(np.finfo(np.float32).tiny)))
+        had = self.node("ReduceMax", self.node("LogSoftmax", before, axis=1), last, keepdims=1)
+        sure = self.node("ReduceMax", shares, last, keepdims=1)
+        drop = self.node("Squeeze", self.node("Mul", self.node("Sub", had, left), sure), last)
+        self.node("Max", drop, self.constant(np.float32(0)), out="score")
 
     def rows_of(self, name: str) -> str:
         return self.node("Shape", name, start=0, end=1)

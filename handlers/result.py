@@ -90,13 +90,14 @@ class Result:
     def scores(self) -> FloatArray:
         """(B,): attack score, 0 or more.
 
-        The Kullback-Leibler divergence, in nats, of the unpurified softmax from the mean softmax of the samples. It is
-        large if purification removes an attack, since that changes the prediction much.
+        By how many nats purification lowers the probability of the label that the unpurified image has, times the
+        largest probability after it. So it is large where one sure answer takes the place of another, as with an
+        attack. A clean image that purification blurs beyond recognition loses its answer too, but gets no sure one.
         """
         before, after = self.unpurified_confidences, self._mean(softmax(self.sample_logits))
-        ratio = np.maximum(before, _TINY) / np.maximum(after, _TINY)
-        divergence: FloatArray = np.maximum((before * np.log(ratio)).sum(axis=1), 0)
-        return divergence
+        left = after[np.arange(len(after)), self.unpurified_labels]
+        drop: FloatArray = np.log(np.maximum(before.max(axis=1), _TINY) / np.maximum(left, _TINY)) * after.max(axis=1)
+        return np.maximum(drop, 0)
 
     @cached_property
     def confidences(self) -> FloatArray:

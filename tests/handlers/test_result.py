@@ -47,11 +47,11 @@ def test_votes_and_ranking_are_consistent(logits: np.ndarray) -> None:
     assert ((result.agreement > 0.3) & (result.agreement <= 1)).all()
 
 
-def test_the_score_is_the_divergence_of_before_and_after() -> None:
+def test_the_score_is_how_much_less_probable_the_label_is_and_how_sure_the_other() -> None:
     samples = np.array([[[0, 1, 2], [3, 0, 1]]], np.float32)
-    result = Result(samples, np.empty(0, np.float32), np.array([[1, 1, 4]], np.float32), {})
-    before, after = softmax(np.array([1.0, 1, 4])), softmax(samples[0].astype(float)).mean(axis=0)
-    assert result.scores[0] == pytest.approx(float(np.sum(before * np.log(before / after))), rel=1e-5)
+    result = Result(samples, np.empty(0, np.float32), np.array([[1, 4, 1]], np.float32), {})
+    before, after = softmax(np.array([1.0, 4, 1])), softmax(samples[0].astype(float)).mean(axis=0)
+    assert result.scores[0] == pytest.approx(float(np.log(before[1] / after[1]) * after[0]), rel=1e-5)
 
 
 @given(arrays(np.float32, (5, 4, 3), elements=st.floats(-1e4, 1e4, width=32)))
@@ -64,6 +64,11 @@ def test_an_image_that_purification_does_not_change_is_not_suspicious() -> None:
     same, moved = (result_of([[9, 0], [8, 0]], before).scores[0] for before in ([8.5, 0], [0, 5]))
     assert same < 0.001
     assert moved > 5
+
+
+def test_an_image_that_loses_its_answer_for_no_other_is_less_suspicious_than_one_with_a_new_answer() -> None:
+    lost, new = (result_of([after, after], [6, 0, 0]).scores[0] for after in ([0, 0, 0], [0, 6, 0]))
+    assert lost < new / 5
 
 
 def test_samples_that_were_not_drawn_do_not_count() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,35 @@ def test_any_classifier_is_evaluated_and_work_goes_on(
     assert (tmp_path / "report.jsonl").read_bytes().split() == lines
 
 
-def test_a_worse_bundle_is_refused_by_the_gate(
-    nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _forgetful(bundle: Path) -> None:
     """Everything of its images is drawn afresh: the alphas are 1."""
+    dataclasses.replace(Manifest.read(bundle), alphas={"none": (1.0, 1.0)}).write(bundle)
+
+
+def _coarse(bundle: Path) -> None:
+    """The weights of its classifier are 8-bit integers, with a scale that leaves them three values."""
+    manifest, file = Manifest.read(bundle), bundle / "classify.onnx"
+    model = onnx.load(file)
+    (weights,) = (tensor for tensor in model.graph.initializer if tensor.name == "w")
+    values = numpy_helper.to_array(weights)
+    scale = np.abs(values).max()
+    model.graph.initializer.remove(weights)
+    integers = (values / scale).round().astype(np.int8)
+    model.graph.initializer.extend([numpy_helper.from_array(integers, "int8"), numpy_helper.from_array(scale, "scale")])
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["int8", "scale"], ["w"]))
+    onnx.save(model, file)
+    (bundle / "classify.onnx.data").unlink()
+    manifest.write(bundle)
+
+
+@pytest.mark.parametrize("worsen", [_forgetful, _coarse])
+def test_a_worse_bundle_is_refused_by_the_gate(
+    worsen: Callable[[Path], None],
+    nvae_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     classifier = of_bundle(nvae_bundle)
     monkeypatch.setattr(export.models, "load_models", lambda *_: (classifier, classifier))
     good, manifest = tmp_path / "good", Manifest.read(nvae_bundle)
@@ -131,7 +157,7 @@ def test_a_worse_bundle_is_refused_by_the_gate(
     dataclasses.replace(manifest, default_alphas="none").write(good)
     worse = tmp_path / "worse"
     shutil.copytree(good, worse)
-    dataclasses.replace(manifest, alphas={"none": (1.0, 1.0)}, default_alphas="none").write(worse)
+    worsen(worse)
     with Pipeline.load(good, "onnxruntime") as pipeline:
         np.savez(tmp_path / "set.npz", images=bundles.images(40), labels=pipeline.run(bundles.images(40)).labels)
     recipe = {"name": "tiny", "family": "nvae", "image_size": 8, "n_latents": 2, "classes": 3}

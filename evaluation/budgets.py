@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from evaluation import changes
 from evaluation.adaptive import Effort
 from evaluation.black_box import HopSkipJump, Square
-from evaluation.threats import Certified, Clean, Quiet, Threat, Transferred, White
+from evaluation.threats import Certified, Clean, Engine, Quiet, Seeded, Threat, Transferred, White
 
 TRIES = 10
 
@@ -56,6 +56,8 @@ def threats(budget: Budget, l2: float = 0.5, linf: float = 4 / 255, sigma: float
         "apgd": Transferred(f"Auto-PGD on the classifier, L2 {l2:g}", "", ball, effort),
         "repeat": Transferred(f"the same, sent {TRIES} times", "", ball, effort, TRIES),
         "white": White(f"white box, L2 {l2:g}", ball, effort),
+        "engine": Engine(f"white box, forward through the engines, L2 {l2:g}", ball, effort),
+        "seed": Seeded(f"white box that chooses the seed, L2 {l2:g}", ball, effort),
         "quiet": Quiet(f"white box that keeps the score low, L2 {l2:g}", ball, effort),
         "linf": White(f"white box, Linf {255 * linf:g}/255", changes.Linf(linf), effort),
         "square": Square(f"Square, {queries} queries, Linf {255 * linf:g}/255", queries, linf),

@@ -22,6 +22,7 @@ from evaluation.attacks import to_bytes, to_float
 from evaluation.photographs import encode
 from export.fold import fold_batch_norms, without_weight_norm
 from handlers.client import Client
+from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import Pipeline
 from handlers.result import Result
 from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
@@ -91,6 +92,7 @@ class Defence:
         is_random: whether it draws noise.
         classifier: the one that attackers know who know the classifier alone; None for the subject's.
         digest: of weights that are not the subject's.
+        seeded: ``forward`` with the noise that ``serve`` draws from seeds; None where it draws none, or another.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Defence:
     is_random: bool = False
     classifier: nn.Module | None = None
     digest: str = ""
+    seeded: Callable[[Tensor, int, Seeds], Trace] | None = None
 
 
 @dataclass(frozen=True)
@@ -287,13 +290,20 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
         deviation = [np.nanstd(result.purified, axis=1).mean(axis=(1, 2, 3)) for result in results]
         return Predictions.of(np.concatenate(logits), np.concatenate(before), np.concatenate(deviation))
 
-    def forward(images: Tensor, draws: int) -> Trace:
-        purifier, count = subject.fast_purifier, draws * len(images)
+    def forward(images: Tensor, draws: int, seeds: Seeds = ()) -> Trace:
+        purifier, rows = subject.fast_purifier, [*seeds] * draws
+        samples = [sample for sample in range(draws) for _ in images]
         shown = blur_images(images.to(subject.device)) if subject.blur else images.to(subject.device)
-        noise = [torch.randn(count, *shape, device=subject.device) for shape in purifier.noise_shapes]
+        noise = [
+            torch.from_numpy(latent_noise(rows, samples, i, shape)).to(subject.device)
+            if seeds
+            else torch.randn(len(samples), *shape, device=subject.device)
+            for i, shape in enumerate(purifier.noise_shapes)
+        ]
         if l2:
             shown = shown.repeat(draws, 1, 1, 1)
-            shown = add_noise(shown, torch.randn_like(shown), l2)
+            drawn = torch.from_numpy(image_noise(rows, samples, shown.shape[2:])) if seeds else torch.randn(shown.shape)
+            shown = add_noise(shown, drawn.to(subject.device), l2)
         encoded = purifier.encode(shown)
         if not l2:  # all draws of an image have the same code
             encoded = tuple(code.repeat(draws, *[1] * (code.ndim - 1)) for code in encoded)
@@ -302,7 +312,7 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
         logits = subject.fast_classifier(purified.images).view(draws, len(images), -1)
         return Trace(logits.cpu(), stages)
 
-    return Defence(name, title, serve, forward, is_random)
+    return Defence(name, title, serve, forward, is_random, seeded=forward)
 
 
 def _classify(subject: Subject, images: NDArray[Any]) -> Floats:

@@ -29,6 +29,7 @@ FLAT = 0.9
 """Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
 _EXAMINED = 16  # images whose gradients tell so
 _TINY = 1e-30  # of a probability, so that its logarithm is finite
+_ENGINE = 1000  # the first of the tries that an attacker makes on the way
 _SHORT = 10  # steps of the first ascent
 _BALL, _EFFORT = changes.L2(0.5), Effort()
 TRY = 1_000_003
@@ -182,12 +183,12 @@ class White(Threat):
 
     is_costly: ClassVar[bool] = True
     knows: ClassVar[str] = "defence"
+    knows_noise: ClassVar[bool] = False
     change: Change = _BALL
     effort: Effort = _EFFORT
 
     def run(self, target: Target) -> Record:
         torch.manual_seed(target.first)  # of the noise that the gradients are averaged over
-        forward = target.defence.forward
         clean, labels = to_float(target.images), torch.from_numpy(target.labels)
         effort, gradients = self._flat(target, clean, labels)
         images, found = target.images.copy(), target.predict(target.images)
@@ -198,10 +199,10 @@ class White(Threat):
         for attempt, each in enumerate([*short, *[effort] * effort.restarts]):
             if not len(resisting):
                 break
-            some = (clean[resisting], labels[resisting])
+            forward, some = self.forward(target, resisting), (clean[resisting], labels[resisting])
             got = ascend(forward, *some, self.change, each, attempt, target.first, penalty)
             changed = to_bytes(got.images)
-            answers = target.predict(changed, attempt, resisting)
+            answers = target.predict(changed, 0 if self.knows_noise else attempt, resisting)
             images[resisting], found = changed, _replace(found, answers, resisting)
             if each is effort:
                 late += int(((got.margins < 0) & (got.earlier >= 0)).sum())
@@ -210,17 +211,22 @@ class White(Threat):
             resisting = resisting[~fell]
         return target.record(images, found, draws=effort.draws, broken=broken, late=late, gradients=gradients)
 
+    def forward(self, target: Target, rows: Rows) -> Forward:
+        """What this attacker computes of the images in these ``rows``."""
+        return target.defence.forward
+
     def penalty(self, target: Target) -> Penalty | None:
         """What this attacker keeps low besides."""
         return None
 
     def _flat(self, target: Target, clean: Tensor, labels: Tensor) -> tuple[Effort, Record]:
         """As many draws as make two gradients agree, but not more than the budget has; and how they look then."""
-        some, truth, draws = clean[:_EXAMINED], labels[:_EXAMINED], 1
-        seen = examine(target.defence.forward, some, truth, draws)
+        some, truth = clean[:_EXAMINED], labels[:_EXAMINED]
+        forward, draws = self.forward(target, np.arange(len(some))), self.effort.draws if self.knows_noise else 1
+        seen = examine(forward, some, truth, draws)
         while target.defence.is_random and seen.cosine < FLAT and draws < self.effort.draws:
             draws = min(2 * draws, self.effort.draws)
-            seen = examine(target.defence.forward, some, truth, draws)
+            seen = examine(forward, some, truth, draws)
         return dataclasses.replace(self.effort, draws=draws), dataclasses.asdict(seen)
 
 
@@ -244,6 +250,39 @@ class Quiet(White):
             return ((before - left) * after.amax(dim=1)).clamp_min(0)
 
         return score
+
+
+@dataclass(frozen=True)
+class Seeded(White):
+    """The same where a client may choose the seed: always the same noise, which the attacker computes as well."""
+
+    knows: ClassVar[str] = "defence, noise"
+    knows_noise: ClassVar[bool] = True
+
+    def forward(self, target: Target, rows: Rows) -> Forward:
+        if (seeded := target.defence.seeded) is None:
+            return target.defence.forward
+        seeds = target.places[rows].tolist()
+        return lambda images, draws: seeded(images, draws, seeds)
+
+
+@dataclass(frozen=True)
+class Engine(White):
+    """The same, but the served engines decide how good an image is; the reference says only where to go from it."""
+
+    def forward(self, target: Target, rows: Rows) -> Forward:
+        asked = 0
+
+        def forward(images: Tensor, draws: int) -> Trace:
+            nonlocal asked
+            asked += 1
+            seeds = [int(place) + (asked + _ENGINE) * TRY for place in target.places[rows]]
+            served = target.defence.serve(to_bytes(images), seeds).logits
+            trace = target.defence.forward(images, draws)
+            off = torch.from_numpy(served) - trace.logits.mean(dim=0)
+            return Trace(trace.logits + off.detach(), trace.stages)
+
+        return forward
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from evaluation import defences
-from evaluation.adaptive import Effort, Trace
+from evaluation.adaptive import Effort, Trace, ascend
 from evaluation.attacks import attack, predict, to_float
 from evaluation.changes import L2, Flow
 from evaluation.defences import Defence, Images, Predictions, Subject
-from evaluation.threats import Certified, Clean, Quiet, Target, Transferred, White
+from evaluation.threats import Certified, Clean, Engine, Quiet, Seeded, Target, Transferred, White
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import Linear, of_bundle, pictures
@@ -156,6 +156,72 @@ def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:
     draws = [threat.run(_target(subject, defence))["draws"] for defence in (fixed, quiet, random)]
     assert draws[:2] == [1, 1]
     assert 8 <= draws[2] <= 256
+
+
+def test_who_chooses_the_seed_knows_the_noise(subject: Subject) -> None:
+    """Each seed has a direction that breaks the defence; averaged over seeds there is none."""
+    bare, asked = linear_of(subject), set[tuple[int, ...]]()
+
+    def direction(seeds: list[int]) -> torch.Tensor:
+        own = [np.random.default_rng(seed).standard_normal((192, 3), np.float32) for seed in seeds]
+        return torch.from_numpy(np.stack(own))
+
+    def serve(images: Images, seeds: list[int]) -> Predictions:
+        logits = torch.einsum("bi,bic->bc", (to_float(images) - 0.5).flatten(1), direction(list(seeds)))
+        return Predictions.of(logits.numpy()[:, None], bare(to_float(images)).numpy())
+
+    def seeded(images: torch.Tensor, draws: int, seeds: list[int]) -> Trace:
+        asked.add(tuple(seeds))
+        logits = torch.einsum("bi,bic->bc", (images - 0.5).flatten(1), direction(seeds))
+        return Trace(logits[None].repeat(draws, 1, 1))
+
+    def averaged(images: torch.Tensor, draws: int) -> Trace:
+        return seeded(images, draws, np.random.default_rng().integers(1 << 40, size=len(images)).tolist())
+
+    images = pictures(12)
+    labels = serve(images, list(range(12))).labels
+    row = Defence("own", "own", serve, averaged, True, seeded=seeded)
+    target = Target(subject, row, images, labels)
+    found = Seeded("", L2(0.5), Effort(10, 1)).run(target)
+    assert sum(found["right"]) == 0
+    assert asked == {tuple(range(12))}
+    # Whoever cannot compute the noise is told apart only by luck: another seed is another classifier.
+    assert sum(White("", L2(0.5), Effort(1, 1)).run(target)["right"]) < 12
+    without = Defence("own", "own", serve, averaged, True)
+    assert Seeded("", L2(0.5), Effort(1)).forward(Target(subject, without, images, labels), np.arange(3)) is averaged
+
+
+def test_engines_decide_where_they_differ_from_the_reference(subject: Subject) -> None:
+    """The reference believes every image to be misread from the start; the engines know better."""
+    bare = linear_of(subject)
+
+    def serve(images: Images, _: object) -> Predictions:
+        logits = bare(to_float(images)).numpy()
+        return Predictions.of(logits[:, None], logits)
+
+    images = pictures(12)
+    labels = predict(bare, images)
+    shift = torch.zeros(12, 3)
+    shift[torch.arange(12), torch.from_numpy(labels)] = -1e4
+
+    def forward(images: torch.Tensor, _: int) -> Trace:
+        return Trace(bare(images)[None] + shift[: len(images)])
+
+    target = Target(subject, Defence("own", "own", serve, forward), images, labels)
+    assert sum(Engine("", L2(0.5), Effort(10, 1)).run(target)["right"]) == 0
+    kept = [White, Engine]
+    margins = [
+        ascend(
+            kind("", L2(0.5), Effort(3)).forward(target, np.arange(12)),
+            to_float(images),
+            torch.from_numpy(labels),
+            L2(0.5),
+            Effort(3),
+        ).margins
+        for kind in kept
+    ]
+    assert (margins[0] < -1000).all()
+    assert (margins[1] > -1000).all()
 
 
 def test_who_knows_the_score_is_found_less(subject: Subject) -> None:

@@ -17,9 +17,13 @@ from PIL import Image
 from torch import nn
 
 import export.models
+from evaluation.attacks import to_float
+from evaluation.defences import Subject, defences
+from export.classifier import stage
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.cli.main import main
+from mlvgm.recipe import Recipe
 from tests import bundles
 from tests.evaluation.models import of_bundle
 from tests.mlvgm import small
@@ -211,6 +215,22 @@ def test_the_worst_alone_takes_costly_attacks_to_all_images(made: Path, tmp_path
         assert accuracy["white"] == content["worst"][row]
         assert accuracy["white"]["n"] == 6
         assert content["skipped"][row]["white"] == 6 - accuracy["apgd"]["count"]
+
+
+@pytest.mark.parametrize("made", ["callable"], indirect=True)
+def test_the_noise_of_a_seed_is_that_of_the_engines(made: Path) -> None:
+    recipe = Recipe.read(str(made / "recipe.yaml"))
+    purifier, classifier = export.models.load_models(recipe, None, None)
+    adapted = stage(classifier, SIDE, 3).reference
+    images = (small.images("photographs", 3, SIDE) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    with Pipeline.load(made / "bundle", threads=1) as pipeline:
+        row = defences(Subject(pipeline, purifier, adapted), 4, "all")["served"]  # type: ignore[arg-type]
+        served = row.serve(images, [3, 1, 4]).logits
+        assert row.seeded is not None
+        same, other = (row.seeded(to_float(images), 4, seeds).logits.mean(dim=0) for seeds in ([3, 1, 4], [3, 1, 5]))
+    assert np.abs(same.detach().numpy() - served).max() < 1e-3
+    assert np.abs(other.detach().numpy() - served)[:2].max() < 1e-3
+    assert np.abs(other.detach().numpy() - served)[2].max() > 1e-3
 
 
 @pytest.mark.parametrize("made", ["callable"], indirect=True)

@@ -8,6 +8,7 @@ rounded image is misclassified; if no scale achieves that, the attack has failed
 import copy
 import hashlib
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -271,7 +272,7 @@ def cached(
         return stored
     result = compute()
     folder.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".draft.npy")
+    draft = file.with_suffix(f".{os.getpid()}.draft.npy")  # another process may be about to write the same
     np.save(draft, result)
-    draft.rename(file)  # an interrupted run must not leave an incomplete file
+    draft.replace(file)  # an interrupted run must not leave an incomplete file
     return result

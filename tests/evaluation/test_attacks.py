@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from evaluation.attacks import (
     DeepFool,
     Method,
     attack,
+    cached,
     predict,
     to_bytes,
     to_float,
@@ -142,3 +144,19 @@ def test_what_was_computed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(AttackError, match="deepfool, cw"):
         attack(linear(), pictures(1), np.zeros(1, np.int64), "fgsm")
+
+
+def test_a_draft_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write at once: neither takes away, nor reads, what the other has not finished."""
+    images, labels, save = pictures(2), np.zeros(2, np.int64), np.save
+
+    def meanwhile(file: Path, result: np.ndarray) -> None:
+        save(file, result)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(np, "save", save)
+            elsewhere.setattr(os, "getpid", lambda: 1)
+            cached(tmp_path, "key", images, labels, lambda: result)
+
+    monkeypatch.setattr(np, "save", meanwhile)
+    assert np.array_equal(cached(tmp_path, "key", images, labels, lambda: images), images)
+    assert len(list(tmp_path.iterdir())) == 1

@@ -239,6 +239,8 @@ def test_who_knows_the_score_is_found_less(subject: Subject) -> None:
     target = Target(subject, defence, images, predict(behind, images))
     white, quiet = (kind("", L2(1.0), Effort(15, 2)).run(target) for kind in (White, Quiet))
     clean = Clean("").run(target)
+    known = Quiet("").penalty(target)(to_float(images), behind(to_float(images))[None])
+    assert np.allclose(known.numpy(), clean["score"], atol=1e-4)
     assert sum(white["right"]) == sum(quiet["right"]) == 0
     assert np.mean(quiet["score"]) < 0.5 * np.mean(white["score"])
     assert np.mean(quiet["score"]) < np.mean(clean["score"])

@@ -8,8 +8,9 @@ import onnx
 import onnx_ir as ir
 from onnx import external_data_helper, version_converter
 
-INLINE_BYTES = 1_500_000_000
-"""Larger weights are saved as external data: one protocol-buffer file holds at most 2 GB."""
+INLINE_BYTES = 64_000_000
+"""Larger weights are saved as external data, which runtimes map instead of reading it into memory. One file of protocol
+buffers could hold 2 GB."""
 
 _OLDEST_OPSET = 8  # the first in which all operators broadcast alike
 

@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, Engine, EngineError, Options, cache
+from handlers.runtimes import Array, Engine, EngineError, Options, cache, mapped
 
 _KEPT = "openvino"  # folder of the cache
 
@@ -40,22 +40,29 @@ def load(file: Path, options: Options) -> Engine:
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": options.threads or cores.usable(),
     }
-    weights = sum(path.stat().st_size for path in (file, file.with_name(f"{file.name}.data")) if path.is_file())
+    data = file.with_name(f"{file.name}.data")
+    weights = sum(path.stat().st_size for path in (file, data) if path.is_file())
     try:
         core = ov.Core()
         model = core.read_model(str(file))
         if weights > SMALL_BYTES:
-            return DynamicEngine(core, model, settings)
+            return DynamicEngine(core, model, settings, data)
         return StaticEngine(core, model, settings, options.digest)
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
 
 
 class DynamicEngine:
-    """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays."""
+    """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays.
 
-    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any]) -> None:
+    OpenVINO maps the external weights, and copies them into its own layouts at the first run. From then on it reads the
+    copy, so the pages of the file ``data`` are given back: else a worker would seem to hold the weights twice.
+    """
+
+    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], data: Path) -> None:
         self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
+        self._data, self._known = data, set[tuple[int, ...]]()
+        mapped.forget(data)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
@@ -63,6 +70,10 @@ class DynamicEngine:
             outputs = self._model(feeds, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO: {error}") from error
+        rows = tuple(len(array) for array in feeds.values())
+        if rows not in self._known:
+            self._known.add(rows)
+            mapped.forget(self._data)
         return {name: array for port, array in outputs.items() for name in port.names}
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """deploy/ray on a real cluster of this machine's two cores."""
 
 import asyncio
+import contextlib
 import http.client
 import inspect
 import io
@@ -21,6 +22,7 @@ from deploy.server import PROJECT
 from tests import bundles
 from tests.clusters import cluster, ray
 from tests.machine import free_port
+from tests.stress.nodes import storm
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.server
@@ -37,17 +39,22 @@ PATH = "/predictions/tiny"
 
 
 @pytest.fixture(scope="module")
-def port(nvae_bundle: Path) -> Iterator[int]:
+def nodes() -> Iterator[Any]:
+    with cluster(1, 1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def port(nodes: Any, nvae_bundle: Path) -> Iterator[int]:
+    """That of two replicas, each on a node of its own."""
     port = free_port()
-    with cluster(2):
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            arguments = {"bundle": str(nvae_bundle), "runtime": "onnxruntime", "allow_seed": True}
-            assert isinstance(build(arguments), serve.Application)
-            serve.run(Purifier.options(num_replicas=2).bind(**arguments), name="tiny", route_prefix="/")
-            yield port
-        finally:
-            serve.shutdown()
+    with contextlib.ExitStack() as stack:
+        stack.callback(serve.shutdown)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        arguments = {"bundle": str(nvae_bundle), "runtime": "onnxruntime", "allow_seed": True}
+        assert isinstance(build(arguments), serve.Application)
+        serve.run(Purifier.options(num_replicas=2).bind(**arguments), name="tiny", route_prefix="/")
+        yield port
 
 
 def ask(
@@ -116,10 +123,13 @@ def test_its_metrics_have_the_names_of_the_others(port: int) -> None:
     wanted = {f"\nray_{measure.name}" for measure in set(metrics.MEASURES) - set(rare)}
     wanted |= {"\nray_mlvgm_rejected_total{", 'reason="image"', 'ModelName="tiny"'}
     assert ask(port, encoded(1)[:60])[0] == 400
-    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     for _ in range(120):
-        with urllib.request.urlopen(address, timeout=10) as response:
-            text = response.read().decode()
+        text = ""
+        for node in ray.nodes():
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10
+            ) as response:
+                text += response.read().decode()
         missing = {part for part in wanted if part not in text}
         if not missing:
             break
@@ -150,3 +160,12 @@ def test_the_definition_names_what_is_there() -> None:
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     assert [deployment.name for deployment in application.deployments] == [Purifier.name]
     assert len(inspect.signature(build).parameters) == 1, "Ray gives it the arguments of the file, and nothing else"
+
+
+def test_a_node_that_dies_within_requests(port: int, nodes: Any, nvae_bundle: Path) -> None:
+    """Last of this file: each request gets an answer or an error, and the answers are right."""
+    images = [encoded(i) for i in range(90)]
+    said = storm(nvae_bundle, f"http://127.0.0.1:{port}{PATH}", images, nodes, kill_after=30)
+    assert (sum(said["statuses"].values()), said["wrong"]) == (90, 0)
+    assert set(said["statuses"]) <= {200, 500, 503}
+    assert said["statuses"][200] > 60

@@ -1,7 +1,6 @@
 """deploy/ray on a real cluster of this machine's two cores."""
 
 import asyncio
-import contextlib
 import http.client
 import inspect
 import io
@@ -20,7 +19,7 @@ from PIL import Image
 
 from deploy.server import PROJECT
 from tests import bundles
-from tests.clusters import cluster, ray
+from tests.clusters import cluster, ray, serving
 from tests.machine import free_port
 from tests.stress.nodes import storm
 
@@ -48,19 +47,16 @@ def nodes() -> Iterator[Any]:
 def port(nodes: Any, nvae_bundle: Path) -> Iterator[int]:
     """That of two replicas, each on a node of its own."""
     port = free_port()
-    with contextlib.ExitStack() as stack:
-        stack.callback(serve.shutdown)
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        arguments = {"bundle": str(nvae_bundle), "runtime": "onnxruntime", "allow_seed": True}
-        assert isinstance(build(arguments), serve.Application)
-        serve.run(Purifier.options(num_replicas=2).bind(**arguments), name="tiny", route_prefix="/")
+    arguments = {"bundle": str(nvae_bundle), "runtime": "onnxruntime", "allow_seed": True}
+    assert isinstance(build(arguments), serve.Application)
+    with serving(Purifier.options(num_replicas=2).bind(**arguments), "tiny", port):
         yield port
 
 
 def ask(
     port: int, body: bytes, headers: dict[str, str] | None = None, method: str = "POST", path: str = PATH
 ) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     try:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()

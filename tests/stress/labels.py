@@ -31,7 +31,7 @@ from export.archive import Settings, build_archive
 from export.single_graph import FOLDER, REPLAY, add_single_graph, replay
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from tests.clusters import cluster
+from tests.clusters import cluster, serving
 
 _TOGETHER = 10  # images of a request, and of a call
 Pixels = npt.NDArray[np.uint8]
@@ -107,19 +107,12 @@ def development(bundle: Path, samples: int) -> Iterator[Label]:
 
 @contextlib.contextmanager
 def ray_serve(bundle: Path, samples: int) -> Iterator[Label]:
-    from ray import serve
-
     from deploy.ray.app import build
 
     port, name = free_ports(1), Manifest.read(bundle).name
-    with cluster(2):
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            arguments = {"bundle": str(bundle), "runtime": "onnxruntime", "allow_seed": True}
-            serve.run(build(arguments), name=name, route_prefix="/")
-            yield asker(f"http://127.0.0.1:{port}/predictions/{name}", samples, {})
-        finally:
-            serve.shutdown()
+    application = build({"bundle": str(bundle), "runtime": "onnxruntime", "allow_seed": True})
+    with cluster(2), serving(application, name, port):
+        yield asker(f"http://127.0.0.1:{port}/predictions/{name}", samples, {})
 
 
 WAYS: dict[str, Callable[[Path, int], Any]] = {

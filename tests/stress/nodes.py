@@ -31,7 +31,7 @@ from handlers.service import Service
 from mlvgm.cli.bulk import Bulk
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.purify import Purifier
-from tests.clusters import cluster
+from tests.clusters import cluster, serving
 from tests.machine import free_port
 
 SAMPLES = 1
@@ -46,7 +46,7 @@ def ask(url: str, image: bytes, seed: int) -> tuple[int, Any]:
     """Status and JSON; 0 where there was no answer, with the reason."""
     headers = {"X-Mlvgm-Seed": str(seed), "X-Mlvgm-Samples": str(SAMPLES)}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, image, headers), timeout=60) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, image, headers), timeout=300) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -72,7 +72,7 @@ def storm(bundle: Path, url: str, images: Sequence[bytes], nodes: Any, kill_afte
     threading.Thread(target=kill, daemon=True).start()
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(one, range(len(images))))
-    assert killed.wait(60)
+    assert killed.wait(300)
     wrong = 0
     with Pipeline.load(bundle, "onnxruntime", 1) as pipeline:
         service = Service(pipeline, allow_seed=True)
@@ -87,19 +87,12 @@ def storm(bundle: Path, url: str, images: Sequence[bytes], nodes: Any, kill_afte
 
 def requests(bundle: Path, name: str, images: Sequence[bytes], kill_after: int) -> dict[str, Any]:
     """A `storm` on two replicas of a cluster of two nodes."""
-    from ray import serve
-
     from deploy.ray.app import Purifier as Replica
 
     port = free_port()
-    with cluster(1, 1) as nodes:
-        try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            application = Replica.options(num_replicas=2).bind(str(bundle), "onnxruntime", allow_seed=True)
-            serve.run(application, name=name, route_prefix="/")
-            return storm(bundle, f"http://127.0.0.1:{port}/predictions/{name}", images, nodes, kill_after)
-        finally:
-            serve.shutdown()
+    application = Replica.options(num_replicas=2).bind(str(bundle), "onnxruntime", allow_seed=True)
+    with cluster(1, 1) as nodes, serving(application, name, port):
+        return storm(bundle, f"http://127.0.0.1:{port}/predictions/{name}", images, nodes, kill_after)
 
 
 def job(bundle: Path, folder: Path, scratch: Path, nodes: Sequence[int], kill_after: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from handlers.errors import MlvgmError
 from handlers.fields import Length, Pattern, Range, read_strict, show
+from handlers.runtimes import cache
 from handlers.score import ScoreThreshold
 
 FORMAT = 1
@@ -22,6 +23,8 @@ FILE_NAME = "pipeline.json"
 AUTO: Literal["auto"] = "auto"
 """Number of samples of a request: as many as its vote needs (`handlers.vote`)."""
 _NOISE_I = re.compile(r"noise_(\d+)")
+_CHECKED = "checked"  # folder of the cache
+_LARGE_BYTES = 64_000_000  # whose digest takes longer than starting a process
 MAX_BYTES = 64_000_000
 """Largest manifest that is read: the names of 100,000 classes take 3 MB."""
 
@@ -267,10 +270,25 @@ class Manifest:
                 raise BundleError(f"{name}: missing from the bundle")
             if (size := path.stat().st_size) != digest.bytes:
                 raise BundleError(f"{name}: {size} bytes, {digest.bytes} when it was written: truncated or altered")
-            if FileDigest.of(path) != digest:
+            if not _is_unaltered(path, digest):
                 raise BundleError(f"{name}: its SHA-256 differs from the one in the manifest: damaged or altered")
         if foreign := sorted(_files_in(folder) - self.files.keys()):
             raise BundleError(f"{foreign[0]}: not a file of this bundle: remove it, or export again")
+
+
+def _is_unaltered(path: Path, digest: FileDigest) -> bool:
+    """Whether a file has this digest. That of a large file is computed once for all processes, until it is changed."""
+    if digest.bytes < _LARGE_BYTES:
+        return FileDigest.of(path) == digest
+    found = path.stat()
+    times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}  # the second is the system's own
+    state = {"path": str(path.resolve()), "device": found.st_dev, "inode": found.st_ino, **times, "is": digest.sha256}
+    if cache.read(_CHECKED, state) is not None:
+        return True
+    if FileDigest.of(path) != digest:
+        return False
+    cache.write(_CHECKED, state, b"")
+    return True
 
 
 def _files_in(folder: Path) -> set[str]:

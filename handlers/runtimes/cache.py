@@ -16,7 +16,9 @@ from typing import Any
 VARIABLE = "MLVGM_CACHE"
 
 LIMIT_BYTES = 1_000_000_000
-"""Largest size of a folder: beyond it, the entries that have not been used for longest are removed."""
+"""Largest size of a folder: beyond it or `LIMIT_ENTRIES`, what has not been used for longest is removed."""
+
+LIMIT_ENTRIES = 1000
 
 _CHECKSUM = hashlib.sha256
 _CHECKSUM_BYTES = 32
@@ -33,9 +35,9 @@ def own_folder(name: str) -> Path | None:
         folder = top / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+        private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+    except (OSError, RuntimeError, AttributeError):  # no home, one that cannot be written to, or a system without users
         return None
-    private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
     return folder if private else None
 
 
@@ -86,9 +88,9 @@ def _make_room(folder: Path, needed: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # removed by another process
             status = path.stat()
             found.append((status.st_mtime, status.st_size, path))
-    total = needed + sum(size for _, size, _ in found)
+    total, count = needed + sum(size for _, size, _ in found), 1 + len(found)
     for _, size, path in sorted(found):
-        if total <= LIMIT_BYTES:
+        if total <= LIMIT_BYTES and count <= LIMIT_ENTRIES:
             return
         path.unlink(missing_ok=True)
-        total -= size
+        total, count = total - size, count - 1

@@ -69,6 +69,15 @@ def test_what_was_not_used_for_longest_makes_room(folder: Path, monkeypatch: pyt
     assert [i for i in range(5) if cache.read("x", {"i": i})] == [0, 2, 3], "what is too large replaces nothing"
 
 
+def test_entries_are_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT_ENTRIES", 2)
+    for i in range(5):
+        cache.write("x", {"i": i}, b"")
+        for path in folder.iterdir():  # a minute passes
+            os.utime(path, (path.stat().st_mtime - 60,) * 2)
+    assert [i for i in range(5) if cache.read("x", {"i": i}) is not None] == [3, 4]
+
+
 def test_many_at_once_see_whole_entries(folder: Path) -> None:
     contents = [bytes([i]) * 200_000 for i in range(8)]
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from handlers.manifest import FILE_NAME, BundleError, Manifest, Samples
+from handlers import manifest
+from handlers.manifest import FILE_NAME, BundleError, FileDigest, Manifest, Samples
 from handlers.pipeline import Pipeline
+from handlers.runtimes import cache
 from handlers.score import ScoreThreshold
 from tests import bundles
 
@@ -99,6 +101,28 @@ def test_one_altered_byte_is_refused(bundle: Path) -> None:
     content[100] ^= 1
     path.write_bytes(content)
     assert "classify.onnx.data: its SHA-256 differs" in refusal(bundle)
+
+
+def test_a_large_file_is_read_once_until_it_is_changed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_LARGE_BYTES", 10)
+    monkeypatch.setenv(cache.VARIABLE, str(bundle.parent / "cache"))
+    computed: list[Path] = []
+    of = FileDigest.of
+    monkeypatch.setattr(FileDigest, "of", lambda path: computed.append(path) or of(path))
+    written = Manifest.read(bundle)
+    assert len(computed) == len(written.files)
+    assert Manifest.read(bundle) == written
+    assert len(computed) == len(written.files)
+    path = bundle / "classify.onnx.data"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        assert "classify.onnx.data: its SHA-256 differs" in refusal(bundle)
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert Manifest.read(bundle) == written
 
 
 def test_a_truncated_file_is_refused(bundle: Path) -> None:

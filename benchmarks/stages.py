@@ -264,9 +264,10 @@ class _Eager:
     def __init__(self, model: ModelUnderTest, rewritten: bool) -> None:
         recipe = Recipe.read(model.recipe)
         purifier, classifier = load_models(recipe, model.purifier, model.classifier)
-        purifies = families.stages(purifier, recipe.blur, recipe.input_noise_l2)
-        stages = (*purifies, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
         self._manifest = Manifest.read(model.bundle)
+        kept = families.kept(self._manifest.stages)
+        purifies = families.stages(purifier, recipe.blur, recipe.input_noise_l2, kept)
+        stages = (*purifies, classify.stage(classifier, recipe.image_size, len(recipe.classes)))
         self._engines = {
             stage.name: ReferenceEngine(stage, _rewritten(stage) if rewritten else stage.reference) for stage in stages
         }

@@ -98,7 +98,9 @@ def verify(
     manifest = Manifest.read(bundle)
     _check_fit(manifest, purifier)
     stages = (
-        *families.stages(purifier, bool(manifest.source.get("blur")), manifest.input_noise_l2),
+        *families.stages(
+            purifier, bool(manifest.source.get("blur")), manifest.input_noise_l2, families.kept(manifest.stages)
+        ),
         classifier_stage(classifier, manifest.image_size[0], len(manifest.classes)),
     )
     references = {}

@@ -61,7 +61,7 @@ def export_bundle(
     if isinstance(classifier, Path):
         classifier = OnnxClassifier(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
     stages = (
-        *families.stages(purifier, recipe.blur, recipe.input_noise_l2),
+        *families.stages(purifier, recipe.blur, recipe.input_noise_l2, _kept(recipe)),
         classify.stage(classifier, recipe.image_size, len(recipe.classes), progress),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,11 @@ def export_bundle(
             shutil.rmtree(out)
         draft.folder.rename(out)
     return written
+
+
+def _kept(recipe: Recipe) -> int:
+    """How many latents before the first that the default schedule resamples."""
+    return next((i for i, alpha in enumerate(recipe.effective_alphas()) if alpha), 0)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.inputs import PipelineInputs
 from handlers.manifest import Manifest, StageSpec
-from handlers.pipeline import Pipeline, is_noise, split
+from handlers.pipeline import Pipeline, Plan, is_noise
 
 FOLDER, GRAPH, REPLAY = "single", "model.onnx", "replay.onnx"
 """In a bundle: where both graphs and their weights lie, and the two graphs."""
@@ -143,7 +143,7 @@ def replay(
     """What the replay graph ``file`` gives for the noise that `Pipeline.run` draws with these seeds."""
     inputs = PipelineInputs.of(manifest, images, samples, seeds)
     count = len(inputs.images)
-    wanted = {tensor.name for stage in manifest.stages for tensor in stage.inputs if is_noise(tensor.name)}
+    wanted = Plan.of(manifest.stages[:-1], inputs.alphas).noise
     drawn = inputs.draw(manifest, np.arange(count * samples), wanted)
     feeds: dict[str, Any] = {name: noise.reshape(count, samples, *noise.shape[1:]) for name, noise in drawn.items()}
     feeds["images"] = np.asarray(images) if image_type == "uint8" else inputs.images
@@ -202,17 +202,21 @@ class _Builder:
 
     def purify(self, pixels: str) -> str:
         """K purified rows of each image, (B * K, 3, H, W)."""
-        per_image, per_sample = split(self.manifest.stages[:-1])
         models = {stage.name: model for stage, model in zip(self.manifest.stages, self.models, strict=True)}
         alphas = np.asarray(self.manifest.alphas[self.manifest.default_alphas], np.float32)
+        plan = Plan.of(self.manifest.stages[:-1], alphas)
         known = {"images": pixels, "alphas": self.constant(alphas)}
-        for stage in per_image:
+        for stage in plan.per_image:
+            for tensor in stage.inputs:
+                if is_noise(tensor.name):  # multiplied by 0
+                    shape = self.node("Concat", self.rows_of(pixels), self.constant(tensor.shape[1:]), axis=0)
+                    known[tensor.name] = self.node("ConstantOfShape", shape)
             known |= self.stage(stage, models[stage.name], known)
         known |= self.noise(
-            {t.name: t.shape[1:] for stage in per_sample for t in stage.inputs if is_noise(t.name)}, pixels
+            {t.name: t.shape[1:] for stage in plan.per_sample for t in stage.inputs if is_noise(t.name)}, pixels
         )
         repeated: set[str] = {"alphas"}
-        for stage in per_sample:
+        for stage in plan.per_sample:
             for tensor in stage.inputs:
                 if not is_noise(tensor.name) and tensor.name not in repeated:
                     known[tensor.name] = self.repeat(known[tensor.name], tensor.shape)

@@ -1,7 +1,8 @@
 """The pipeline: runs a bundle's stages on a batch of images. Servers, bulk commands and benchmarks use it.
 
 It is independent of model families: the manifest declares the inputs and outputs of each stage. A stage that depends on
-noise, directly or through another stage, runs once per sample, any other once per image.
+noise, directly or through another stage, runs once per sample, any other once per image. Noise that is multiplied by an
+alpha of 0 does not count.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +70,7 @@ class Pipeline:
         self._group = self._buckets[0]
         # An image is classified together with its samples, to save an engine call.
         self._classify_buckets = buckets(manifest.batch, on_cpu, 1 + manifest.samples.typical)
-        self._per_image, self._per_sample = split(manifest.stages[:-1])
-        outside = _inputs_from_outside(self._per_sample)
-        self._noise_inputs = {name for name in outside if is_noise(name)}
-        self._from_image = outside - self._noise_inputs - {"alphas"}
+        self._plans: dict[bytes, Plan] = {}
 
     @classmethod
     def load(cls, folder: str | Path, runtime: str = "auto", threads: int = 0, device: int = 0) -> "Pipeline":
@@ -282,6 +281,7 @@ class Pipeline:
         sample_logits = np.full((count, most, len(self.manifest.classes)), np.nan, np.float32)
         unpurified_logits = np.full_like(sample_logits[:, 0], np.nan)
         made: list[tuple[IntArray, Array]] = []  # rows, and their purified images
+        plan = self._plan(inputs.alphas)
 
         # In groups, so that few encoded images need to be kept.
         for items in np.split(np.arange(count), range(self._group, count, self._group)):
@@ -296,10 +296,10 @@ class Pipeline:
                 parts = [rows[chunk] for chunk in chunks(0, len(rows), self._buckets)]
                 # On a GPU, noise is drawn while the GPU encodes.
                 ahead = self.runtime not in runtimes.ON_CPU
-                noise = inputs.draw_each(self.manifest, parts, self._noise_inputs, ahead)
+                noise = inputs.draw_each(self.manifest, parts, plan.noise, ahead)
                 if drawn == 0:
-                    encoded = self._encode(inputs, items, timing)
-                purified = list(self._purify(inputs, encoded, zip(parts, noise, strict=True), items[0], timing))
+                    encoded = self._encode(plan, inputs, items, timing)
+                purified = list(self._purify(plan, inputs, encoded, zip(parts, noise, strict=True), items[0], timing))
                 made += purified
                 batches = [(some // most, images) for some, images in purified]
                 if compare and drawn == 0:  # unpurified images are classified together with their first samples
@@ -319,18 +319,28 @@ class Pipeline:
 
         return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(timing.milliseconds))
 
-    def _encode(self, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
+    def _plan(self, alphas: FloatArray) -> "Plan":
+        key = (alphas != 0).tobytes()
+        if key not in self._plans:
+            self._plans[key] = Plan.of(self.manifest.stages[:-1], alphas)
+        return self._plans[key]
+
+    def _encode(self, plan: "Plan", inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
         """The outputs of the per-image stages that per-sample stages need, for these images."""
         parts = []
         for chunk in chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
             tensors: dict[str, Array] = {"images": inputs.images[chunk], "alphas": inputs.alphas}
-            for stage in self._per_image:
+            for stage in plan.per_image:
+                for tensor in stage.inputs:
+                    if is_noise(tensor.name):  # multiplied by 0
+                        tensors[tensor.name] = np.zeros((len(chunk), *tensor.shape[1:]), np.float32)
                 tensors |= self._run_stage(stage, tensors, chunk, timing)
             parts.append(tensors)
-        return {name: _joined([part[name] for part in parts]) for name in self._from_image}
+        return {name: _joined([part[name] for part in parts]) for name in plan.from_image}
 
     def _purify(
         self,
+        plan: "Plan",
         inputs: PipelineInputs,
         encoded: Mapping[str, Array],
         parts: Iterator[tuple[IntArray, dict[str, FloatArray]]],
@@ -347,7 +357,7 @@ class Pipeline:
             owners = rows // inputs.samples
             tensors = {name: array[owners - first] for name, array in encoded.items()}
             tensors |= {"alphas": inputs.alphas, **noise}
-            for stage in self._per_sample:
+            for stage in plan.per_sample:
                 tensors |= self._run_stage(stage, tensors, owners, timing)
             if not isinstance(tensors["images"], np.ndarray):
                 _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
@@ -434,28 +444,47 @@ def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
         raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
 
 
-def split(stages: Sequence[StageSpec]) -> tuple[list[StageSpec], list[StageSpec]]:
-    """The stages that run once per image, and those that run once per sample."""
-    per_image: list[StageSpec] = []
-    per_sample: list[StageSpec] = []
-    random: set[str] = set()
-    for stage in stages:
-        if any(is_noise(t.name) or t.name in random for t in stage.inputs):
-            per_sample.append(stage)
-            random |= {output.name for output in stage.outputs}
-        else:
-            per_image.append(stage)
-    return per_image, per_sample
+@dataclass(frozen=True)
+class Plan:
+    """How the stages before ``classify`` run where some alphas are 0.
+
+    Attributes:
+        per_image, per_sample: the stages that run once per image, and those that run once per sample.
+        noise: the noise that the latter take.
+        from_image: what else they take, of the former or the images themselves.
+    """
+
+    per_image: list[StageSpec]
+    per_sample: list[StageSpec]
+    noise: set[str]
+    from_image: set[str]
+
+    @classmethod
+    def of(cls, stages: Sequence[StageSpec], alphas: Sequence[float] | FloatArray) -> "Plan":
+        """The plan for these alphas; the last stage always runs once per sample."""
+        per_image: list[StageSpec] = []
+        per_sample: list[StageSpec] = []
+        random: set[str] = set()
+        for stage in stages:
+            if stage is stages[-1] or any(_varies(t.name, alphas) or t.name in random for t in stage.inputs):
+                per_sample.append(stage)
+                random |= {output.name for output in stage.outputs}
+            else:
+                per_image.append(stage)
+        outside: set[str] = set()
+        made: set[str] = set()
+        for stage in per_sample:
+            outside |= {tensor.name for tensor in stage.inputs} - made
+            made |= {tensor.name for tensor in stage.outputs}
+        noise = {name for name in outside if is_noise(name)}
+        return cls(per_image, per_sample, noise, outside - noise - {"alphas"})
 
 
-def _inputs_from_outside(stages: Sequence[StageSpec]) -> set[str]:
-    """The inputs of ``stages`` that are not outputs of an earlier one of them."""
-    outside: set[str] = set()
-    made: set[str] = set()
-    for stage in stages:
-        outside |= {tensor.name for tensor in stage.inputs} - made
-        made |= {tensor.name for tensor in stage.outputs}
-    return outside
+def _varies(name: str, alphas: Sequence[float] | FloatArray) -> bool:
+    """Whether the samples' results differ by the input ``name``: noise that is not multiplied by 0."""
+    if name == "noise":
+        return any(alpha != 0 for alpha in alphas)
+    return name == "input_noise" or (is_noise(name) and alphas[int(name.removeprefix("noise_"))] != 0)
 
 
 def is_noise(name: str) -> bool:

@@ -8,8 +8,9 @@
 - The log standard deviations of the posterior and of the mixture are not used, so they are not computed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,14 +28,19 @@ Parts = Any
 """A network or cell whose submodules are accessed by name, which mypy cannot check."""
 
 
-def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
+def stages(purifier: NVAEPurifier, kept: int = 0) -> tuple[Stage, ...]:
     """``encode`` and ``decode`` of an NVAE purifier. Resampling is part of ``decode``: a latent's prior depends on the
     latents before it.
+
+    Args:
+        kept: the decoding of so many latents is a stage of its own, ``coarse``. Where none of them is resampled, the
+            pipeline runs it once for all samples of an image.
     """
     n, side = purifier.n_latents, purifier.image_size
     images = TensorSpec("images", ("B", 3, side, side))
     features = tuple(TensorSpec(f"feature_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
     noise = tuple(TensorSpec(f"noise_{i}", ("B", *shape)) for i, shape in enumerate(purifier.noise_shapes))
+    alphas = TensorSpec("alphas", (n,))
 
     def published_encode(images: Tensor) -> list[Tensor]:
         return [
@@ -50,14 +56,39 @@ def stages(purifier: NVAEPurifier) -> tuple[Stage, ...]:
             (images,),
             features,
         ),
-        Stage(
-            "decode",
-            lambda: Decode(without_weight_norm(purifier.network), purifier.temperature),
-            partial(_published_decode, purifier),
-            (*features, *noise, TensorSpec("alphas", (n,))),
-            (images,),
-        ),
+        *(_decoding(purifier, range(*part), features, noise, alphas) for part in pairwise(sorted({0, kept, n}))),
     )
+
+
+def _decoding(
+    purifier: NVAEPurifier,
+    latents: range,
+    features: Sequence[TensorSpec],
+    noise: Sequence[TensorSpec],
+    alphas: TensorSpec,
+) -> Stage:
+    """The stage that decodes ``latents``: ``coarse`` where others follow."""
+    side, config = purifier.image_size, purifier.network.config
+    part = slice(latents.start, latents.stop)
+    inputs, outputs = (*features[part], *noise[part], alphas), (TensorSpec("images", ("B", 3, side, side)),)
+    last = latents.stop == purifier.n_latents
+    if latents.start:
+        inputs = (_decoded(config, latents.start), *inputs)
+    if not last:
+        outputs = (_decoded(config, latents.stop),)
+    return Stage(
+        "decode" if last else "coarse",
+        lambda: Decode(without_weight_norm(purifier.network), purifier.temperature, latents),
+        partial(_published_decode, purifier, latents),
+        inputs,
+        outputs,
+    )
+
+
+def _decoded(config: NVAEConfig, latent: int) -> TensorSpec:
+    """The feature map that is decoded of the latents before ``latent``, at its size."""
+    scale, _ = config.latents()[latent]
+    return TensorSpec("decoded", ("B", config.width(scale), config.side(scale), config.side(scale)))
 
 
 class Encode(nn.Module):
@@ -92,68 +123,95 @@ class Encode(nn.Module):
 
 
 class Decode(nn.Module):
-    """features (n times), noise (n times), alphas (n,) -> images (B, 3, H, W) in [0, 1]."""
+    """Decodes some ``latents``: their features, their noise, alphas (n,) -> images (B, 3, H, W) in [0, 1].
 
-    def __init__(self, network: Parts, temperature: float) -> None:
+    If these are not the first latents, the feature map that is decoded of the ones before comes first. If they are not
+    the last, the output is the feature map for the ones behind.
+    """
+
+    def __init__(self, network: Parts, temperature: float, latents: range) -> None:
         super().__init__()
         self.config: NVAEConfig = network.config
-        self.temperature = temperature
+        self.temperature, self.latents = temperature, latents
         self.cells, self.priors, self.posteriors = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.combiners, self.flows = nn.ModuleDict(), nn.ModuleDict()
-        for s, g in self.config.latents():
+        self.enter, self.leave = nn.Identity(), nn.Identity()
+        every = self.config.latents()
+        for i in latents:
+            s, g = every[i]
             name = f"{s}:{g}"
             if self.config.flow_cells:
                 self.flows[name] = network.nf_cells[f"nf_{name}"]
-            if (s, g) == (0, 0):
+            if i == 0:
                 self.start = FirstCombiner(network)
                 continue
-            cells = [FoldedDecoderCell(c) for c in network.decoder_tower[f"scale_{s}"][f"group_{g}"]]
-            if g == 0:
-                cells.insert(0, FoldedDecoderCell(network.decoder_tower[f"scale_{s - 1}"]["upsampling"]))
-            self.cells[name] = nn.Sequential(*cells)
+            if i > latents.start:
+                self.cells[name] = _cells_before(network, s, g)
             self.priors[name] = Prior(network.dec_sampler[f"sampler_{name}"])
             self.posteriors[name] = Posterior(network, name, self.config.side(s))
             self.combiners[name] = network.decoder_combiners[f"combiner_{name}"]
-        blocks = [FoldedDecoderCell(cell) for block in network.postprocessing_block for cell in block]
-        self.after = nn.Sequential(*blocks)
-        self.mixture = MixtureMean(network)
+        self.is_last = latents.stop == len(every)
+        if self.is_last:
+            blocks = [FoldedDecoderCell(cell) for block in network.postprocessing_block for cell in block]
+            self.after = nn.Sequential(*blocks)
+            self.mixture = MixtureMean(network)
+        else:
+            self.after = _cells_before(network, *every[latents.stop])
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        n = len(self.config.latents())
-        features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
-        z = (1.0 - alphas[0]) * soft_clamp(features[0]) + alphas[0] * (self.temperature * noise[0])
-        x = self.start(self._flow("0:0", z))
-        for i, (s, g) in list(enumerate(self.config.latents()))[1:]:
-            name = f"{s}:{g}"
-            x = self.cells[name](x)
+        given, count = list(tensors), len(self.latents)
+        x = self.enter(given.pop(0)) if self.latents.start else None
+        features, noise, alphas = given[:count], given[count : 2 * count], given[2 * count]
+        for i, feature, fresh in zip(self.latents, features, noise, strict=True):
+            name = "{}:{}".format(*self.config.latents()[i])
+            if x is None:
+                z = (1.0 - alphas[0]) * soft_clamp(feature) + alphas[0] * (self.temperature * fresh)
+                x = self.start(self._flow(name, z))
+                continue
+            if i > self.latents.start:
+                x = self.cells[name](x)
             mu, log_sigma = self.priors[name](x)
-            code = soft_clamp(mu + features[i] + self.posteriors[name](x))
-            fresh = soft_clamp(mu) + self.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
-            z = (1.0 - alphas[i]) * code + alphas[i] * fresh
+            code = soft_clamp(mu + feature + self.posteriors[name](x))
+            drawn = soft_clamp(mu) + self.temperature * torch.exp(soft_clamp(log_sigma)) * fresh
+            z = (1.0 - alphas[i]) * code + alphas[i] * drawn
             x = self.combiners[name](x, self._flow(name, z))
-        return (self.mixture(self.after(x)) + 1.0) / 2.0
+        x = self.after(x)
+        return (self.mixture(x) + 1.0) / 2.0 if self.is_last else self.leave(x)
 
     def _flow(self, name: str, z: Tensor) -> Tensor:
         return self.flows[name](z) if self.config.flow_cells else z
 
 
-def _published_decode(purifier: NVAEPurifier, *tensors: Tensor) -> Tensor:
-    """The decoder with the published operators, from the features that ``Encode`` gives."""
+def _cells_before(network: Parts, s: int, g: int) -> nn.Sequential:
+    """The decoder's cells that lead to group ``g`` of scale ``s``."""
+    cells = [FoldedDecoderCell(c) for c in network.decoder_tower[f"scale_{s}"][f"group_{g}"]]
+    if g == 0:
+        cells.insert(0, FoldedDecoderCell(network.decoder_tower[f"scale_{s - 1}"]["upsampling"]))
+    return nn.Sequential(*cells)
+
+
+def _published_decode(purifier: NVAEPurifier, latents: range, *tensors: Tensor) -> Tensor:
+    """`Decode` with the published operators, from the features that ``Encode`` gives."""
     network: Parts = purifier.network
-    n, z = purifier.n_latents, network.config.latent_channels
-    features, noise, alphas = tensors[:n], tensors[n : 2 * n], tensors[2 * n]
-    x = network.start(len(features[0]))
-    for i, (s, g) in enumerate(network.config.latents()):
-        x = network.to_latent(s, g, x)
+    given, z, count = list(tensors), network.config.latent_channels, len(latents)
+    x = given.pop(0) if latents.start else network.start(len(given[0]))
+    features, noise, alphas = given[:count], given[count : 2 * count], given[2 * count]
+    for i, feature, drawn in zip(latents, features, noise, strict=True):
+        s, g = network.config.latents()[i]
+        if i > latents.start or i == 0:
+            x = network.to_latent(s, g, x)
         if i == 0:
-            mu, log_sigma, mean = torch.zeros_like(features[0]), torch.zeros_like(features[0]), features[0]
+            mu, log_sigma, mean = torch.zeros_like(feature), torch.zeros_like(feature), feature
         else:
             mu, log_sigma = network.dec_sampler[f"sampler_{s}:{g}"](x).chunk(2, dim=1)
             seen = network.encoder_combiners[f"combiner_{s}:{g}"].conv(x)
             weight = network.enc_sampler[f"sampler_{s}:{g}"].weight[:z]
-            mean = mu + features[i] + F.conv2d(seen, weight, padding=1)
-        fresh = soft_clamp(mu) + purifier.temperature * torch.exp(soft_clamp(log_sigma)) * noise[i]
+            mean = mu + feature + F.conv2d(seen, weight, padding=1)
+        fresh = soft_clamp(mu) + purifier.temperature * torch.exp(soft_clamp(log_sigma)) * drawn
         x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
+    if latents.stop < purifier.n_latents:
+        following: Tensor = network.to_latent(*network.config.latents()[latents.stop], x)
+        return following
     return (mixture_mean(network.finish(x)) + 1.0) / 2.0
 
 

@@ -23,7 +23,9 @@ def _encode(module: Encode) -> nn.Module:
 @fp16_stage.register
 def _decode(module: Decode) -> nn.Module:
     made = rounded(copied(module), "start", "flows", "posteriors")
-    made.start = nn.Sequential(Cast(FP16), fp16_layer(module.start))
+    if module.latents.start == 0:
+        made.start = nn.Sequential(Cast(FP16), fp16_layer(module.start))
+    made.enter, made.leave = Cast(FP16), Cast(torch.float32)
     made.posteriors = nn.ModuleDict({name: _to_single(part) for name, part in module.posteriors.items()})
     return made
 

@@ -112,3 +112,33 @@ def test_a_classifier_that_cannot_be_traced(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="stage classify cannot be exported"):
         export_bundle(models.recipe(), models.purifier(), Awkward(), tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_no_latent_is_resampled_in_runs_once_for_all_samples(precision: str, tmp_path: Path) -> None:
+    recipe = models.recipe()
+    fine = dataclasses.replace(
+        recipe, precision=precision, schedule="fine", alphas={**recipe.alphas, "fine": (0.0, 0.0, 0.9)}
+    )
+    limit = LIMITS[precision]
+    export_bundle(fine, models.purifier(), models.classifier(), tmp_path / "fine")
+    export_bundle(recipe, models.purifier(), models.classifier(), tmp_path / "whole")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy()
+    with (
+        Pipeline.load(tmp_path / "fine", "onnxruntime") as pipeline,
+        Pipeline.load(tmp_path / "whole", "onnxruntime") as whole,
+    ):
+        assert [stage.name for stage in pipeline.manifest.stages] == ["encode", "coarse", "decode", "classify"]
+        assert [stage.name for stage in whole.manifest.stages] == ["encode", "decode", "classify"]
+        engine, rows = pipeline._engines["coarse"], list[int]()
+        run = engine.run
+        engine.run = lambda feeds: rows.append(len(feeds["feature_0"])) or run(feeds)  # type: ignore[method-assign]
+        # The second schedule resamples a coarse latent: its decoding differs between samples.
+        for alphas, once in (("fine", True), ([0.5, 0, 0.9], False), ([0, 0.5, 0], False), ([0, 0, 0], True)):
+            rows.clear()
+            effective = pipeline.manifest.alphas["fine"] if alphas == "fine" else alphas
+            found = pipeline.run(images, 4, range(3), alphas=alphas)
+            expected = whole.run(images, 4, range(3), alphas=effective)
+            assert sum(rows) == (3 if once else 12)
+            assert relative_error(found.purified, expected.purified) < limit
+            assert relative_error(found.logits, expected.logits) < limit

@@ -1,5 +1,6 @@
 """Folding changes no number and removes the work it says it removes."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -63,9 +64,10 @@ def test_removing_weight_norm_leaves_the_original_usable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, purifier.encode(images), strict=True))
 
 
-def test_every_nvae_stage_computes_what_its_reference_computes() -> None:
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_every_nvae_stage_computes_what_its_reference_computes(kept: int) -> None:
     for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):
-        for stage in stages(models.purifier(), blur, input_noise_l2):
+        for stage in stages(models.purifier(), blur, input_noise_l2, kept):
             inputs = [example(spec, 3, seed=i) for i, spec in enumerate(stage.inputs)]
             module = stage.module()
             assert isinstance(module, Encode | Decode | Preprocessed)
@@ -74,14 +76,21 @@ def test_every_nvae_stage_computes_what_its_reference_computes() -> None:
             assert all(relative_error(found, eager) < 1e-5 for found, eager in pairs)
 
 
-def test_chained_nvae_stages_purify() -> None:
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_chained_nvae_stages_purify(kept: int) -> None:
     torch.manual_seed(3)
     purifier = models.purifier()
-    encode, decode = stages(purifier, True, 1.0)
+    chain = stages(purifier, True, 1.0, kept)
+    assert [stage.name for stage in chain] == ["encode", *["coarse"] * (kept > 0), "decode"]
     images, input_noise = torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
     noise = [torch.randn(2, *shape) for shape in purifier.noise_shapes]
     alphas = torch.tensor([0.2, 0.5, 1.0])
+    known = {"images": images, "input_noise": input_noise, "alphas": alphas}
+    known |= {f"noise_{i}": tensor for i, tensor in enumerate(noise)}
     with torch.no_grad():
-        found = decode.module()(*encode.module()(images, input_noise), *noise, alphas)
+        for stage in chain:
+            made = as_tuple(stage.module()(*(known[spec.name] for spec in stage.inputs)))
+            known |= {spec.name: tensor for spec, tensor in zip(stage.outputs, made, strict=True)}
+    found = known["images"]
     eager = purifier.purify(images, noise, alphas, blur=True, input_noise=input_noise, input_noise_l2=1.0)
     assert relative_error(found, eager.images) < 1e-5

@@ -17,6 +17,7 @@ from export.families.stylegan2 import Decode, Resample, StaticConv
 from export.families.stylegan2_encoders import CrossAttention, FoldedUnit
 from export.precision import Affine, Excite, fp16_layer, fp16_stage
 from export.stage import Stage, as_tuple
+from export.trace import example
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.irse import Unit
@@ -155,6 +156,17 @@ def test_nvae_keeps_its_distributions_in_fp32() -> None:
     assert relative_error(found, decode.reference(*features, *noise, alphas)) < CLOSE
     assert set(seen.values()) == {torch.float32}
     assert len(seen) == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 2])
+def test_what_passes_between_the_stages_of_an_nvae_is_fp32(kept: int) -> None:
+    for stage in families.stages(models.purifier(), False, 0.0, kept):
+        given = [example(spec, 2, seed=i) for i, spec in enumerate(stage.inputs)]
+        expected = as_tuple(stage.reference(*given))
+        for found, wanted in zip(as_tuple(fp16_stage(module(stage))(*given)), expected, strict=True):
+            assert found.dtype == torch.float32
+            assert relative_error(found, wanted) < CLOSE
 
 
 def test_the_reference_is_left_as_it_was() -> None:

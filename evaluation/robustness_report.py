@@ -32,8 +32,8 @@ def markdown(content: Content) -> str:
     lines += [*_accuracy(content), ""]
     if content["skipped"]:
         lines += [_SKIPPED, "", *_skipped(content), ""]
-    lines += ["Detection: how flags and scores tell attacked images from clean ones:", ""]
-    lines += [*_detection(content), ""]
+    if content["detection"]:
+        lines += ["Detection: how flags and scores tell attacked images from clean ones:", "", *_detection(content), ""]
     if any(content["within"].values()):
         lines += ["Accuracy when the L2 norm of the change is limited:", "", *_within(content), ""]
     if content["certified"]:

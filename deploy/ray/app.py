@@ -1,6 +1,6 @@
 """The purifier on Ray Serve, on all machines of a cluster, with the paths, requests and answers of the other servers.
 
-    pip install -e '.[cpu,scale]'
+    pip install -e '.[scale]'
     serve run deploy/ray/serve.yaml
 
 Ray's HTTP proxy has no authentication: run it behind nginx, like TorchServe. docs/scale.md says what listens where.

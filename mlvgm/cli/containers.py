@@ -40,9 +40,10 @@ class Member:
         Raises:
             OSError: it is too large, or cannot be read.
         """
-        if self.size > MAX_BYTES:
+        data = self.load() if self.size <= MAX_BYTES else None
+        if data is None or len(data) > MAX_BYTES:  # a Parquet file tells no sizes
             raise OSError(errno.EFBIG, f"larger than {MAX_BYTES >> 20} MiB", str(self))
-        return self.load()
+        return data
 
 
 def is_container(path: Path) -> bool:

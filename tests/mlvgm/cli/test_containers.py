@@ -147,3 +147,15 @@ def test_a_damaged_container_is_named(
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     assert given.name in captured.err
+
+
+@pytest.mark.parametrize("form", [in_tar, in_parquet])
+def test_an_image_that_is_too_large_is_no_image(
+    form: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = form(tmp_path / "images", {"small.png": b"x" * 10, "large.png": b"x" * 11})
+    monkeypatch.setattr(containers, "MAX_BYTES", 10)
+    small, large = containers.members(file, lambda path, reason: pytest.fail(f"{path}: {reason}"))
+    assert small.read() == b"x" * 10
+    with pytest.raises(OSError, match="larger than"):
+        large.read()

@@ -12,6 +12,7 @@ import yaml
 
 from deploy.errors import CliError
 from handlers import open_inference
+from handlers.runtimes import ON_CPU
 from handlers.torchserve import BUNDLE
 
 _WRONG_FILE = (OSError, EOFError, yaml.YAMLError, tarfile.TarError, zipfile.BadZipFile)
@@ -37,6 +38,11 @@ class ServedModel:
     metadata: Mapping[str, Any] | None = None
     workers: int = 1
     runtime: str = "auto"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the CPU."""
+        return self.runtime in ("auto", *ON_CPU)
 
 
 def read(archive: Path) -> ServedModel:

@@ -26,7 +26,6 @@ from deploy.output import Output
 from deploy.readiness import ask
 from deploy.server import DEPLOY, MAIN_CLASS, STATE_VARIABLE, Server, port_is_taken
 from deploy.signals import pause
-from handlers import runtimes
 from handlers.client import ServerError
 from handlers.pipeline import PROGRESS
 from handlers.torchserve import FAILED, THREADS_VARIABLE
@@ -88,7 +87,7 @@ class TorchServe(Server):
         try:
             self._prepare({name: asdict(replace(model, workers=workers)) for name, (model, _) in models.items()})
             store = archives[0].parent
-            needs_torch = any(model.runtime not in ("auto", *runtimes.ON_CPU) for model, _ in models.values())
+            needs_torch = not all(model.on_cpu for model, _ in models.values())
             named = [f"{name}={archive.name}" for name, (_, archive) in models.items()]
             self._launch(store, named, threads, needs_torch)
             deadline = time.monotonic() + timeout

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from deploy import model_archive
 from handlers import cores
-from handlers.runtimes import ON_CPU
 from handlers.torchserve import THREADS_VARIABLE
 
 CORES_EACH = 8
@@ -68,7 +67,7 @@ def available_memory() -> float:
 
 def gpus_for(archives: Iterable[Path]) -> int:
     """How many GPUs are here, if all the models compute on GPUs; otherwise 0."""
-    if any(model_archive.read(archive).runtime in ("auto", *ON_CPU) for archive in archives):
+    if any(model_archive.read(archive).on_cpu for archive in archives):
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return len(

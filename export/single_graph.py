@@ -25,7 +25,8 @@ from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.inputs import PipelineInputs
 from handlers.manifest import Manifest, StageSpec
-from handlers.pipeline import Pipeline, Plan, is_noise
+from handlers.pipeline import Pipeline
+from handlers.plan import Plan, is_noise
 
 FOLDER, GRAPH, REPLAY = "single", "model.onnx", "replay.onnx"
 """In a bundle: where both graphs and their weights lie, and the two graphs."""

@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from handlers.batching import buckets, chunks
 from handlers.certify import Certified, certify
 from handlers.inputs import PipelineInputs, checked_images
 from handlers.manifest import Manifest, StageSpec
+from handlers.plan import Plan, is_noise
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, EngineError, Options, choice
 
@@ -319,13 +319,13 @@ class Pipeline:
 
         return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(timing.milliseconds))
 
-    def _plan(self, alphas: FloatArray) -> "Plan":
+    def _plan(self, alphas: FloatArray) -> Plan:
         key = (alphas != 0).tobytes()
         if key not in self._plans:
             self._plans[key] = Plan.of(self.manifest.stages[:-1], alphas)
         return self._plans[key]
 
-    def _encode(self, plan: "Plan", inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
+    def _encode(self, plan: Plan, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
         """The outputs of the per-image stages that per-sample stages need, for these images."""
         parts = []
         for chunk in chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
@@ -340,7 +340,7 @@ class Pipeline:
 
     def _purify(
         self,
-        plan: "Plan",
+        plan: Plan,
         inputs: PipelineInputs,
         encoded: Mapping[str, Array],
         parts: Iterator[tuple[IntArray, dict[str, FloatArray]]],
@@ -442,54 +442,6 @@ def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
         finite = np.isfinite(array.reshape(len(owners), -1)).all(axis=1)
     if not finite.all():
         raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the stages before ``classify`` run where some alphas are 0.
-
-    Attributes:
-        per_image, per_sample: the stages that run once per image, and those that run once per sample.
-        noise: the noise that the latter take.
-        from_image: what else they take, of the former or the images themselves.
-    """
-
-    per_image: list[StageSpec]
-    per_sample: list[StageSpec]
-    noise: set[str]
-    from_image: set[str]
-
-    @classmethod
-    def of(cls, stages: Sequence[StageSpec], alphas: Sequence[float] | FloatArray) -> "Plan":
-        """The plan for these alphas; the last stage always runs once per sample."""
-        per_image: list[StageSpec] = []
-        per_sample: list[StageSpec] = []
-        random: set[str] = set()
-        for stage in stages:
-            if stage is stages[-1] or any(_varies(t.name, alphas) or t.name in random for t in stage.inputs):
-                per_sample.append(stage)
-                random |= {output.name for output in stage.outputs}
-            else:
-                per_image.append(stage)
-        outside: set[str] = set()
-        made: set[str] = set()
-        for stage in per_sample:
-            outside |= {tensor.name for tensor in stage.inputs} - made
-            made |= {tensor.name for tensor in stage.outputs}
-        noise = {name for name in outside if is_noise(name)}
-        return cls(per_image, per_sample, noise, outside - noise - {"alphas"})
-
-
-def _varies(name: str, alphas: Sequence[float] | FloatArray) -> bool:
-    """Whether the samples' results differ by the input ``name``: noise that is not multiplied by 0."""
-    if name == "noise":
-        return any(alpha != 0 for alpha in alphas)
-    return name == "input_noise" or (is_noise(name) and alphas[int(name.removeprefix("noise_"))] != 0)
-
-
-def is_noise(name: str) -> bool:
-    """Whether a stage's input of this name is noise."""
-    return name in ("noise", "input_noise") or name.startswith("noise_")
 
 
 def _close(engines: dict[str, Engine]) -> None:

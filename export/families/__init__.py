@@ -9,7 +9,7 @@ from export.families import nvae, nvae_fp16, stylegan2, stylegan2_fp16  # noqa: 
 from export.families.preprocess import with_preprocessing
 from export.stage import Stage
 from handlers.manifest import StageSpec
-from handlers.pipeline import is_noise
+from handlers.plan import is_noise
 from mlvgm.nvae import NVAEPurifier
 from mlvgm.purifier import Purifier
 from mlvgm.stylegan2 import StyleGan2Purifier

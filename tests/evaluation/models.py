@@ -1,6 +1,7 @@
 """The small classifiers that attacks are tried on, and the shipped model where its weights are there."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 from mlvgm.load import Default, load_default
 from mlvgm.recipe import ROOT
+
+if TYPE_CHECKING:
+    from evaluation.defences import Defence, Subject
+    from evaluation.threats import Target
 
 
 class Linear(nn.Module):
@@ -50,3 +55,14 @@ def shipped() -> Default:
     if not all((folder / name).is_file() for name in ("classifier.safetensors", "nvae.safetensors")):
         pytest.skip("the weights of the default model are not here")
     return load_default()
+
+
+def target_of(subject: "Subject", defence: "Defence", count: int = 12) -> "Target":
+    """Pictures, the first two of which are misread from the start."""
+    from evaluation.attacks import predict
+    from evaluation.threats import Target
+
+    images = pictures(count)
+    labels = predict(subject.classifier, images)
+    labels[:2] = (labels[:2] + 1) % 3
+    return Target(subject, defence, images, labels)

@@ -1,37 +1,15 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("art")
 pytest.importorskip("foolbox")
 
-from evaluation import defences
 from evaluation.adaptive import Trace
-from evaluation.attacks import AttackError, attack, predict
+from evaluation.attacks import AttackError, attack
 from evaluation.black_box import HopSkipJump, Square
 from evaluation.budgets import BUDGETS, threats
 from evaluation.defences import Defence, Images, Predictions, Subject
-from evaluation.threats import Target
-from handlers.pipeline import Pipeline
-from tests.evaluation.models import of_bundle, pictures
-
-
-@pytest.fixture(scope="module")
-def subject(nvae_bundle: Path) -> Subject:
-    return Subject(Pipeline.load(nvae_bundle, runtime="onnxruntime"), None, of_bundle(nvae_bundle))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def rows(subject: Subject) -> dict[str, Defence]:
-    return defences.defences(subject)
-
-
-def _target(subject: Subject, defence: Defence, count: int = 12) -> Target:
-    images = pictures(count)
-    labels = predict(subject.classifier, images)
-    labels[:2] = (labels[:2] + 1) % 3  # misread from the start
-    return Target(subject, defence, images, labels)
+from tests.evaluation.models import target_of
 
 
 def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subject, rows: dict[str, Defence]) -> None:
@@ -44,7 +22,7 @@ def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subje
         asked.append(images)
         return rows["none"].serve(images, seeds)
 
-    target = _target(subject, Defence("none", "none", serve, fail))  # type: ignore[arg-type]
+    target = target_of(subject, Defence("none", "none", serve, fail))  # type: ignore[arg-type]
     found = Square("", 30, 4 / 255).run(target)
     assert sum(found["right"]) < 10
     assert 0 < found["queries"] <= 3 * 30 + 4
@@ -64,7 +42,7 @@ def test_labels_alone_lead_to_the_nearest_image(subject: Subject, rows: dict[str
         labels = np.eye(3, dtype=np.float32)[found.labels]  # the attack sees no more than labels
         return Predictions(found.labels, found.sample_labels, labels, found.flagged, found.scores, found.deviation)
 
-    target = _target(subject, Defence("none", "none", serve, None), 5)  # type: ignore[arg-type]
+    target = target_of(subject, Defence("none", "none", serve, None), 5)  # type: ignore[arg-type]
     found = HopSkipJump("", 300).run(target)
     assert found["right"] == [0] * 5
     assert found["l2"][:2] == [0, 0]

@@ -8,20 +8,8 @@ from evaluation import defences
 from evaluation.attacks import predict, to_float
 from evaluation.defences import Defence, Subject
 from handlers.image import decode
-from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import of_bundle, shipped
-
-
-@pytest.fixture(scope="module")
-def subject(nvae_bundle: Path) -> Subject:
-    pipeline = Pipeline.load(nvae_bundle, runtime="onnxruntime")
-    return Subject(pipeline, None, of_bundle(nvae_bundle))  # type: ignore[arg-type]  # nothing here asks for gradients
-
-
-@pytest.fixture(scope="module")
-def rows(subject: Subject) -> dict[str, Defence]:
-    return defences.defences(subject)
 
 
 def test_wilson_interval() -> None:

@@ -14,26 +14,9 @@ from evaluation.defences import Defence, Images, Predictions, Subject
 from evaluation.threats import Certified, Clean, Engine, Quiet, Seeded, Target, Transferred, White
 from handlers.pipeline import Pipeline
 from tests import bundles
-from tests.evaluation.models import Linear, of_bundle, pictures
+from tests.evaluation.models import Linear, pictures, target_of
 
 pytest.importorskip("foolbox")
-
-
-@pytest.fixture(scope="module")
-def subject(nvae_bundle: Path) -> Subject:
-    return Subject(Pipeline.load(nvae_bundle, runtime="onnxruntime"), None, of_bundle(nvae_bundle))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def rows(subject: Subject) -> dict[str, Defence]:
-    return defences.defences(subject)
-
-
-def _target(subject: Subject, defence: Defence, count: int = 12) -> Target:
-    images = pictures(count)
-    labels = predict(subject.classifier, images)
-    labels[:2] = (labels[:2] + 1) % 3  # misread from the start
-    return Target(subject, defence, images, labels)
 
 
 def _of(labels: Callable[[Images, list[int]], np.ndarray], classifier: Linear) -> Defence:
@@ -48,7 +31,7 @@ def _of(labels: Callable[[Images, list[int]], np.ndarray], classifier: Linear) -
 
 
 def test_clean_images_and_noisy_ones(subject: Subject, rows: dict[str, Defence]) -> None:
-    target = _target(subject, rows["none"])
+    target = target_of(subject, rows["none"])
     quiet = Clean("clean").run(target)
     assert quiet["right"] == [0, 0, *[1] * 10]
     assert quiet["agrees"] == [1] * 12
@@ -60,7 +43,7 @@ def test_clean_images_and_noisy_ones(subject: Subject, rows: dict[str, Defence])
 
 
 def test_transferred_images_are_those_of_the_classifier(subject: Subject, rows: dict[str, Defence]) -> None:
-    target = _target(subject, rows["blur"])
+    target = target_of(subject, rows["blur"])
     attacked = attack(subject.classifier, target.images, target.labels, "deepfool")
     found = Transferred("DeepFool", "deepfool").run(target)
     assert found["right"] == (rows["blur"].serve(attacked.images, range(12)).labels == target.labels).tolist()
@@ -69,7 +52,7 @@ def test_transferred_images_are_those_of_the_classifier(subject: Subject, rows: 
 
 def test_transferred_images_within_a_bound_are_kept(subject: Subject, rows: dict[str, Defence], tmp_path: Path) -> None:
     threat = Transferred("", "", L2(0.3), Effort(5, 2))
-    target = Target(**{**_target(subject, rows["none"]).__dict__, "cache": tmp_path})
+    target = Target(**{**target_of(subject, rows["none"]).__dict__, "cache": tmp_path})
     first = threat.run(target)
     assert max(first["l2"]) < 0.3 + np.sqrt(3 * 8 * 8 / 12) / 255
     assert sum(first["right"]) < 10
@@ -79,7 +62,7 @@ def test_transferred_images_within_a_bound_are_kept(subject: Subject, rows: dict
 
 
 def test_who_may_try_again_needs_one_wrong_answer(subject: Subject) -> None:
-    target = _target(
+    target = target_of(
         subject, _of(lambda images, seeds: (np.array(seeds) // 1_000_003 % 4 == 3).astype(np.int64), linear_of(subject))
     )
     target = Target(subject, target.defence, target.images, np.zeros(12, np.int64))
@@ -97,7 +80,7 @@ def linear_of(subject: Subject) -> Linear:
 def test_a_white_box_is_judged_as_served_and_goes_on_with_what_resists(
     subject: Subject, rows: dict[str, Defence]
 ) -> None:
-    target = _target(subject, rows["none"])
+    target = target_of(subject, rows["none"])
     found = White("", L2(0.2), Effort(5, 3)).run(target)
     weights, logits = linear_of(subject).weights, linear_of(subject)(to_float(target.images))
     for i in range(2, 12):
@@ -122,7 +105,7 @@ def test_a_short_ascent_takes_what_falls_easily(subject: Subject, rows: dict[str
         asked.append((len(images), draws))
         return rows["none"].forward(images, draws)
 
-    target = _target(subject, Defence("none", "none", rows["none"].serve, forward))
+    target = target_of(subject, Defence("none", "none", rows["none"].serve, forward))
     found = White("", L2(0.04), Effort(20, 2)).run(target)
     assert sum(found["broken"]) == 10 - sum(found["right"])
     sizes = [size for size, _ in asked[2:]]  # two look at the gradients
@@ -132,7 +115,7 @@ def test_a_short_ascent_takes_what_falls_easily(subject: Subject, rows: dict[str
 
 
 def test_some_images_of_a_target_keep_their_noise(subject: Subject, rows: dict[str, Defence]) -> None:
-    target = dataclasses.replace(_target(subject, rows["served"]), first=7)
+    target = dataclasses.replace(target_of(subject, rows["served"]), first=7)
     some = target.only(np.array([1, 4, 6]))
     twice = some.only(np.array([0, 2]))
     assert some.places.tolist() == [8, 11, 13]
@@ -153,7 +136,7 @@ def test_draws_are_raised_until_gradients_agree(subject: Subject) -> None:
     random = Defence("own", "own", quiet.serve, noisy, True)
     fixed = Defence("own", "own", quiet.serve, quiet.forward)
     threat = White("", L2(0.2), Effort(1, 1, 256))
-    draws = [threat.run(_target(subject, defence))["draws"] for defence in (fixed, quiet, random)]
+    draws = [threat.run(target_of(subject, defence))["draws"] for defence in (fixed, quiet, random)]
     assert draws[:2] == [1, 1]
     assert 8 <= draws[2] <= 256
 
@@ -251,7 +234,7 @@ def test_who_knows_the_score_is_found_less(subject: Subject) -> None:
 
 
 def test_changes_that_add_nothing(subject: Subject, rows: dict[str, Defence]) -> None:
-    found = White("", Flow(1.0), Effort(8, 2)).run(_target(subject, rows["none"]))
+    found = White("", Flow(1.0), Effort(8, 2)).run(target_of(subject, rows["none"]))
     assert sum(found["right"]) < 10
 
 

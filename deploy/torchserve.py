@@ -219,10 +219,7 @@ class TorchServe(Server):
         """Wait for all ``workers`` and an answer: TorchServe's health check succeeds long before a worker is ready."""
         said, shown, asked = "nothing", 0, 1
         while time.monotonic() < deadline:
-            steps = [line[line.index(PROGRESS) :] for line in self._log_lines() if PROGRESS in line]
-            for step in steps[shown:]:
-                progress(step)
-            shown = len(steps)
+            shown = self._tell(progress, shown)
             if self.ended():
                 raise CliError(f"TorchServe ended while starting: {self._last_words()}")
             if reason := self._failure():
@@ -233,6 +230,7 @@ class TorchServe(Server):
                     asked = workers
                 if _patiently(lambda: self.client(5).ready_workers(model)) >= workers:
                     _patiently(lambda: ask(self, model, max(1.0, deadline - time.monotonic())))
+                    self._tell(progress, shown)
                     return
             except ServerError as error:
                 if error.status == 404:
@@ -240,6 +238,13 @@ class TorchServe(Server):
                 said = str(error)
             pause(0.25)
         raise CliError(f"{model} has not answered in time (last: {said}){self._see_log()}")
+
+    def _tell(self, progress: Callable[[str], None], shown: int) -> int:
+        """Report the steps in the log but the first ``shown``, which are known, and say how many it holds."""
+        steps = [line[line.index(PROGRESS) :] for line in self._log_lines() if PROGRESS in line]
+        for step in steps[shown:]:
+            progress(step)
+        return len(steps)
 
     def _failure(self) -> str | None:
         """The error of a worker that cannot serve its bundle, from the log."""

@@ -138,7 +138,7 @@ def tiny_store(bundle: Path, folder: Path, batch_delay_ms: int = 800) -> Path:
     return folder
 
 
-def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

@@ -127,13 +127,13 @@ def test_readiness_follows_the_worker(pair: Pair) -> None:
     worker = next(process for process in family_of(pair) if "model_service_worker" in str(process.cmdline()))
     worker.suspend()  # it cannot be replaced: TorchServe knows nothing of it
     try:
-        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503, 60)
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503)
         headers = {"Authorization": f"Bearer {pair.server.client().key('inference')}"}
         ping = urllib.request.Request(f"{pair.server.url}/ping", headers=headers)
         assert json.loads(urllib.request.urlopen(ping, timeout=10).read()) == {"status": "Healthy"}
     finally:
         worker.resume()
-    until(lambda: pair.ask("GET", "/v2/models/tiny/ready", headers={})[0] == 200, 60)
+    until(lambda: pair.ask("GET", "/v2/models/tiny/ready", headers={})[0] == 200)
 
 
 def renamed(bundle: Path, folder: Path) -> Path:
@@ -151,7 +151,7 @@ def test_an_upgrade_under_load_loses_nothing(
     store = tiny_store(nvae_bundle, tmp_path / "store", batch_delay_ms=20)
     bundles = [renamed(nvae_bundle, tmp_path / "renamed"), nvae_bundle]
     pair = Pair(tmp_path_factory.mktemp("p"))
-    pair.start(store)
+    pair.start(store, "--ready-timeout", "60")  # a machine that is slow is ready all the same
     ended = threading.Event()
 
     def ask() -> list[tuple[int, str]]:
@@ -282,7 +282,7 @@ def test_a_torchserve_that_hangs_is_started_again(store: Path, tmp_path_factory:
     try:
         pair.start(store, "--hang-timeout", "5")
         named(pair, "java").suspend()
-        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503, 60)
+        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503)
         until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 200, WAIT)
         assert pair.predict()[0] == 200
         assert "it is started again" in pair.log()

@@ -237,9 +237,9 @@ def test_jpegs_with_endless_scans_are_refused() -> None:
     data = encoded(picture((256, 256)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     bomb = data[:last] + data[last:-2] * 2000 + data[-2:]
-    start = time.monotonic()
+    start = time.process_time()
     assert f"at most {MAX_JPEG_SCANS}" in reason(bomb)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     decode(data, SIZE)
 
 
@@ -263,9 +263,9 @@ def bombs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", bombs())
 def test_bombs_are_refused_by_their_header(name: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert re.search("too large|damaged", reason(bombs()[name]))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def decoded_within(megabytes: int, images: list[bytes]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, EngineError, Options
+from handlers.runtimes import Array, EngineError, Options, memory
 
 
 def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
@@ -32,6 +32,8 @@ def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
     settings.log_severity_level = 3
     # Spinning threads would take cores from the next stage and from other workers: twice the CPU time.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if memory.of_weights(file) > memory.LARGE_BYTES:
+        memory.return_freed()
     try:
         return ort.InferenceSession(str(file), settings, providers=list(providers))
     except Exception as error:  # ONNX Runtime's own exceptions share no base class

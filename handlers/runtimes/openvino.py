@@ -12,6 +12,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,9 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, Engine, EngineError, Options, cache, mapped
+from handlers.runtimes import Array, Engine, EngineError, Options, cache, memory
 
 _KEPT = "openvino"  # folder of the cache
-
-SMALL_BYTES = 64_000_000
-"""Graphs with at most this many bytes of weights are compiled once per batch size."""
 
 
 def load(file: Path, options: Options) -> Engine:
@@ -40,13 +38,11 @@ def load(file: Path, options: Options) -> Engine:
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": options.threads or cores.usable(),
     }
-    data = file.with_name(f"{file.name}.data")
-    weights = sum(path.stat().st_size for path in (file, data) if path.is_file())
     try:
         core = ov.Core()
         model = core.read_model(str(file))
-        if weights > SMALL_BYTES:
-            return DynamicEngine(core, model, settings, data)
+        if memory.of_weights(file) > memory.LARGE_BYTES:
+            return DynamicEngine(core, model, settings, memory.external(file))
         return StaticEngine(core, model, settings, options.digest)
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
@@ -56,24 +52,23 @@ class DynamicEngine:
     """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays.
 
     OpenVINO maps the external weights, and copies them into its own layouts at the first run. From then on it reads the
-    copy, so the pages of the file ``data`` are given back: else a worker would seem to hold the weights twice.
+    copy. So pages of the file ``data`` are given back while it does: else a worker would hold the weights twice.
     """
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], data: Path) -> None:
-        self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
-        self._data, self._known = data, set[tuple[int, ...]]()
-        mapped.forget(data)
+        self._spared, self._known = partial(memory.forget, data), set[tuple[int, ...]]()
+        with memory.sparing(self._spared):
+            self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        rows = tuple(len(array) for array in feeds.values())
         try:
-            outputs = self._model(feeds, share_inputs=True)
+            with contextlib.nullcontext() if rows in self._known else memory.sparing(self._spared):
+                outputs = self._model(feeds, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO: {error}") from error
-        rows = tuple(len(array) for array in feeds.values())
-        if rows not in self._known:
-            self._known.add(rows)
-            mapped.forget(self._data)
+        self._known.add(rows)
         return {name: array for port, array in outputs.items() for name in port.names}
 
     def close(self) -> None:

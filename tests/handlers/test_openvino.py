@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from handlers import runtimes
-from handlers.runtimes import EngineError, Options, cache
+from handlers.runtimes import EngineError, Options, cache, memory
 
 pytest.importorskip("openvino")
 from handlers.runtimes import openvino
@@ -33,7 +33,7 @@ def test_all_numbers_of_rows_agree_with_onnxruntime(
     nvae_bundle: Path, small: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not small:
-        monkeypatch.setattr(openvino, "SMALL_BYTES", 0)
+        monkeypatch.setattr(memory, "LARGE_BYTES", 0)
     reference = runtimes.load("onnxruntime", nvae_bundle / "decode.onnx", Options(1))
     engine = openvino.load(nvae_bundle / "decode.onnx", Options(threads))
     assert isinstance(engine, openvino.StaticEngine if small else openvino.DynamicEngine)
@@ -103,7 +103,7 @@ def test_nothing_is_kept_of_a_graph_without_a_digest_or_a_large_one(
     nvae_bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     openvino.load(nvae_bundle / "decode.onnx", Options(1))
-    monkeypatch.setattr(openvino, "SMALL_BYTES", 0)
+    monkeypatch.setattr(memory, "LARGE_BYTES", 0)
     openvino.load(nvae_bundle / "decode.onnx", Options(1, digest="0"))
     assert not kept.exists()
 

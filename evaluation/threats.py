@@ -244,10 +244,11 @@ class Quiet(White):
         alone = _alone(subject.fast_classifier if own is None else fast(own, subject.device), subject.device)
 
         def score(images: Tensor, logits: Tensor) -> Tensor:
-            before, label = alone(images, 1).logits[0].log_softmax(dim=1).max(dim=1)
+            before, labels = alone(images, 1).logits[0].log_softmax(dim=1).topk(2)
             after = logits.softmax(dim=2).mean(dim=0)
-            left = after.gather(1, label[:, None])[:, 0].clamp_min(_TINY).log()
-            return ((before - left) * after.amax(dim=1)).clamp_min(0)
+            left = after.gather(1, labels[:, :1])[:, 0].clamp_min(_TINY).log()
+            drop = ((before[:, 0] - left) * after.amax(dim=1)).clamp_min(0)
+            return drop + (before[:, 1] - before[:, 0]).exp()
 
         return score
 

@@ -297,15 +297,20 @@ class _Builder:
         had = self.node("ReduceMax", self.node("LogSoftmax", before, axis=1), last, keepdims=1)
         sure = self.node("ReduceMax", shares, last, keepdims=1)
         drop = self.node("Squeeze", self.node("Mul", self.node("Sub", had, left), sure), last)
-        self.node("Max", drop, self.constant(np.float32(0)), out="score")
+        drop = self.node("Max", drop, self.constant(np.float32(0)))
+        two = self.node("TopK", before, self.constant([2]), axis=1)
+        second, first = (self.node(operator, two, last, keepdims=0) for operator in ("ReduceMin", "ReduceMax"))
+        gap = self.node("Sub", second, first)
+        self.node("Add", drop, self.node("Exp", gap), out="score")
 
     def rows_of(self, name: str) -> str:
         return self.node("Shape", name, start=0, end=1)
 
     def node(self, operator: str, *inputs: str, out: str = "", **attributes: Any) -> str:
-        """Its output, which is called ``out``, or after the node's place."""
+        """Its first output, which is called ``out``, or after the node's place."""
         out = out or f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [out], out, **attributes))
+        outputs = [out, f"{out}_places"] if operator == "TopK" else [out]
+        self.nodes.append(helper.make_node(operator, list(inputs), outputs, out, **attributes))
         return out
 
     def constant(self, value: Any) -> str:

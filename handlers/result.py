@@ -88,16 +88,20 @@ class Result:
 
     @cached_property
     def scores(self) -> FloatArray:
-        """(B,): attack score, 0 or more.
+        """(B,): attack score, 0 or more: how far purification moves the answer, and how near another one was before it.
 
-        By how many nats purification lowers the probability of the label that the unpurified image has, times the
-        largest probability after it. So it is large where one sure answer takes the place of another, as with an
-        attack. A clean image that purification blurs beyond recognition loses its answer too, but gets no sure one.
+        The first is by how many nats purification lowers the probability of the label that the unpurified image has,
+        times the largest probability after it. So it is large where one sure answer takes the place of another, as
+        with an attack. A clean image that purification blurs beyond recognition loses its answer too, but gets no
+        sure one. The second, from 0 to 1, is the ratio of the two largest probabilities of the unpurified image: an
+        attack that changes as little as it can stops right behind the border between two classes.
         """
         before, after = self.unpurified_confidences, self._mean(softmax(self.sample_logits))
         left = after[np.arange(len(after)), self.unpurified_labels]
-        drop: FloatArray = np.log(np.maximum(before.max(axis=1), _TINY) / np.maximum(left, _TINY)) * after.max(axis=1)
-        return np.maximum(drop, 0)
+        second, first = np.partition(before, -2, axis=1)[:, -2:].T
+        drop: FloatArray = np.log(np.maximum(first, _TINY) / np.maximum(left, _TINY)) * after.max(axis=1)
+        scores: FloatArray = np.maximum(drop, 0) + second / first
+        return scores
 
     @cached_property
     def confidences(self) -> FloatArray:

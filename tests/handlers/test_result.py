@@ -51,7 +51,8 @@ def test_the_score_is_how_much_less_probable_the_label_is_and_how_sure_the_other
     samples = np.array([[[0, 1, 2], [3, 0, 1]]], np.float32)
     result = Result(samples, np.empty(0, np.float32), np.array([[1, 4, 1]], np.float32), {})
     before, after = softmax(np.array([1.0, 4, 1])), softmax(samples[0].astype(float)).mean(axis=0)
-    assert result.scores[0] == pytest.approx(float(np.log(before[1] / after[1]) * after[0]), rel=1e-5)
+    drop = float(np.log(before[1] / after[1]) * after[0])
+    assert result.scores[0] == pytest.approx(drop + np.exp(-3), rel=1e-5)
 
 
 @given(arrays(np.float32, (5, 4, 3), elements=st.floats(-1e4, 1e4, width=32)))
@@ -64,6 +65,12 @@ def test_an_image_that_purification_does_not_change_is_not_suspicious() -> None:
     same, moved = (result_of([[9, 0], [8, 0]], before).scores[0] for before in ([8.5, 0], [0, 5]))
     assert same < 0.001
     assert moved > 5
+
+
+def test_an_image_at_the_border_of_two_classes_is_suspicious_even_where_purification_does_not_move_it() -> None:
+    border, inside = (result_of([before, before], before).scores[0] for before in ([5, 4.9, 0], [5, 1, 0]))
+    assert border == pytest.approx(np.exp(-0.1))
+    assert inside < border / 40
 
 
 def test_an_image_that_loses_its_answer_for_no_other_is_less_suspicious_than_one_with_a_new_answer() -> None:

@@ -15,53 +15,7 @@ from deploy.readiness import Readiness
 from deploy.server import DEPLOY, Server
 from deploy.signals import pause
 
-UPSTREAM = """\
-# Written by deploy/nginx.py.
-upstream torchserve {{
-    # TorchServe buffers bodies outside its queue, so what reaches it at once is bounded here.
-    zone torchserve 64k;
-    server 127.0.0.1:{port} max_conns=64;
-    keepalive 16;
-}}
-upstream torchserve_metrics {{
-    server 127.0.0.1:{metrics_port};
-}}
-upstream health {{
-    server unix:{socket};
-}}
-map "" $torchserve_key {{
-    default "{key}";
-}}
-# The client, where it shares the workers with others: a gateway asks for many users, and is trusted with the queue.
-map $client $sharing_client {{
-    default "{sharing}";
-    "~^gateway-" "";
-}}
-# The same, but for requests that cannot cost much: one image of less than 100 kB, with the model's own samples.
-map "$content_type|$content_length|$http_content_encoding$http_x_mlvgm_samples$http_x_mlvgm_certify" $costly_client {{
-    default $sharing_client;
-    "~^(image/[a-z]+|application/octet-stream|)\\|\\d{{1,5}}\\|$" "";
-}}
-map $sharing_client $most_small {{
-    default "{small_share}";
-    "" "{most_requests}";
-}}
-map $costly_client $most_requests {{
-    default "{fair_share}";
-    "" $most_small;
-}}
-map "" $most_bytes {{
-    default "{most_bytes}";
-}}
-client_max_body_size {most_bytes};
-# Half of what the smallest model takes in, at work and in its queue: no client can fill it alone.
-limit_conn requests_of_client {most_requests};
-# Of a client that shares, nothing costly in one of the workers, and twice as much that is small.
-limit_conn_zone $sharing_client zone=requests_of_sharing:1m;
-limit_conn requests_of_sharing {small_share};
-limit_conn_zone $costly_client zone=costly_requests:1m;
-limit_conn costly_requests {fair_share};
-"""
+UPSTREAM = (DEPLOY / "upstream.conf").read_text()
 
 
 class Nginx:
@@ -172,17 +126,17 @@ class Nginx:
         seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
         server = self._server
         share = fair_share(server)
-        upstream = UPSTREAM.format(
-            port=server.port,
-            metrics_port=server.metrics_port,
-            socket=self._state / "health.sock",
-            key=server.client().key("inference"),
-            most_requests=most_requests(server),
-            fair_share=max(1, share),
-            small_share=2 * max(1, share),
-            sharing="$client" if share and several_clients(self._conf.parent / "private" / "clients.map") else "",
-            most_bytes=most_bytes(),
-        )
+        upstream = UPSTREAM % {
+            "port": server.port,
+            "metrics_port": server.metrics_port,
+            "socket": self._state / "health.sock",
+            "key": server.client().key("inference"),
+            "most_requests": most_requests(server),
+            "fair_share": max(1, share),
+            "small_share": 2 * max(1, share),
+            "sharing": "$client" if share and several_clients(self._conf.parent / "private" / "clients.map") else "",
+            "most_bytes": most_bytes(),
+        }
         if upstream != self._upstream:
             path = self._state / "upstream.conf"
             fresh = path.with_suffix(".new")

@@ -182,7 +182,7 @@ def serve(
         raise CliError(f"port {port}: {error.strerror}") from None
     with listener, Pipeline.load(bundle, runtime, threads) as pipeline:
         manifest = pipeline.manifest
-        service = Service(pipeline, allow_seed, HandlerSettings().max_wait_s)
+        service = Service(pipeline, HandlerSettings(allow_seed=allow_seed))
         service.self_test()
         app = application(manifest, service, batch or manifest.batch.opt, delay_s)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_keep_alive=30))

@@ -37,23 +37,16 @@ __all__ = [
     "encode_png",
 ]
 
-_HOMES = {
-    "AsyncClient": "client",
-    "BundleError": "manifest",
-    "Client": "client",
-    "EngineError": "runtimes",
-    "ImageError": "image",
-    "InputError": "errors",
-    "Manifest": "manifest",
-    "MlvgmError": "errors",
-    "NonFiniteError": "pipeline",
-    "Pipeline": "pipeline",
-    "Result": "result",
-    "RuntimeMissing": "runtimes",
-    "ServerError": "client",
-    "decode": "image",
-    "encode_png": "image",
+_MODULES = {
+    "client": ("AsyncClient", "Client", "ServerError"),
+    "errors": ("InputError", "MlvgmError"),
+    "image": ("ImageError", "decode", "encode_png"),
+    "manifest": ("BundleError", "Manifest"),
+    "pipeline": ("NonFiniteError", "Pipeline"),
+    "result": ("Result",),
+    "runtimes": ("EngineError", "RuntimeMissing"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -37,23 +37,6 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Limits of the certificates that clients may request from a server.
-
-    Attributes:
-        draws: largest number of counted noisy images for all images of a request together; 0 for no certificates.
-        sigma, alpha: as for `Certified`.
-    """
-
-    draws: int = 0
-    sigma: float = 0.25
-    alpha: float = 0.001
-
-
-NONE = Budget()
-
-
-@dataclass(frozen=True)
 class Certified:
     """Certificates for B images and C classes.
 

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -16,7 +15,6 @@ import numpy as np
 from handlers import certify, cores, limits, metrics
 from handlers.answer import Outcome, Response, describe, refusal, respond
 from handlers.arrival import queue_seconds
-from handlers.certify import Budget
 from handlers.errors import InputError
 from handlers.image import ImageError, Pixels, decode, encode_png, is_costly
 from handlers.manifest import AUTO
@@ -24,6 +22,7 @@ from handlers.noise import fresh_seeds
 from handlers.pipeline import NonFiniteError, Pipeline
 from handlers.request import Request, RequestError, parse
 from handlers.result import Result
+from handlers.settings import DEFAULTS, HandlerSettings
 
 _MOST_READERS = 4  # threads that decode images
 _READING_BYTES = 1 << 30  # the largest images that are accepted, read together, take a third of it
@@ -52,12 +51,8 @@ class Service:
     """Answers batches of requests with one pipeline.
 
     Args:
-        allow_seed: let clients choose the noise.
-        max_wait_s: requests queued for longer are refused; needs `X-Request-Start` from the proxy.
+        settings: which requests are accepted; ``runtime`` and ``threads`` are the pipeline's, and not used here.
         sink: takes the metrics.
-        suspicious: what to do with an image whose attack score is above the bundle's threshold: "pass" only reports it,
-            "review" marks the answer for review, "refuse" answers 422.
-        certificates: limits of certificates.
 
     Raises:
         InputError: suspicious images are to be reviewed or refused, but the bundle has no threshold.
@@ -66,20 +61,15 @@ class Service:
     def __init__(
         self,
         pipeline: Pipeline,
-        allow_seed: bool = False,
-        max_wait_s: float = math.inf,
+        settings: HandlerSettings = DEFAULTS,
         sink: metrics.Sink = metrics.nowhere,
-        suspicious: str = "pass",
-        certificates: Budget = certify.NONE,
     ) -> None:
-        if suspicious != "pass" and pipeline.manifest.score is None:
-            raise InputError(f"suspicious images cannot be told for {suspicious!r}: run mlvgm tune --score 0.01 first")
+        policy = settings.suspicious
+        if policy != "pass" and pipeline.manifest.score is None:
+            raise InputError(f"suspicious images cannot be told for {policy!r}: run mlvgm tune --score 0.01 first")
         self._pipeline = pipeline
-        self._allow_seed = allow_seed
-        self._max_wait_s = max_wait_s
+        self._settings = settings
         self._measure = sink
-        self._suspicious = suspicious
-        self._certificates = certificates
         self._readers = _readers()
         for measure, labels in self._counters().items():
             for label in labels:
@@ -148,9 +138,10 @@ class Service:
         try:
             if (queued := queue_seconds(headers)) is not None:
                 self._measure(metrics.QUEUE, queued, "")
-                if queued > self._max_wait_s:
+                if queued > self._settings.max_wait_s:
                     return self._refuse("late", 503, "the server is busy: try again later")
-            return parse(fields, headers, self._pipeline.manifest, self._allow_seed, self._certificates.draws)
+            settings = self._settings
+            return parse(fields, headers, self._pipeline.manifest, settings.allow_seed, settings.certify_draws)
         except RequestError as error:
             return self._refuse("request", 400, str(error))
         except Exception:
@@ -229,15 +220,13 @@ class Service:
             more["suspicious"] = bool(result.scores[i] > manifest.score.threshold)
             if more["suspicious"]:
                 self._measure(metrics.SUSPICIOUS, 1, "")
-                if self._suspicious == "refuse":
+                if self._settings.suspicious == "refuse":
                     return self._refuse("suspicious", 422, "the image looks attacked: this server does not answer it")
-            if self._suspicious == "review":
+            if self._settings.suspicious == "review":
                 more["review"] = more["suspicious"]
         if image.request.certify:
-            sigma, alpha = self._certificates.sigma, self._certificates.alpha
-            certified = self._pipeline.certify(
-                image.pixels[None], sigma, image.request.certify, alpha, image.request.alphas
-            )
+            request, sigma, alpha = image.request, self._settings.certify_sigma, self._settings.certify_alpha
+            certified = self._pipeline.certify(image.pixels[None], sigma, request.certify, alpha, request.alphas)
             more |= certify.answer(certified, 0, manifest.classes)
         return describe(result, i, image.request, manifest.classes, image.decode_ms, more)
 

@@ -36,3 +36,6 @@ class HandlerSettings:
     def __post_init__(self) -> None:
         if self.runtime not in runtimes.NAMES:
             raise ValueError(f"runtime is {none_of(self.runtime, runtimes.NAMES)}")
+
+
+DEFAULTS = HandlerSettings()

@@ -14,7 +14,6 @@ from typing import Any
 
 from handlers import metrics
 from handlers.answer import Response
-from handlers.certify import Budget
 from handlers.fields import read_strict
 from handlers.pipeline import Pipeline
 from handlers.service import Service
@@ -45,16 +44,8 @@ class PurifierHandler:
             folder = Path(context.system_properties["model_dir"]) / BUNDLE
             device = context.system_properties.get("gpu_id") or 0
             pipeline = Pipeline.load(folder, settings.runtime, threads, device)
-            budget = Budget(settings.certify_draws, settings.certify_sigma, settings.certify_alpha)
             self._metric_lines: list[str] = []
-            self._service = Service(
-                pipeline,
-                settings.allow_seed,
-                settings.max_wait_s,
-                sink(context, self._metric_lines),
-                settings.suspicious,
-                budget,
-            )
+            self._service = Service(pipeline, settings, sink(context, self._metric_lines))
             self._service.self_test()
             self._unmeasured = Service(pipeline)
             self._write_metrics()

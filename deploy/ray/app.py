@@ -44,7 +44,8 @@ class Purifier:
     def __init__(self, bundle: str, runtime: str = "auto", threads: int = 1, allow_seed: bool = False, batch: int = 8):
         pipeline = Pipeline.load(bundle, runtime, threads)
         self._manifest = pipeline.manifest
-        self._service = Service(pipeline, allow_seed, HandlerSettings().max_wait_s, sink(pipeline.manifest.name))
+        settings = HandlerSettings(allow_seed=allow_seed)
+        self._service = Service(pipeline, settings, sink(pipeline.manifest.name))
         self._service.self_test()
         self._checked = time.monotonic()
         self._batches = Batches(self._service.answer, batch, delay_s=0.002)

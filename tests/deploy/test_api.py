@@ -17,10 +17,10 @@ from starlette.testclient import TestClient
 
 from deploy import api
 from deploy.dev_server import application
-from handlers.certify import Budget
 from handlers.pipeline import Pipeline
 from handlers.request import MAX_BODY, MOST_IMAGES, OPTIONS
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from tests.deploy.test_dev_server import PATH, REQUESTS, SEED, SIGN
 
 POST = "/predictions/{model}"
@@ -29,7 +29,7 @@ POST = "/predictions/{model}"
 @pytest.fixture(scope="module")
 def client(nvae_bundle: Path) -> Iterator[Any]:
     with Pipeline.load(nvae_bundle, "onnxruntime") as pipeline:
-        service = Service(pipeline, allow_seed=True, certificates=Budget(64, 0.25, 0.001))
+        service = Service(pipeline, HandlerSettings(allow_seed=True, certify_draws=64))
         with TestClient(application(pipeline.manifest, service)) as started:
             yield started
 

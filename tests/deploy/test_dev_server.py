@@ -32,6 +32,7 @@ from handlers.client import Client
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from handlers.torchserve import PurifierHandler
 from tests import bundles
 from tests.machine import free_port
@@ -138,7 +139,7 @@ def without_times(status: int, content_type: str, body: bytes) -> tuple[int, str
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_both_layers_say_the_same(kind: str, pipeline: Pipeline) -> None:
     body, headers = REQUESTS[kind]
-    service = Service(pipeline, allow_seed=True, max_wait_s=30)
+    service = Service(pipeline, HandlerSettings(allow_seed=True, max_wait_s=30))
     response = asyncio.run(asked(application(pipeline.manifest, service), body, headers))
     handler, context = PurifierHandler(), Context(behind_nginx(headers))
     handler._service = handler._unmeasured = service

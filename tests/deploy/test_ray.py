@@ -33,6 +33,7 @@ from deploy.ray.app import Purifier, build  # noqa: E402
 from handlers import metrics  # noqa: E402
 from handlers.pipeline import Pipeline  # noqa: E402
 from handlers.service import Service  # noqa: E402
+from handlers.settings import HandlerSettings  # noqa: E402
 
 PATH = "/predictions/tiny"
 
@@ -90,7 +91,7 @@ def test_a_bad_image_does_not_hurt_its_neighbours(port: int, nvae_bundle: Path) 
     assert "truncated" in together[3][1]["error"]
     assert together == [one(i) for i in range(8)]
     with Pipeline.load(nvae_bundle, "onnxruntime") as pipeline:
-        service = Service(pipeline, allow_seed=True)
+        service = Service(pipeline, HandlerSettings(allow_seed=True))
         for i, (status, answer) in enumerate(together):
             (here,) = service.answer([({"body": images[i]}, {"X-Mlvgm-Seed": str(i)})])
             assert without_time(here.status, json.loads(here.body)) == (status, answer)

@@ -18,6 +18,7 @@ from handlers.open_inference import OUTPUTS
 from handlers.pipeline import Pipeline
 from handlers.request import MOST_IMAGES, Request, parse
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from handlers.strict_json import RequestError
 from tests import bundles
 
@@ -36,7 +37,7 @@ def manifest(nvae_bundle: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def service(nvae_bundle: Path) -> Iterator[Service]:
     with Pipeline.load(nvae_bundle, "onnxruntime", threads=1) as pipeline:
-        yield Service(pipeline, allow_seed=True)
+        yield Service(pipeline, HandlerSettings(allow_seed=True))
 
 
 def read(manifest: Manifest, tensor: dict[str, Any], headers: dict[str, str] | None = None, **more: Any) -> Request:

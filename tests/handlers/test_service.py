@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from handlers.answer import Response
-from handlers.certify import Budget
 from handlers.errors import InputError
 from handlers.image import decode, encode_png
 from handlers.metrics import (
@@ -37,6 +36,7 @@ from handlers.metrics import (
 from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from tests import bundles
 from tests.handlers.hostile import encoded
 
@@ -62,7 +62,7 @@ def pipeline(nvae_bundle: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def service(pipeline: Pipeline) -> Service:
-    return Service(pipeline, allow_seed=True)
+    return Service(pipeline, HandlerSettings(allow_seed=True))
 
 
 def png(number: int) -> bytes:
@@ -200,8 +200,8 @@ def test_what_overflows_in_half_precision_is_answered_in_fp32(half_bundle: Path,
     meter = Meter()
     with Pipeline.load(half_bundle, "onnxruntime") as half, Pipeline.load(tmp_path, "onnxruntime") as single:
         requests = [ask(png(0), seed=1), ask(WHITE, seed=2), ask(png(1), seed=3), ask(WHITE, seed=4, samples=2)]
-        answers = Service(half, allow_seed=True, sink=meter).answer(requests)
-        expected = Service(single, allow_seed=True).answer(requests)
+        answers = Service(half, HandlerSettings(allow_seed=True), sink=meter).answer(requests)
+        expected = Service(single, HandlerSettings(allow_seed=True)).answer(requests)
     assert [answer.status for answer in answers] == [200] * 4
     for answer, wanted in zip(map(said, answers), map(said, expected), strict=True):
         assert {k: v for k, v in answer.items() if k != "timing_ms"} == {
@@ -224,7 +224,7 @@ def test_what_overflows_in_fp32_too_is_a_500_of_its_own(tmp_path: Path) -> None:
 
 def test_everything_is_measured(pipeline: Pipeline) -> None:
     meter = Meter()
-    service = Service(pipeline, allow_seed=True, sink=meter)
+    service = Service(pipeline, HandlerSettings(allow_seed=True), sink=meter)
     answers = service.answer(
         [ask(png(0), seed=1), ask(b"hello"), ask(png(1), samples=0), several([png(2), b"", WHITE]), ask(png(3), seed=2)]
     )
@@ -260,7 +260,7 @@ def test_what_has_waited_for_too_long_is_refused_at_once(pipeline: Pipeline) -> 
     meter = Meter()
     came = {name: {"X-Request-Start": f"t={time.time() - age:.3f}"} for name, age in (("now", 1), ("late", 20))}
     body = {"body": png(0)}
-    fresh, late, unknown = Service(pipeline, max_wait_s=10, sink=meter).answer(
+    fresh, late, unknown = Service(pipeline, HandlerSettings(max_wait_s=10), sink=meter).answer(
         [(body, came["now"]), (body, came["late"]), (body, {})]
     )
     assert (fresh.status, late.status, unknown.status) == (200, 503, 200)
@@ -349,7 +349,7 @@ EIGHT = [ask(png(i), seed=i) for i in range(8)]
 
 def test_a_suspicious_image_is_said_to_be_one(halfway: Pipeline) -> None:
     meter = Meter()
-    answers = Service(halfway, allow_seed=True, sink=meter).answer(EIGHT)
+    answers = Service(halfway, HandlerSettings(allow_seed=True), sink=meter).answer(EIGHT)
     assert [answer.status for answer in answers] == [200] * 8
     threshold = halfway.manifest.score
     assert threshold is not None
@@ -361,13 +361,13 @@ def test_a_suspicious_image_is_said_to_be_one(halfway: Pipeline) -> None:
 
 
 def test_suspicious_images_can_be_marked_for_review(halfway: Pipeline) -> None:
-    answers = Service(halfway, allow_seed=True, suspicious="review").answer(EIGHT)
+    answers = Service(halfway, HandlerSettings(allow_seed=True, suspicious="review")).answer(EIGHT)
     assert [said(answer)["review"] for answer in answers] == [said(answer)["suspicious"] for answer in answers]
 
 
 def test_suspicious_images_can_be_refused(halfway: Pipeline) -> None:
     meter = Meter()
-    service = Service(halfway, allow_seed=True, suspicious="refuse", sink=meter)
+    service = Service(halfway, HandlerSettings(allow_seed=True, suspicious="refuse"), sink=meter)
     answers = service.answer(EIGHT)
     statuses = [answer.status for answer in answers]
     assert sorted(statuses) == [200] * 4 + [422] * 4
@@ -381,13 +381,15 @@ def test_suspicious_images_can_be_refused(halfway: Pipeline) -> None:
 @pytest.mark.parametrize("policy", ["review", "refuse"])
 def test_without_a_threshold_nothing_can_be_suspicious(pipeline: Pipeline, policy: str) -> None:
     with pytest.raises(InputError, match="mlvgm tune --score"):
-        Service(pipeline, suspicious=policy)
+        Service(pipeline, HandlerSettings(suspicious=policy))
     (answer,) = Service(pipeline).answer([ask(png(0))])
     assert "suspicious" not in said(answer)
 
 
 def test_a_certificate_comes_with_the_answer(pipeline: Pipeline) -> None:
-    service = Service(pipeline, allow_seed=True, certificates=Budget(200, sigma=0.01, alpha=0.05))
+    service = Service(
+        pipeline, HandlerSettings(allow_seed=True, certify_draws=200, certify_sigma=0.01, certify_alpha=0.05)
+    )
     plain, certified, purified = service.answer(
         [ask(png(0), seed=1), ask(png(0), seed=1, certify=200), ask(png(0), certify=20, **{"return": "purified"})]
     )
@@ -401,7 +403,7 @@ def test_a_certificate_comes_with_the_answer(pipeline: Pipeline) -> None:
 
 
 def test_certificates_are_kept_within_the_budget(pipeline: Pipeline) -> None:
-    service = Service(pipeline, certificates=Budget(20))
+    service = Service(pipeline, HandlerSettings(certify_draws=20))
     requests = [
         ask(png(0), certify=21),
         several([png(0), png(1)], certify=11),

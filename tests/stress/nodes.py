@@ -28,6 +28,7 @@ from PIL import Image
 
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from mlvgm.cli.bulk import Bulk
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.purify import Purifier
@@ -75,7 +76,7 @@ def storm(bundle: Path, url: str, images: Sequence[bytes], nodes: Any, kill_afte
     assert killed.wait(300)
     wrong = 0
     with Pipeline.load(bundle, "onnxruntime", 1) as pipeline:
-        service = Service(pipeline, allow_seed=True)
+        service = Service(pipeline, HandlerSettings(allow_seed=True))
         for i, (status, answer) in enumerate(got):
             options = {"X-Mlvgm-Seed": str(i), "X-Mlvgm-Samples": str(SAMPLES)}
             (here,) = service.answer([({"body": images[i]}, options)])

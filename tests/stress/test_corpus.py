@@ -8,13 +8,14 @@ import pytest
 from benchmarks.server.calls import Call
 from handlers.pipeline import Pipeline
 from handlers.service import Service
+from handlers.settings import HandlerSettings
 from tests.stress.corpus import hostile_calls
 
 
 @pytest.fixture(scope="module")
 def service(nvae_bundle: Path) -> Iterator[Service]:
     with Pipeline.load(nvae_bundle, "onnxruntime", 1) as pipeline:
-        yield Service(pipeline, allow_seed=True)
+        yield Service(pipeline, HandlerSettings(allow_seed=True))
 
 
 def headers_of(call: Call) -> dict[str, str]:

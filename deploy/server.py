@@ -1,6 +1,6 @@
 """A TorchServe of this project: its ports, keys, files and processes."""
 
-import io
+import contextlib
 import json
 import os
 import random
@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploy.child import kill_group
 from deploy.model_archive import ServedModel
 from handlers.client import Client
+from handlers.image import encode_png
 
 if TYPE_CHECKING:
     import psutil  # type: ignore[import-untyped]
@@ -40,27 +43,11 @@ class Server:
         self.port = port
         parent = Path(state or os.environ.get(STATE_VARIABLE) or _default_state())
         self.folder = parent.absolute() / str(port)
-
-    @property
-    def key_file(self) -> Path:
-        return self.folder / "key_file.json"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "server.log"
-
-    @property
-    def ports(self) -> range:
-        """All ports of the server."""
-        return range(self.port, self.port + PORTS)
-
-    @property
-    def metrics_port(self) -> int:
-        return self.port + 2
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        self.key_file = self.folder / "key_file.json"
+        self.log = self.folder / "server.log"
+        self.ports = range(port, port + PORTS)
+        self.metrics_port = port + 2
+        self.url = f"http://127.0.0.1:{port}"
 
     @property
     def models(self) -> list[str]:
@@ -104,11 +91,9 @@ class Server:
             return None
         total = 0.0
         for worker in process.children():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 times = worker.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
+                total += times.user + times.system
         return total
 
     def stop(self, timeout: float = 60) -> bool:
@@ -120,12 +105,9 @@ class Server:
         if process is None:
             return False
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout
-        while _is_alive(process) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _await_end(process, timeout)
         kill_group(process.pid)
-        while _is_alive(process) and time.monotonic() < deadline + 10:
-            time.sleep(0.05)
+        _await_end(process, 10)
         self.clear()
         return True
 
@@ -163,6 +145,12 @@ def port_is_taken(port: int) -> bool:
     return False
 
 
+def _await_end(process: "psutil.Process", seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _is_alive(process: "psutil.Process") -> bool:
     import psutil
 
@@ -174,8 +162,4 @@ def _is_alive(process: "psutil.Process") -> bool:
 
 def grey_png() -> bytes:
     """A small image for probes."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32), "grey").save(stream, "PNG")
-    return stream.getvalue()
+    return encode_png(np.full((3, 32, 32), 0.5, np.float32))

@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -183,12 +184,8 @@ class TorchServe(Server):
     def _launch(self, store: Path, models: list[str], threads: int, needs_torch: bool) -> None:
         temporary = self.folder / "tmp"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
-        environment |= {
-            "TEMP": str(temporary),
-            "TMPDIR": str(temporary),
-            "LOG_LOCATION": str(self.folder / "logs"),
-            "METRICS_LOCATION": str(self.folder / "logs"),
-        }
+        environment |= dict.fromkeys(("TEMP", "TMPDIR"), str(temporary))
+        environment |= dict.fromkeys(("LOG_LOCATION", "METRICS_LOCATION"), str(self.folder / "logs"))
         if threads:
             environment[THREADS_VARIABLE] = str(threads)
         if not needs_torch:  # TorchServe's worker imports it all the same, which takes as long as everything else
@@ -222,8 +219,9 @@ class TorchServe(Server):
             shown = self._tell(progress, shown)
             if self.ended():
                 raise CliError(f"TorchServe ended while starting: {self._last_words()}")
-            if reason := self._failure():
-                raise CliError(reason)
+            for line in self._log_lines():
+                if FAILED in line:  # the error of a worker that cannot serve its bundle
+                    raise CliError(line[line.index(FAILED) :])
             try:
                 if asked < workers:  # they start beside the archive's one
                     _patiently(partial(self.client(5).set_workers, model, workers, wait=False))
@@ -245,13 +243,6 @@ class TorchServe(Server):
         for step in steps[shown:]:
             progress(step)
         return len(steps)
-
-    def _failure(self) -> str | None:
-        """The error of a worker that cannot serve its bundle, from the log."""
-        for line in self._log_lines():
-            if FAILED in line:
-                return line[line.index(FAILED) :]
-        return None
 
     def _log_lines(self) -> list[str]:
         """The lines of the log."""
@@ -281,23 +272,18 @@ def try_lock(path: Path) -> int | None:
 
 def _patiently(call: Callable[[], T]) -> T:
     """The result of ``call``, run in a thread, so that signals can stop the wait."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(call())
+            future.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()
+    while not future.done():
         pause(0.02)
-        thread.join(0.02)
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
 
 
 def _refuse_streams(site: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from deploy.server import Server, grey_png
-from handlers.client import ServerError, refusal
+from handlers.reply import ServerError, refusal
 from handlers.torchserve import PROBE_HEADER
 
 PREDICT_EVERY_S = 15.0

@@ -25,7 +25,7 @@ from deploy.server import PORTS
 from deploy.signals import Stopped, pause
 from deploy.torchserve import TorchServe, try_lock
 from deploy.workers import chosen, gpus_for, sizes_of
-from handlers.client import ServerError
+from handlers.reply import ServerError
 
 LOOK_EVERY_S = 0.5
 STOP_SECONDS = 90.0

@@ -27,8 +27,8 @@ from deploy.output import Output
 from deploy.readiness import ask
 from deploy.server import DEPLOY, MAIN_CLASS, STATE_VARIABLE, Server, port_is_taken
 from deploy.signals import pause
-from handlers.client import ServerError
 from handlers.pipeline import PROGRESS
+from handlers.reply import ServerError
 from handlers.torchserve import FAILED, THREADS_VARIABLE
 
 INSTALL = "pip install torchserve==0.12.0 torch-model-archiver==0.12.0"

@@ -113,7 +113,7 @@ def _on_cpu(manifest: Manifest, runtime: str) -> bool:
 def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
     """Lay out the content of the archive. Files of the bundle are symlinks, which the archiver follows."""
     source = Path(next(iter(handlers.__path__)))
-    shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__", "client.py"))
+    shutil.copytree(source, content / "handlers", ignore=shutil.ignore_patterns("__pycache__", "client.py", "reply.py"))
     for name in (FILE_NAME, *manifest.files):
         link = content / BUNDLE / name
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from handlers.client import AsyncClient, Client, ServerError
+    from handlers.client import AsyncClient, Client
     from handlers.errors import InputError, MlvgmError
     from handlers.image import ImageError, decode, encode_png
     from handlers.manifest import BundleError, Manifest
     from handlers.pipeline import NonFiniteError, Pipeline
+    from handlers.reply import ServerError
     from handlers.result import Result
     from handlers.runtimes import EngineError, RuntimeMissing
 
@@ -38,11 +39,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "client": ("AsyncClient", "Client", "ServerError"),
+    "client": ("AsyncClient", "Client"),
     "errors": ("InputError", "MlvgmError"),
     "image": ("ImageError", "decode", "encode_png"),
     "manifest": ("BundleError", "Manifest"),
     "pipeline": ("NonFiniteError", "Pipeline"),
+    "reply": ("ServerError",),
     "result": ("Result",),
     "runtimes": ("EngineError", "RuntimeMissing"),
 }

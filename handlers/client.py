@@ -13,21 +13,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import email.utils
-import http.client
 import ipaddress
 import json
 import random
 import ssl
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote
 
 import httpx
 
-from handlers.errors import InputError, MlvgmError
+from handlers import reply
+from handlers.errors import InputError
+from handlers.reply import ServerError
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -36,16 +37,6 @@ MAX_PAUSE_S = 60
 """Seconds. If ``Retry-After`` is longer, a call is not repeated."""
 _CONNECT_S = 10
 _KEEP_S = 20  # nginx closes connections after 30 s without a request
-
-T = TypeVar("T")
-
-
-class ServerError(MlvgmError):
-    """The server cannot be reached, or answered with an error; ``status`` is the HTTP status, 0 if there is none."""
-
-    def __init__(self, message: str, status: int = 0) -> None:
-        self.status = status
-        super().__init__(message)
 
 
 class Options(TypedDict, total=False):
@@ -69,19 +60,27 @@ class Options(TypedDict, total=False):
 class _BaseClient:
     """The common part of both clients: building requests, retries, and errors."""
 
-    _http: Any  # httpx.Client or httpx.AsyncClient
+    _transport: type[httpx.Client] | type[httpx.AsyncClient]
 
-    def __init__(self, url: str, api_key: str | None, ca_file: str | Path | None, timeout: float, retries: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120,
+        *,
+        api_key: str | None = None,
+        ca_file: str | Path | None = None,
+        retries: int = 3,
+    ) -> None:
         self._url = _parse(url)
         self._timeout, self._retries = timeout, retries
-        self._settings: dict[str, Any] = {
-            "base_url": self._url,
-            "headers": {} if api_key is None else {"X-Api-Key": _header("api_key", api_key)},
-            "timeout": httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
-            "limits": httpx.Limits(keepalive_expiry=_KEEP_S),
-            "verify": _tls(self._url, ca_file),
-            "trust_env": not _is_loopback(self._url.host),  # no proxy for requests to this machine
-        }
+        self._http: Any = self._transport(
+            base_url=self._url,
+            headers={} if api_key is None else {"X-Api-Key": _header("api_key", api_key)},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S)),
+            limits=httpx.Limits(keepalive_expiry=_KEEP_S),
+            verify=_tls(self._url, ca_file),
+            trust_env=not _is_loopback(self._url.host),  # no proxy for requests to this machine
+        )
 
     def _prediction(self, data: bytes, model: str, options: Mapping[str, Any]) -> httpx.Request:
         headers = {"Content-Type": "application/json" if data.startswith(b"{") else "application/octet-stream"}
@@ -131,6 +130,8 @@ class Client(_BaseClient):
         InputError: ``api_key`` cannot be a key.
     """
 
+    _transport = httpx.Client
+
     def __init__(
         self,
         url: str = "http://127.0.0.1:8080",
@@ -142,10 +143,9 @@ class Client(_BaseClient):
         ca_file: str | Path | None = None,
         retries: int = 3,
     ) -> None:
-        super().__init__(url, api_key, ca_file, timeout, retries)
+        super().__init__(url, timeout, api_key=api_key, ca_file=ca_file, retries=retries)
         self._management = _parse(management_url) if management_url else None
         self._key_file = Path(key_file) if key_file else None
-        self._http: httpx.Client = httpx.Client(**self._settings)
 
     def __enter__(self) -> Client:
         return self
@@ -163,7 +163,7 @@ class Client(_BaseClient):
         Raises:
             ServerError: the server is unreachable, or refused the request (status 400 and up); with its reason.
         """
-        return _read(self._send(self._prediction(image, model, options)), _answer)
+        return reply.read(self._send(self._prediction(image, model, options)), reply.answer)
 
     def predict_many(self, images: Sequence[bytes], model: str, **options: Unpack[Options]) -> list[dict[str, Any]]:
         """The answers for several encoded images in one request, in their order; see `predict`.
@@ -173,7 +173,7 @@ class Client(_BaseClient):
         Raises:
             ServerError: as for `predict`, or no image could be answered.
         """
-        return _read(self._send(self._prediction(_combine(images), model, options)), _answers)
+        return reply.read(self._send(self._prediction(_combine(images), model, options)), reply.answers)
 
     def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
         """The purified image as PNG, and the main results.
@@ -181,7 +181,7 @@ class Client(_BaseClient):
         Raises:
             ServerError: as for `predict`.
         """
-        return _read(self._send(self._prediction(image, model, {**options, "return": "purified"})), _purified)
+        return reply.read(self._send(self._prediction(image, model, {**options, "return": "purified"})), reply.purified)
 
     def ready_workers(self, model: str) -> int:
         """How many workers of ``model`` can answer now.
@@ -189,7 +189,7 @@ class Client(_BaseClient):
         Raises:
             ServerError: unreachable, or there is no such model.
         """
-        return _read(self._manage("GET", f"/models/{quote(model, safe='')}"), _ready)
+        return reply.read(self._manage("GET", f"/models/{quote(model, safe='')}"), reply.ready_workers)
 
     def set_workers(self, model: str, count: int, wait: bool = True) -> None:
         """Scale ``model`` to ``count`` workers, and with ``wait`` until they are up.
@@ -244,7 +244,7 @@ class Client(_BaseClient):
                 response, attempt = self._http.send(request, auth=auth), attempt + 1
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        return _check(response)
+        return reply.check(response)
 
 
 class AsyncClient(_BaseClient):
@@ -253,17 +253,7 @@ class AsyncClient(_BaseClient):
     Its methods, arguments and errors are those of `Client`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout: float = 120,
-        *,
-        api_key: str | None = None,
-        ca_file: str | Path | None = None,
-        retries: int = 3,
-    ) -> None:
-        super().__init__(url, api_key, ca_file, timeout, retries)
-        self._http: httpx.AsyncClient = httpx.AsyncClient(**self._settings)
+    _transport = httpx.AsyncClient
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -277,17 +267,19 @@ class AsyncClient(_BaseClient):
 
     async def predict(self, image: bytes, model: str, **options: Unpack[Options]) -> dict[str, Any]:
         """As `Client.predict`."""
-        return _read(await self._send(self._prediction(image, model, options)), _answer)
+        return reply.read(await self._send(self._prediction(image, model, options)), reply.answer)
 
     async def predict_many(
         self, images: Sequence[bytes], model: str, **options: Unpack[Options]
     ) -> list[dict[str, Any]]:
         """As `Client.predict_many`."""
-        return _read(await self._send(self._prediction(_combine(images), model, options)), _answers)
+        return reply.read(await self._send(self._prediction(_combine(images), model, options)), reply.answers)
 
     async def purify(self, image: bytes, model: str, **options: Unpack[Options]) -> tuple[bytes, dict[str, Any]]:
         """As `Client.purify`."""
-        return _read(await self._send(self._prediction(image, model, {**options, "return": "purified"})), _purified)
+        return reply.read(
+            await self._send(self._prediction(image, model, {**options, "return": "purified"})), reply.purified
+        )
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
         attempt = 0
@@ -298,7 +290,7 @@ class AsyncClient(_BaseClient):
                 response, attempt = await self._http.send(request), attempt + 1
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
-        return _check(response)
+        return reply.check(response)
 
 
 class _Bearer(httpx.Auth):
@@ -316,7 +308,7 @@ class _Bearer(httpx.Auth):
         if response.status_code not in (400, 401, 403) or b"InvalidKeyException" not in response.content:
             return
         if self._client.key(self._kind) == key:
-            _check((yield self._client._renewal(self._kind)))
+            reply.check((yield self._client._renewal(self._kind)))
         request.headers["Authorization"] = f"Bearer {self._client.key(self._kind)}"
         yield request
 
@@ -366,49 +358,5 @@ def _retry_after(value: str) -> float | None:
         return None
 
 
-def refusal(status: int, body: bytes) -> ServerError:
-    """The error in the body of a response with an error status."""
-    try:
-        content = json.loads(body)
-        each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
-        reason = content.get("error") or content.get("message") or "; ".join(each)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        reason = body.decode("utf-8", "replace")[:200]
-    return ServerError(f"the server answered {status}: {reason or http.client.responses.get(status, '')}", status)
-
-
-def _check(response: httpx.Response) -> httpx.Response:
-    """``response`` itself if its status is a success."""
-    if response.is_redirect:
-        elsewhere = f"the server answered {response.status_code}: look at {response.headers.get('Location')}"
-        raise ServerError(elsewhere, response.status_code)
-    if not response.is_success:
-        raise refusal(response.status_code, response.content)
-    return response
-
-
-def _read(response: httpx.Response, parse: Callable[[httpx.Response], T]) -> T:
-    try:
-        return parse(response)
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise ServerError(f"{response.url}: an answer that is not of this server", response.status_code) from None
-
-
 def _combine(images: Sequence[bytes]) -> bytes:
     return json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
-
-
-def _answer(response: httpx.Response) -> dict[str, Any]:
-    return dict(response.json())
-
-
-def _answers(response: httpx.Response) -> list[dict[str, Any]]:
-    return list(response.json()["answers"])
-
-
-def _purified(response: httpx.Response) -> tuple[bytes, dict[str, Any]]:
-    return response.content, json.loads(response.headers["X-Mlvgm-Answer"])
-
-
-def _ready(response: httpx.Response) -> int:
-    return sum(worker["status"] == "READY" for worker in response.json()[0]["workers"])

@@ -22,9 +22,10 @@ from PIL import Image
 from deploy.server import PROJECT, Server
 from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
-from handlers.client import Client, ServerError
+from handlers.client import Client
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
+from handlers.reply import ServerError
 from handlers.service import Service
 from tests import bundles
 from tests.handlers import forms

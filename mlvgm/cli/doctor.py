@@ -18,8 +18,8 @@ from deploy.java import find_java
 from deploy.server import Server, grey_png, port_is_taken
 from deploy.torchserve import INSTALL
 from handlers import runtimes
-from handlers.client import ServerError
 from handlers.errors import MlvgmError
+from handlers.reply import ServerError
 from handlers.runtimes import cache
 from mlvgm.cli.options import add_port, add_store
 

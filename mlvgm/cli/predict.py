@@ -8,7 +8,8 @@ from typing import Any
 
 from deploy.errors import CliError
 from deploy.server import Server
-from handlers.client import Client, ServerError
+from handlers.client import Client
+from handlers.reply import ServerError
 from mlvgm.cli.bulk import Row, print_row
 from mlvgm.cli.options import add_files, add_port, add_request, add_rows, request
 from mlvgm.files import named_files, read_file, shown

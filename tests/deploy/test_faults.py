@@ -18,8 +18,9 @@ from PIL import Image
 from deploy.server import Server
 from deploy.torchserve import TorchServe
 from export.archive import Settings, build_archive
-from handlers.client import Client, ServerError
+from handlers.client import Client
 from handlers.pipeline import PROGRESS
+from handlers.reply import ServerError
 from mlvgm.cli.main import main
 from tests import bundles
 from tests.deploy.pair import until

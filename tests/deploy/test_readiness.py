@@ -12,7 +12,7 @@ from deploy.health import Health
 from deploy.model_archive import ServedModel
 from deploy.readiness import HANGS_S, LOOK_EVERY_S, PREDICT_EVERY_S, Finding, Readiness
 from deploy.server import Server
-from handlers.client import ServerError
+from handlers.reply import ServerError
 
 TIMEOUT = 30.0
 

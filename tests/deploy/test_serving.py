@@ -19,7 +19,8 @@ from PIL import Image
 
 from deploy.server import PROJECT, Server, port_is_taken
 from export.archive import Settings, build_archive
-from handlers.client import Client, ServerError
+from handlers.client import Client
+from handlers.reply import ServerError
 from mlvgm.cli.main import main
 from tests import bundles
 from tests.machine import free_port, stopped

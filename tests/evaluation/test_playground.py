@@ -14,9 +14,10 @@ pytest.importorskip("torch")
 from evaluation import playground
 from evaluation.photographs import encode
 from evaluation.playground import Attacker, BundlePurifier, ServerPurifier, answered, certificate
-from handlers.client import Client, ServerError
+from handlers.client import Client
 from handlers.errors import MlvgmError
 from handlers.pipeline import Pipeline
+from handlers.reply import ServerError
 from tests import bundles
 from tests.evaluation import models
 from tests.machine import free_port

@@ -30,7 +30,7 @@ def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path:
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in content.infolist())
     assert {f"bundle/{path.name}" for path in nvae_bundle.iterdir()} <= names
     assert {"torchserve.py", "handlers/pipeline.py", "handlers/runtimes/onnxruntime.py"} <= names
-    assert "handlers/client.py" not in names
+    assert not {"handlers/client.py", "handlers/reply.py"} & set(names)
     assert not any("__pycache__" in name or name.startswith(("mlvgm", "export")) for name in names)
     assert model == {"modelName": "tiny", "modelVersion": "1.0", "handler": "torchserve.py", "configFile": "model.yaml"}
     assert settings["batchSize"] == 2, "with 5 samples each, 2 requests fill an engine of 8"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from handlers import client as module
-from handlers.client import AsyncClient, Client, ServerError
+from handlers.client import AsyncClient, Client
 from handlers.errors import InputError
+from handlers.reply import ServerError
 from tests.handlers.fake_server import ANSWER, FakeServer
 
 

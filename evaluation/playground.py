@@ -23,9 +23,10 @@ from evaluation.signs import drawn_signs
 from handlers import certify
 from handlers.answer import describe
 from handlers.client import Client, Options
+from handlers.engine_calls import NonFiniteError
 from handlers.errors import MlvgmError
 from handlers.image import decode
-from handlers.pipeline import NonFiniteError, Pipeline
+from handlers.pipeline import Pipeline
 from handlers.request import MAX_BODY, parse
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from handlers.client import AsyncClient, Client
+    from handlers.engine_calls import NonFiniteError
     from handlers.errors import InputError, MlvgmError
     from handlers.image import ImageError, decode, encode_png
     from handlers.manifest import BundleError, Manifest
-    from handlers.pipeline import NonFiniteError, Pipeline
+    from handlers.pipeline import Pipeline
     from handlers.reply import ServerError
     from handlers.result import Result
     from handlers.runtimes import EngineError, RuntimeMissing
@@ -40,10 +41,11 @@ __all__ = [
 
 _MODULES = {
     "client": ("AsyncClient", "Client"),
+    "engine_calls": ("NonFiniteError",),
     "errors": ("InputError", "MlvgmError"),
     "image": ("ImageError", "decode", "encode_png"),
     "manifest": ("BundleError", "Manifest"),
-    "pipeline": ("NonFiniteError", "Pipeline"),
+    "pipeline": ("Pipeline",),
     "reply": ("ServerError",),
     "result": ("Result",),
     "runtimes": ("EngineError", "RuntimeMissing"),

@@ -9,9 +9,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,12 @@ import numpy.typing as npt
 from handlers import runtimes, vote
 from handlers.batching import buckets, chunks
 from handlers.certify import Certified, certify
+from handlers.engine_calls import EngineCalls, NonFiniteError, check_finite, joined
 from handlers.inputs import PipelineInputs, checked_images
-from handlers.manifest import Manifest, StageSpec
+from handlers.manifest import Manifest
 from handlers.plan import Plan, is_noise
 from handlers.result import Result
-from handlers.runtimes import Array, Engine, EngineError, Options, choice
+from handlers.runtimes import Array, Engine, Options, choice
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -33,15 +32,6 @@ PROGRESS = "getting ready:"  # `mlvgm serve` shows lines of a worker's log that 
 _HAVE_FALLBACKS = (*runtimes.ON_CPU, "onnxruntime-cuda", "torch")  # load the fp32 graphs, or programs of them
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(EngineError):
-    """A stage returned NaN or infinity for some images; ``items`` are their indices in the batch."""
-
-    def __init__(self, stage: str, items: Sequence[int]) -> None:
-        self.stage, self.items = stage, list(items)
-        which = ", ".join(map(str, items))
-        super().__init__(f"stage {stage} gave NaN or infinite values for image {which} of the batch")
 
 
 class Pipeline:
@@ -158,7 +148,7 @@ class Pipeline:
             InputError, NonFiniteError, EngineError: as for `run`.
         """
         batch = checked_images(self.manifest, images)
-        return self._classify([(np.arange(len(batch)), batch)], _Timing())
+        return self._classify([(np.arange(len(batch)), batch)], EngineCalls(self._engines, self.manifest.batch.min))
 
     def certify(
         self,
@@ -277,11 +267,11 @@ class Pipeline:
 
     def _run(self, inputs: PipelineInputs, compare: bool = True) -> Result:
         """As `run`; the unpurified images are classified only with ``compare``."""
-        count, most, timing = len(inputs.images), inputs.samples, _Timing()
+        count, most = len(inputs.images), inputs.samples
         sample_logits = np.full((count, most, len(self.manifest.classes)), np.nan, np.float32)
         unpurified_logits = np.full_like(sample_logits[:, 0], np.nan)
         made: list[tuple[IntArray, Array]] = []  # rows, and their purified images
-        plan = self._plan(inputs.alphas)
+        plan, calls = self._plan(inputs.alphas), EngineCalls(self._engines, self.manifest.batch.min)
 
         # In groups, so that few encoded images need to be kept.
         for items in np.split(np.arange(count), range(self._group, count, self._group)):
@@ -298,13 +288,13 @@ class Pipeline:
                 ahead = self.runtime not in runtimes.ON_CPU
                 noise = inputs.draw_each(self.manifest, parts, plan.noise, ahead)
                 if drawn == 0:
-                    encoded = self._encode(plan, inputs, items, timing)
-                purified = list(self._purify(plan, inputs, encoded, zip(parts, noise, strict=True), items[0], timing))
+                    encoded = self._encode(plan, inputs, items, calls)
+                purified = list(self._purify(plan, inputs, encoded, zip(parts, noise, strict=True), items[0], calls))
                 made += purified
                 batches = [(some // most, images) for some, images in purified]
                 if compare and drawn == 0:  # unpurified images are classified together with their first samples
                     batches.insert(0, (items, inputs.images[items]))
-                logits = self._classify(batches, timing)
+                logits = self._classify(batches, calls)
                 sample_logits[rows // most, rows % most] = logits[-len(rows) :]
                 if compare and drawn == 0:
                     unpurified_logits[items] = logits[: len(items)]
@@ -317,7 +307,7 @@ class Pipeline:
                 fetched[rows // most, rows % most] = np.asarray(images)
             return fetched
 
-        return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(timing.milliseconds))
+        return Result(sample_logits[:, :longest], fetch, unpurified_logits, dict(calls.milliseconds))
 
     def _plan(self, alphas: FloatArray) -> Plan:
         key = (alphas != 0).tobytes()
@@ -325,7 +315,7 @@ class Pipeline:
             self._plans[key] = Plan.of(self.manifest.stages[:-1], alphas)
         return self._plans[key]
 
-    def _encode(self, plan: Plan, inputs: PipelineInputs, items: IntArray, timing: "_Timing") -> dict[str, Array]:
+    def _encode(self, plan: Plan, inputs: PipelineInputs, items: IntArray, calls: EngineCalls) -> dict[str, Array]:
         """The outputs of the per-image stages that per-sample stages need, for these images."""
         parts = []
         for chunk in chunks(int(items[0]), int(items[-1]) + 1, self._buckets):
@@ -334,9 +324,9 @@ class Pipeline:
                 for tensor in stage.inputs:
                     if is_noise(tensor.name):  # multiplied by 0
                         tensors[tensor.name] = np.zeros((len(chunk), *tensor.shape[1:]), np.float32)
-                tensors |= self._run_stage(stage, tensors, chunk, timing)
+                tensors |= calls.run(stage, tensors, chunk)
             parts.append(tensors)
-        return {name: _joined([part[name] for part in parts]) for name in plan.from_image}
+        return {name: joined([part[name] for part in parts]) for name in plan.from_image}
 
     def _purify(
         self,
@@ -345,11 +335,11 @@ class Pipeline:
         encoded: Mapping[str, Array],
         parts: Iterator[tuple[IntArray, dict[str, FloatArray]]],
         first: int,
-        timing: "_Timing",
+        calls: EngineCalls,
     ) -> Iterator[tuple[IntArray, Array]]:
         """Rows and their purified images, of rows and their noise; row 0 of ``encoded`` is that of image ``first``."""
         while True:
-            with timing.of("noise"):
+            with calls.timed("noise"):
                 part = next(parts, None)
             if part is None:
                 return
@@ -358,48 +348,22 @@ class Pipeline:
             tensors = {name: array[owners - first] for name, array in encoded.items()}
             tensors |= {"alphas": inputs.alphas, **noise}
             for stage in plan.per_sample:
-                tensors |= self._run_stage(stage, tensors, owners, timing)
+                tensors |= calls.run(stage, tensors, owners)
             if not isinstance(tensors["images"], np.ndarray):
-                _check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
+                check_finite(self.manifest.stages[-2].name, tensors["images"], owners)
             yield rows, tensors["images"]
 
-    def _classify(self, batches: list[tuple[IntArray, Array]], timing: "_Timing") -> FloatArray:
+    def _classify(self, batches: list[tuple[IntArray, Array]], calls: EngineCalls) -> FloatArray:
         """The logits of all ``batches``, each given as (index of the image that each row belongs to, rows)."""
         stage, parts = self.manifest.stages[-1], []
         if all(isinstance(images, np.ndarray) for _, images in batches):  # arrays on a device are not joined
-            batches = [(np.concatenate([owners for owners, _ in batches]), _joined([images for _, images in batches]))]
+            batches = [(np.concatenate([owners for owners, _ in batches]), joined([images for _, images in batches]))]
         for owners, images in batches:
             for rows in chunks(0, len(images), self._classify_buckets):
-                logits = self._run_stage(stage, {"images": images[rows]}, owners[rows], timing)["logits"]
-                parts.append(_fetched(stage.name, logits, owners[rows]))
+                logits = calls.run(stage, {"images": images[rows]}, owners[rows])["logits"]
+                parts.append(np.asarray(logits))
+                check_finite(stage.name, parts[-1], owners[rows])  # for the first time if they were on a device
         return np.concatenate(parts)
-
-    def _run_stage(
-        self, stage: StageSpec, tensors: Mapping[str, Array], owners: IntArray, timing: "_Timing"
-    ) -> dict[str, Array]:
-        """One engine call, whose outputs are checked; row i belongs to image ``owners[i]``."""
-        count = len(owners)
-        padding = max(0, self.manifest.batch.min - count)
-        feeds = {t.name: tensors[t.name] for t in stage.inputs}
-        if padding:
-            repeated = np.append(np.arange(count), np.zeros(padding, np.int64))
-            feeds |= {t.name: feeds[t.name][repeated] for t in stage.inputs if t.shape[0] == "B"}
-        with timing.of(stage.name):
-            outputs = self._engines[stage.name].run(feeds)
-        if padding:
-            outputs = {name: array[np.arange(count)] for name, array in outputs.items()}
-        for declared in stage.outputs:
-            if declared.name not in outputs:
-                raise EngineError(f"stage {stage.name}: its file has no output {declared.name!r}, which is declared")
-            array = outputs[declared.name]
-            expected = tuple(count if size == "B" else size for size in declared.shape)
-            if tuple(array.shape) != expected:
-                raise EngineError(f"stage {stage.name}: {declared.name} has shape {tuple(array.shape)}, not {expected}")
-            # Arrays on a device are not copied for this: NaN and infinity reach the images and logits, which are
-            # checked.
-            if isinstance(array, np.ndarray):
-                _check_finite(stage.name, array, owners)
-        return outputs
 
 
 def _engines(
@@ -418,45 +382,6 @@ def _engines(
     return engines
 
 
-def _joined(parts: Sequence[Array]) -> Array:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else parts[0].followed_by(parts[1:])
-
-
-def _fetched(stage: str, array: Array, owners: IntArray) -> FloatArray:
-    """``array``, an output of ``stage``, on the host; checked now if it was on a device."""
-    fetched: FloatArray = np.asarray(array)
-    if fetched is not array:
-        _check_finite(stage, fetched, owners)
-    return fetched
-
-
-def _check_finite(stage: str, array: Array, owners: IntArray) -> None:
-    """Raise NonFiniteError for NaN or infinity. Arrays on a device are checked by the device."""
-    if not isinstance(array, np.ndarray):
-        finite = array.finite()
-    elif np.isfinite(array).all():
-        return
-    else:
-        finite = np.isfinite(array.reshape(len(owners), -1)).all(axis=1)
-    if not finite.all():
-        raise NonFiniteError(stage, np.unique(owners[~finite]).tolist())
-
-
 def _close(engines: dict[str, Engine]) -> None:
     while engines:
         engines.popitem()[1].close()
-
-
-class _Timing:
-    """Milliseconds by stage, summed over the engine calls."""
-
-    def __init__(self) -> None:
-        self.milliseconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.milliseconds[name] += (time.perf_counter() - start) * 1000

@@ -15,11 +15,12 @@ import numpy as np
 from handlers import certify, cores, limits, metrics
 from handlers.answer import Outcome, Response, describe, refusal, respond
 from handlers.arrival import queue_seconds
+from handlers.engine_calls import NonFiniteError
 from handlers.errors import InputError
 from handlers.image import ImageError, Pixels, decode, encode_png, is_costly
 from handlers.manifest import AUTO
 from handlers.noise import fresh_seeds
-from handlers.pipeline import NonFiniteError, Pipeline
+from handlers.pipeline import Pipeline
 from handlers.request import Request, RequestError, parse
 from handlers.result import Result
 from handlers.settings import DEFAULTS, HandlerSettings

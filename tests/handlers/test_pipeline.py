@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers import vote
+from handlers.engine_calls import NonFiniteError
 from handlers.inputs import PipelineInputs
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
-from handlers.pipeline import PROGRESS, NonFiniteError, Pipeline
+from handlers.pipeline import PROGRESS, Pipeline
 from handlers.runtimes import Array, EngineError, Options
 from tests import bundles
 from tests.devices import OnDevice

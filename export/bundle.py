@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,16 @@ def export_bundle(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
-        draft = _Draft(recipe, stages, Path(draft_name) / out.name, progress)
+        # Rounded weights are a part of what is compared.
+        rounded = [replace(stage, tolerance=max(stage.tolerance, LIMITS[recipe.weights])) for stage in stages]
+        draft = _Draft(recipe, tuple(rounded), Path(draft_name) / out.name, progress)
         draft.folder.mkdir()
         report = draft.write_fp16() if recipe.precision == "fp16" else draft.write_fp32()
         runtime = draft.runtime()
         if with_programs:
             report["parity_torch"] = draft.write_programs(report["parity"].get("fp32_stages", ()))
+        if draft.fp32_weights:
+            report["parity"]["fp32_weights"] = draft.fp32_weights
         if keep_engines and out.exists():
             _move_engines(out / engine_store.FOLDER, draft.folder / engine_store.FOLDER)
         written = draft.manifest(purifier, runtime, report).write(draft.folder)
@@ -94,6 +98,7 @@ class _Draft:
     stages: tuple[Stage, ...]
     folder: Path
     progress: Callable[[str], None]
+    fp32_weights: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def write_fp32(self) -> dict[str, Any]:
         """Trace all stages, and compare the graphs; for bf16 also what OpenVINO, if installed, computes of them."""
@@ -189,6 +194,7 @@ class _Draft:
             ),
             input_noise_l2=recipe.input_noise_l2,
             precision=recipe.precision,
+            weights=recipe.weights,
             runtime=runtime,
             report=report,
             source={"recipe": recipe.name, "blur": recipe.blur, **versions},
@@ -204,7 +210,8 @@ class _Draft:
     def _trace(self, stage: Stage, file: Path) -> None:
         begun = time.monotonic()
         self.progress(f"tracing {stage.name}")
-        trace(stage, file)
+        if kept := trace(stage, file, self.recipe.weights):
+            self.fp32_weights[file.stem] = kept
         memory.release()
         self.progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
 
@@ -225,10 +232,11 @@ class _Draft:
         Raises:
             ParityError: a stage is too far from its reference.
         """
-        self.progress(f"parity in {precision} with {runtime}: relative error {LIMITS[precision]:.0e} at most")
+        limit = max(LIMITS[precision], LIMITS[self.recipe.weights])
+        self.progress(f"parity in {precision} with {runtime}: relative error {limit:.0e} at most")
         found = self._run(precision, runtime, **options)
         compare.check(found)
-        return {"runtime": runtime, "precision": precision, "limit": LIMITS[precision], **compare.report(found)}
+        return {"runtime": runtime, "precision": precision, "limit": limit, **compare.report(found)}
 
 
 def _move_engines(source: Path, target: Path) -> None:

@@ -37,7 +37,11 @@ class ParityError(MlvgmError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one batch size against its reference: relative L2 error, largest difference, error limit."""
+    """One output at one batch size against its reference: relative L2 error, largest difference, error limit.
+
+    Attributes:
+        equal_labels: share of the rows with the same label; of logits alone.
+    """
 
     stage: str
     output: str
@@ -45,6 +49,7 @@ class Comparison:
     relative_error: float
     max_difference: float
     limit: float
+    equal_labels: float | None = None
 
 
 def relative_error(found: FloatArray, expected: FloatArray) -> float:
@@ -69,6 +74,7 @@ def compare_stages(
     """
     largest = max(batches)
     known: dict[str, Tensor] = {}
+    limits: dict[str, float] = {}
     chained: dict[str, FloatArray] = {}
     comparisons = []
     for stage in stages:
@@ -92,10 +98,11 @@ def compare_stages(
             engine.close()
             memory.release()
         known |= expected
+        limits |= dict.fromkeys(expected, limit)
     for name in ("images", "logits"):
         if name in chained:
-            pair, last = (chained[name], known[name].numpy()), LIMITS[precision] if name == "images" else limit
-            comparisons.append(_compare(END_TO_END, name, largest, *pair, last))
+            pair = chained[name], known[name].numpy()
+            comparisons.append(_compare(END_TO_END, name, largest, *pair, limits[name]))
     return comparisons
 
 
@@ -169,4 +176,5 @@ def _compare(stage: str, output: str, batch: int, found: FloatArray, expected: F
     if found.shape != expected.shape:
         raise ParityError(f"stage {stage}: {output} has shape {found.shape} at batch {batch}, not {expected.shape}")
     difference = float(np.abs(found - expected).max())
-    return Comparison(stage, output, batch, relative_error(found, expected), difference, limit)
+    equal = float((found.argmax(1) == expected.argmax(1)).mean()) if output == "logits" else None
+    return Comparison(stage, output, batch, relative_error(found, expected), difference, limit, equal)

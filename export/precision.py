@@ -23,7 +23,8 @@ from export.stage import Stage
 FP16 = torch.float16
 
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""Largest relative L2 error of a stage against its reference in eager fp32, by precision."""
+"""Largest relative L2 error of a stage against its reference in eager fp32, by precision: that of its computation, or
+that in which its weights are stored, whichever is lower."""
 
 ROUNDED = 5e-2
 """The same for a classifier that quantises by itself: there a rounding error can become a whole step."""

@@ -122,7 +122,7 @@ def _compared(bundle: Path, folder: Path, samples: int, images: ImageType) -> di
         pictures = np.random.Generator(np.random.Philox(0)).integers(0, 256, shape, np.uint8)
         expected = pipeline.run(pictures, samples, range(len(pictures)))
     found = replay(manifest, folder / REPLAY, pictures, samples, range(len(pictures)), "onnxruntime", images)
-    limit = LIMITS[manifest.precision]
+    limit = max(LIMITS[manifest.precision], LIMITS[manifest.weights])
     pairs = (("purified", expected.purified), ("mean_logits", expected.logits))
     worst = {name: float(relative_error(found[name], theirs)) for name, theirs in pairs}
     equal = bool((found["label"] == expected.labels).all() and (found["votes"] == expected.votes).all())

@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 from export.onnx_graph import save_graph
 from export.probe import first_line
 from export.stage import Stage
+from export.weights import halve
 from handlers.errors import MlvgmError
-from handlers.manifest import TensorSpec
+from handlers.manifest import Stored, TensorSpec
 
 _TRACE_BATCH = 7  # an odd size that no other axis has, so that nothing is mistaken for the batch
 
@@ -48,13 +49,18 @@ def program(stage: Stage) -> ExportedProgram:
         return torch.export.export(_Arguments(module).eval(), inputs, dynamic_shapes=_axes(stage))
 
 
-def trace(stage: Stage, file: Path) -> None:
+def trace(stage: Stage, file: Path, weights: Stored = "fp32") -> dict[str, str]:
     """Write the graph of ``stage`` to ``file`` (and to ``file``.data if its weights are too large for one file).
+
+    Returns:
+        Which large weights are not stored in ``weights`` but stay in fp32, and why (`export.weights.halve`).
 
     Raises:
         TraceError: the stage cannot be exported, its graph has other inputs or outputs, or it has a random operator.
     """
-    save_graph(_graph(stage), file)
+    model = _graph(stage)
+    kept = {} if weights == "fp32" else halve(model, weights)
+    save_graph(model, file)
     onnx.checker.check_model(str(file))
     graph = onnx.load(str(file), load_external_data=False).graph
     for kind, wanted, found in (("input", stage.inputs, graph.input), ("output", stage.outputs, graph.output)):
@@ -65,6 +71,7 @@ def trace(stage: Stage, file: Path) -> None:
     random = [node.op_type for node in graph.node if node.op_type.startswith("Random") or node.op_type == "Bernoulli"]
     if random:
         raise TraceError(f"stage {stage.name}: its graph draws random numbers ({random[0]}); noise must be an input")
+    return kept
 
 
 def _graph(stage: Stage) -> ir.Model:

@@ -32,6 +32,7 @@ Name = Annotated[str, Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "up to 64 lett
 Size = Annotated[int, Range(1, 2**31 - 1)]
 Rows = Annotated[int, Range(1, 65536)]
 Weight = Annotated[float, Range(0.0, 1.0)]
+Stored = Literal["fp32", "fp16", "bf16"]
 
 
 class BundleError(MlvgmError, ValueError):
@@ -141,6 +142,7 @@ class Manifest:
         stages: in the order they run; the last is ``classify``.
         files: relative path -> digest; set by `with_digests`.
         score: threshold of the attack score above which an image is suspicious; None until ``mlvgm tune --score``.
+        weights: in what large weights of the graphs are stored; the graphs cast them to fp32.
         report: relative errors of the stages against their references; free form.
         source: recipe and versions that the bundle was made from; free form.
     """
@@ -158,6 +160,7 @@ class Manifest:
     stages: Annotated[tuple[StageSpec, ...], Length(1)]
     input_noise_l2: Annotated[float, Range(0.0)] = 0.0
     precision: str = "fp32"
+    weights: Stored = "fp32"
     runtime: str = "auto"
     files: dict[str, FileDigest] = field(default_factory=dict)
     score: ScoreThreshold | None = None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.fields import FieldError, Length, Range, none_of, read_strict
-from handlers.manifest import Batch, Name, Samples
+from handlers.manifest import Batch, Name, Samples, Stored
 from mlvgm.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +73,7 @@ class Recipe:
         alphas: named schedules of n alphas each, before ``attenuation``; "linear" and "cosine" are predefined.
         temperature: of the NVAE prior.
         input_noise_l2: L2 norm of the noise added to each input image, 0 for none.
+        weights: in what large weights are stored: "fp16" and "bf16" halve the archive (`export.weights`).
         precision: "fp32", "fp16" (graphs in half precision) or "bf16" (fp32 graphs that OpenVINO computes in bf16).
     """
 
@@ -92,6 +93,7 @@ class Recipe:
     input_noise_l2: Annotated[float, Range(0.0)] = 0.0
     blur: bool = False
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    weights: Stored = "fp32"
     runtime: str = "auto"
     batch: Batch = _BATCH
     samples: Samples = _SAMPLES

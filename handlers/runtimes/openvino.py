@@ -21,6 +21,7 @@ import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
 from handlers.runtimes import Array, Engine, EngineError, Options, cache, memory
+from handlers.runtimes.widened import Widened
 
 _KEPT = "openvino"  # folder of the cache
 
@@ -41,8 +42,11 @@ def load(file: Path, options: Options) -> Engine:
     try:
         core = ov.Core()
         model = core.read_model(str(file))
-        if memory.of_weights(file) > memory.LARGE_BYTES:
-            return DynamicEngine(core, model, settings, memory.external(file))
+        data = memory.external(file)
+        with memory.sparing(partial(memory.forget, data)):
+            widened = Widened(model)
+        if memory.of_weights(file) + widened.bytes // 2 > memory.LARGE_BYTES:
+            return DynamicEngine(core, model, settings, data, widened)
         return StaticEngine(core, model, settings, options.digest)
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
@@ -52,19 +56,20 @@ class DynamicEngine:
     """One compiled model for all batch sizes, run by all threads; inputs and outputs are numpy arrays.
 
     OpenVINO maps the external weights, and copies them into its own layouts at the first run. From then on it reads the
-    copy. So pages of the file ``data`` are given back while it does: else a worker would hold the weights twice.
+    copy. So pages of the file ``data`` and of the ``widened`` weights are given back while it does: else a worker would
+    hold the weights twice.
     """
 
-    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], data: Path) -> None:
-        self._spared, self._known = partial(memory.forget, data), set[tuple[int, ...]]()
-        with memory.sparing(self._spared):
+    def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], data: Path, widened: Widened) -> None:
+        self._data, self._widened, self._known = data, widened, set[tuple[int, ...]]()
+        with memory.sparing(self._give_back):
             self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         rows = tuple(len(array) for array in feeds.values())
         try:
-            with contextlib.nullcontext() if rows in self._known else memory.sparing(self._spared):
+            with contextlib.nullcontext() if rows in self._known else memory.sparing(self._give_back):
                 outputs = self._model(feeds, share_inputs=True)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO: {error}") from error
@@ -73,6 +78,10 @@ class DynamicEngine:
 
     def close(self) -> None:
         del self._model
+
+    def _give_back(self) -> None:
+        memory.forget(self._data)
+        self._widened.forget()
 
 
 class StaticEngine:

@@ -21,6 +21,12 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
     add_models(parser, help="name of a built-in recipe, or a YAML file")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
+    parser.add_argument(
+        "--weights",
+        choices=("fp32", "fp16", "bf16"),
+        help="in what large weights are stored, instead of the recipe's: fp16 and bf16 halve the archive, "
+        "and graphs compute as before",
+    )
     parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
     parser.add_argument(
@@ -56,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.recipe:
         raise CliError("nothing to export: name a recipe with --recipe, or an exported bundle with --bundle")
-    changes = {"blur": args.blur or None, "input_noise_l2": args.input_noise, "precision": args.precision}
+    changes = {"blur": args.blur or None, "input_noise_l2": args.input_noise}
+    changes |= {"precision": args.precision, "weights": args.weights}
     # Before the libraries are imported: a slip in a recipe is told at once.
     recipe = Recipe.read(args.recipe, **{name: value for name, value in changes.items() if value is not None})
 
@@ -79,9 +86,14 @@ def run(args: argparse.Namespace) -> int:
     say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
     for stage, reason in manifest.report["parity"].get("fp32_stages", {}).items():
         say(f"{stage} stays in fp32: {reason}")
+    for stage, kept in manifest.report["parity"].get("fp32_weights", {}).items():
+        for name, reason in kept.items():
+            say(f"{stage}: the weight {name} is stored in fp32: {reason}")
     for report in manifest.report.values():
         worst = max(entry["relative_error"] for entry in report["worst"])
-        say(f"worst relative error in {report['precision']} with {report['runtime']}: {worst:.1e}")
+        equal = min(entry["equal_labels"] for entry in report["worst"] if entry["equal_labels"] is not None)
+        where = f"in {report['precision']} with {report['runtime']}"
+        say(f"worst relative error {where}: {worst:.1e}; equal labels: {equal:.0%}")
     for name in args.engines:
         if name != "torch":
             built = _build(name, out, args.target, say).report[name]

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"attacking {len(sets['clean'])} images (DeepFool)", flush=True)
         sets["attacked"] = attack(classifier, sets["clean"], predict(classifier, sets["clean"]), "deepfool").images
     names = args.runtime or runtimes.available()
-    limit = args.limit or max(LIMITS[manifest.precision], getattr(classifier, "tolerance", 0.0))
+    limit = args.limit or max(
+        LIMITS[manifest.precision], LIMITS[manifest.weights], getattr(classifier, "tolerance", 0.0)
+    )
     rows = verification.verify(args.bundle, purifier, classifier, sets, names, args.samples, say=say)
     passed = all(row["relative_l2"] <= limit for row in rows)
     table = verification.markdown(rows, limit)

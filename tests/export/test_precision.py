@@ -16,9 +16,10 @@ from export.bundle import export_bundle
 from export.families.stylegan2 import Decode, Resample, StaticConv
 from export.families.stylegan2_encoders import CrossAttention, FoldedUnit
 from export.precision import Affine, Excite, fp16_layer, fp16_stage
+from export.single_graph import REPORT, add_single_graph
 from export.stage import Stage, as_tuple
 from export.trace import example
-from handlers.manifest import Manifest
+from handlers.manifest import BundleError, Manifest
 from handlers.pipeline import Pipeline
 from mlvgm.irse import Unit
 from mlvgm.stylegan2 import StyledConv
@@ -257,12 +258,26 @@ def test_what_half_precision_cannot_hold_stays_fp32_and_is_reported(tmp_path: Pa
 
 
 def test_bf16_keeps_the_graphs_and_is_compared_as_openvino_computes_it(tmp_path: Path) -> None:
+    """Their weights are stored in bf16 here, which both reports include."""
     pytest.importorskip("openvino")
-    recipe = dataclasses.replace(models.recipe(), precision="bf16")
-    manifest = export_bundle(recipe, models.purifier(), models.classifier(), tmp_path / "bf16")
-    reports = manifest.report
-    assert (reports["parity"]["precision"], reports["parity"]["limit"]) == ("fp32", 1e-4)
-    assert (reports["parity_bf16"]["precision"], reports["parity_bf16"]["limit"]) == ("bf16", 3e-2)
+    out = tmp_path / "bf16"
+    recipe = dataclasses.replace(models.recipe(), precision="bf16", weights="bf16")
+    manifest = export_bundle(recipe, models.purifier(), models.classifier(), out)
+    for name, precision in (("parity", "fp32"), ("parity_bf16", "bf16")):
+        report = manifest.report[name]
+        assert (report["precision"], report["limit"]) == (precision, 3e-2)
+        worst = {(entry["stage"], entry["output"]): entry for entry in report["worst"]}
+        assert 1e-5 < worst["end to end", "logits"]["relative_error"] < 3e-2
+        assert worst["end to end", "images"]["limit"] == 3e-2
+        assert 0 <= worst["end to end", "logits"]["equal_labels"] <= 1
+        assert worst["end to end", "images"]["equal_labels"] is None
+    stored = []
     for stage in manifest.stages:
-        tensors = onnx.load(tmp_path / "bf16" / stage.file).graph.initializer
-        assert not any(tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16) for tensor in tensors)
+        graph = onnx.load(out / stage.file).graph
+        halves = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.BFLOAT16}
+        assert {node.op_type for node in graph.node if halves & {*node.input}} <= {"Cast"}
+        stored += halves
+    assert stored
+    assert add_single_graph(out, 2).report[REPORT]["limit"] == 3e-2
+    with pytest.raises(BundleError, match="weights is 'int8', must be fp32, fp16 or bf16"):
+        dataclasses.replace(manifest, weights="int8").write(out)  # type: ignore[arg-type]

@@ -4,18 +4,10 @@ import functools
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-:root { color-scheme: light dark }
-table { border-collapse: collapse; width: 100% }
-td, th { border-bottom: 1px solid #8888; padding: .3em; text-align: left; vertical-align: top }
-code { font: 14px monospace; overflow-wrap: anywhere }
-.method { text-transform: uppercase }
-"""
 
 
 @functools.cache
@@ -29,12 +21,7 @@ def page(model: str) -> str:
     """The document as HTML, with ``model`` in the examples."""
     info = document()["info"]
     title = f"{info['title']} {info['version']}: {model}"
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{_text(title)}</title><style>{_STYLE}</style><h1>{_text(title)}</h1><p>{_text(info['description'])}</p>"
-        f"<p>Try it: <code>curl -T IMAGE.png http://127.0.0.1:PORT/predictions/{_text(model)}</code>. For tools: "
-        "<a href=openapi.json>openapi.json</a>.</p>"
-    ]
+    parts = list[str]()
     for path, item in document()["paths"].items():
         for method, operation in item.items():
             if method != "parameters":
@@ -42,7 +29,9 @@ def page(model: str) -> str:
     for name, schema in document()["components"]["schemas"].items():
         if rows := [(f"<code>{_text(field)}</code>", _kind(kind)) for field, kind in _fields(schema)]:
             parts += [f"<h2 id={name}>{name}</h2>", *_table(("field", "value"), rows)]
-    return "\n".join(parts)
+    known = {"title": title, "description": info["description"], "model": model}
+    template = Template(Path(__file__).with_name("api.html").read_text(encoding="utf-8"))
+    return template.substitute({name: _text(text) for name, text in known.items()}, content="\n".join(parts))
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:

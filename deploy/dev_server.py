@@ -8,7 +8,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,6 @@ Fields = tuple[Mapping[str, Any], Mapping[str, Any]]
 """A request as `handlers.service.Service.answer` takes it."""
 
 
-async def predict(request: Request, ask: Callable[[Fields], Awaitable[answer.Response]]) -> Response:
-    """What ``ask`` says to a request for a prediction, or why it is not asked."""
-    if request.method not in ("POST", "PUT"):
-        return _refusal(405, "send the image with POST or PUT")
-    try:
-        body = await asyncio.wait_for(_body(request), _BODY_SECONDS)
-    except (asyncio.TimeoutError, ClientDisconnect):
-        return _refusal(408, "the body did not come in time")
-    if body is None:
-        return _refusal(413, "the body is larger than 6.5 MB")
-    made = await ask(({"body": body}, _headers(request)))
-    return Response(made.body, made.status, made.headers, made.content_type)
-
-
 def application(manifest: Manifest, service: Service, batch: int = 1, delay_s: float = 0.0) -> Starlette:
     """The ASGI application that serves ``service``; requests that come within ``delay_s`` are answered together.
 
@@ -76,7 +62,16 @@ def routes(manifest: Manifest, batches: "Batches", is_ready: Callable[[], bool])
         wanted = request.path_params
         if wanted["model"] != manifest.name or wanted.get("version", manifest.version) != manifest.version:
             return _refusal(404, "no such model is served here")
-        return await predict(request, batches.ask)
+        if request.method not in ("POST", "PUT"):
+            return _refusal(405, "send the image with POST or PUT")
+        try:
+            body = await asyncio.wait_for(_body(request), _BODY_SECONDS)
+        except (asyncio.TimeoutError, ClientDisconnect):
+            return _refusal(408, "the body did not come in time")
+        if body is None:
+            return _refusal(413, "the body is larger than 6.5 MB")
+        made = await batches.ask(({"body": body}, _headers(request)))
+        return Response(made.body, made.status, made.headers, made.content_type)
 
     async def describe(request: Request) -> Response:
         status, content = protocol_answer(request.url.path, served, {manifest.name: is_ready()})
@@ -88,9 +83,10 @@ def routes(manifest: Manifest, batches: "Batches", is_ready: Callable[[], bool])
     paths = ["/predictions/{model}", "/predictions/{model}/{version}"]
     paths += ["/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"]
     found = [Route(path, ask, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]) for path in paths]
-    found += [Route("/v2", describe), Route("/v2/{rest:path}", describe), Route("/ping", _ping)]
+    found += [Route("/v2", describe), Route("/v2/{rest:path}", describe)]
     page = HTMLResponse(api.page(manifest.name), headers={"Content-Security-Policy": _POLICY})
     found += [Route("/", lambda _: page), Route("/openapi.json", lambda _: JSONResponse(api.document()))]
+    found += [Route("/ping", lambda _: JSONResponse({"status": "Healthy"}))]
     return Starlette(routes=found, lifespan=running, exception_handlers={404: elsewhere})
 
 
@@ -155,10 +151,6 @@ def _headers(request: Request) -> dict[str, str]:
 
 def _refusal(status: int, reason: str) -> Response:
     return JSONResponse({"error": reason}, status)
-
-
-async def _ping(_: Request) -> Response:
-    return JSONResponse({"status": "Healthy"})
 
 
 def serve(

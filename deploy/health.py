@@ -47,9 +47,6 @@ class Health:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def address_string(self) -> str:
-                return "nginx"
-
             def log_message(self, *_: object) -> None:
                 """No log: nginx logs the request already."""
 

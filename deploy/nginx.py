@@ -1,7 +1,6 @@
 """nginx in front of TorchServe."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from deploy.output import Output
 from deploy.readiness import Readiness
 from deploy.server import DEPLOY, Server
 from deploy.signals import pause
+from handlers.request import MAX_BODY
 
 UPSTREAM = (DEPLOY / "upstream.conf").read_text()
 
@@ -135,7 +135,7 @@ class Nginx:
             "fair_share": max(1, share),
             "small_share": 2 * max(1, share),
             "sharing": "$client" if share and several_clients(self._conf.parent / "private" / "clients.map") else "",
-            "most_bytes": most_bytes(),
+            "most_bytes": MAX_BODY,
         }
         if upstream != self._upstream:
             path = self._state / "upstream.conf"
@@ -169,13 +169,6 @@ def most_requests(server: Server) -> int:
     """Concurrent requests allowed per client: half of those that the smallest model holds, running and queued."""
     taken = [model.queue + model.workers * model.batch_size for model in server.served().values()]
     return max(1, min(taken, default=64) // 2)
-
-
-def most_bytes() -> int:
-    """Largest body in bytes, from TorchServe's settings."""
-    match = re.search(r"^max_request_size=(\d+)$", (DEPLOY / "config.properties").read_text(), re.MULTILINE)
-    assert match
-    return int(match[1])
 
 
 def find_nginx() -> str | None:

@@ -184,11 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = supervisor.stay()
     except Stopped:
         pass
-    except (CliError, ServerError) as error:
-        errors.write(f"pair: {error}\n".encode())
-        code = 1
     except Exception as error:
-        errors.write(f"pair: a fault of this program: {error!r}\n".encode())
+        text = str(error) if isinstance(error, CliError | ServerError) else f"a fault of this program: {error!r}"
+        errors.write(f"pair: {text}\n".encode())
         code = 1
     finally:
         signals.end_by(options.drain + STOP_SECONDS)

@@ -59,8 +59,7 @@ class Certified:
     @property
     def abstained(self) -> npt.NDArray[np.bool_]:
         """(B,): whether no class is certified."""
-        without: npt.NDArray[np.bool_] = self.labels < 0
-        return without
+        return self.labels < 0
 
 
 def certify(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from handlers.errors import MlvgmError
 from handlers.fields import Length, Pattern, Range, read_strict, show
 from handlers.runtimes import cache
 from handlers.score import ScoreThreshold
+from handlers.strict_json import without_repeats
 
 FORMAT = 1
 FILE_NAME = "pipeline.json"
@@ -330,7 +330,7 @@ def _parse(text: str) -> Manifest:
         ValueError: it is not JSON, or a field is wrong or inconsistent with another.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_without_repeats)
+        content = json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
         raise BundleError(f"not valid JSON (line {error.lineno}): truncated or damaged") from None
     except RecursionError:
@@ -341,12 +341,3 @@ def _parse(text: str) -> Manifest:
     manifest = read_strict(Manifest, content)
     manifest._check()
     return manifest
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise BundleError(f"has {show(twice)} twice")
-    return entries

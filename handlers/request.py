@@ -24,7 +24,7 @@ OPTIONS = ("samples", "top_k", "return", "alphas", "seed", "certify")
 MOST_IMAGES = 16
 """Largest number of images in a request. All of them may have four times the maximum of samples of one image."""
 MAX_BODY = 6_553_500
-"""Largest body in bytes, compressed or not; the same as in deploy/config.properties and deploy/nginx.conf."""
+"""Largest body in bytes, compressed or not: of nginx (deploy/upstream.conf), and as deploy/config.properties has it."""
 
 Layout = Literal["one", "list"] | Envelope
 _Content = tuple[tuple[Image, ...], dict[str, Any], Layout]

@@ -54,8 +54,7 @@ class Result:
     def votes(self) -> IntArray:
         """(B, C): number of votes for each class; row b sums to ``samples[b]``."""
         classes = np.arange(self.sample_logits.shape[2])
-        counts: IntArray = (self.sample_labels[:, :, None] == classes).sum(axis=1)
-        return counts
+        return (self.sample_labels[:, :, None] == classes).sum(axis=1)
 
     @cached_property
     def ranking(self) -> IntArray:
@@ -70,21 +69,18 @@ class Result:
     @cached_property
     def unpurified_labels(self) -> IntArray:
         """(B,): the class of the unpurified image."""
-        labels: IntArray = self.unpurified_logits.argmax(axis=1)
-        return labels
+        return self.unpurified_logits.argmax(axis=1)
 
     @cached_property
     def agreement(self) -> FloatArray:
         """(B,): share of the samples that vote for the label, in (0, 1]."""
         won: IntArray = self.votes.max(axis=1)
-        share: FloatArray = (won / self.samples).astype(np.float32)
-        return share
+        return (won / self.samples).astype(np.float32)
 
     @cached_property
     def flagged(self) -> npt.NDArray[np.bool_]:
         """(B,): purification changed the label, as it does for most adversarial images."""
-        changed: npt.NDArray[np.bool_] = self.labels != self.unpurified_labels
-        return changed
+        return self.labels != self.unpurified_labels
 
     @cached_property
     def scores(self) -> FloatArray:
@@ -100,8 +96,7 @@ class Result:
         left = after[np.arange(len(after)), self.unpurified_labels]
         second, first = np.partition(before, -2, axis=1)[:, -2:].T
         drop: FloatArray = np.log(np.maximum(first, _TINY) / np.maximum(left, _TINY)) * after.max(axis=1)
-        scores: FloatArray = np.maximum(drop, 0) + second / first
-        return scores
+        return np.maximum(drop, 0) + second / first
 
     @cached_property
     def confidences(self) -> FloatArray:
@@ -116,8 +111,7 @@ class Result:
     def representative(self, item: int) -> FloatArray:
         """(3, H, W): the first purified sample of an image that votes for its label."""
         first = int((self.sample_labels[item] == self.labels[item]).argmax())
-        chosen: FloatArray = self.purified[item, first]
-        return chosen
+        return self.purified[item, first]
 
     @cached_property
     def _is_drawn(self) -> npt.NDArray[np.bool_]:
@@ -131,12 +125,10 @@ class Result:
         """(B, C): the mean of (B, K, C) over the samples that were drawn."""
         if not self._all_are_drawn:
             values = np.where(self._is_drawn[:, :, None], values, 0)
-        mean: FloatArray = values.sum(axis=1) / self.samples[:, None].astype(np.float32)
-        return mean
+        return values.sum(axis=1) / self.samples[:, None].astype(np.float32)
 
 
 def softmax(logits: FloatArray) -> FloatArray:
     """Over the last axis."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    shares: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
-    return shares
+    return powers / powers.sum(axis=-1, keepdims=True)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def json_object(body: Any) -> dict[str, Any]:
         if text.count(b"[") + text.count(b"{") + text.count(b'"') // 2 > MAX_JSON_PARTS:
             raise RequestError(f"the JSON has more than {MAX_JSON_PARTS} lists, objects and texts")
         try:
-            entries = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+            entries = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=without_repeats)
         except RequestError:
             raise
         except (ValueError, RecursionError):
@@ -67,6 +68,19 @@ def base64_bytes(text: Any) -> bytes:
         raise RequestError("image: not valid base64") from None
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The entries of an object, as an ``object_pairs_hook`` of `json.loads`.
+
+    Raises:
+        RequestError: a name is there twice.
+    """
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise RequestError(f"the JSON has {quoted(counts.most_common(1)[0][0])} twice")
+    return entries
+
+
 def quoted(text: Any) -> str:
     """A client's text for an error message, shortened and in ASCII."""
     if not isinstance(text, str):
@@ -76,14 +90,3 @@ def quoted(text: Any) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise RequestError(f"the JSON holds {name}, which is no number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise RequestError(f"the JSON has {quoted(name)} twice")
-            seen.add(name)
-    return entries

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.manifest import Manifest, Samples
-from handlers.request import MOST_IMAGES, OPTIONS, Request, parse
+from handlers.request import MAX_BODY, MOST_IMAGES, OPTIONS, Request, parse
 from handlers.strict_json import RequestError
 from tests.handlers import forms
 
@@ -253,3 +253,8 @@ def test_samples_can_be_left_to_the_vote(manifest: Manifest) -> None:
     by_default = replace(manifest, samples=Samples("auto", 16))
     assert parse({"body": IMAGE}, {}, by_default).samples == "auto"
     assert parse({"body": IMAGE}, {"X-Mlvgm-Samples": "2"}, by_default).samples == 2
+
+
+def test_torchserve_takes_the_largest_body_and_no_larger() -> None:
+    settings = Path(__file__).parents[2] / "deploy" / "config.properties"
+    assert f"max_request_size={MAX_BODY}" in settings.read_text().splitlines()

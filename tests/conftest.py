@@ -18,8 +18,10 @@ from tests.handlers.fake_server import FakeServer, serving, serving_https
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# A shell that starts the tests in the background has them, and all that they start, ignore SIGINT.
+# Behind nohup or in the background of a shell, the tests and all that they start would ignore these signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,8 @@
 """The description of the API (openapi.yaml), and a page that shows it without scripts or any other host."""
 
 import functools
-import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -27,24 +27,25 @@ def page(model: str) -> str:
             if method != "parameters":
                 parts += _operation(method, path.replace("{model}", model), operation)
     for name, schema in document()["components"]["schemas"].items():
-        if rows := [(f"<code>{_text(field)}</code>", _kind(kind)) for field, kind in _fields(schema)]:
+        if rows := [(f"<code>{escape(field)}</code>", _kind(kind)) for field, kind in _fields(schema)]:
             parts += [f"<h2 id={name}>{name}</h2>", *_table(("field", "value"), rows)]
     known = {"title": title, "description": info["description"], "model": model}
     template = Template(Path(__file__).with_name("api.html").read_text(encoding="utf-8"))
-    return template.substitute({name: _text(text) for name, text in known.items()}, content="\n".join(parts))
+    return template.substitute({name: escape(text) for name, text in known.items()}, content="\n".join(parts))
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<h2><span class=method>{method}</span> <code>{_text(path)}</code></h2><p>{_text(operation['summary'])}</p>"
+    yield f"<h2><span class=method>{method}</span> <code>{escape(path)}</code></h2>"
+    yield f"<p>{escape(operation['summary'])}</p>"
     if parameters := [_resolved(parameter) for parameter in operation.get("parameters", ())]:
-        rows = [(f"<code>{p['name']}</code>", _kind(p["schema"]), _text(p["description"])) for p in parameters]
+        rows = [(f"<code>{p['name']}</code>", _kind(p["schema"]), escape(p["description"])) for p in parameters]
         yield from _table(("header", "values", "meaning"), rows)
     bodies = operation.get("requestBody", {}).get("content", {})
-    yield from _table(("body", ""), [(_text(kind), _kind(body["schema"])) for kind, body in bodies.items()])
+    yield from _table(("body", ""), [(escape(kind), _kind(body["schema"])) for kind, body in bodies.items()])
     for status, response in operation["responses"].items():
         response = _resolved(response)
         kinds = " or ".join(_kind(body["schema"]) for body in response.get("content", {}).values())
-        yield f"<p><b>{status}</b> {_text(response['description'])}. {kinds}</p>"
+        yield f"<p><b>{status}</b> {escape(response['description'])}. {kinds}</p>"
 
 
 def _table(heads: Iterable[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -69,7 +70,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type", "")
     said = [", ".join(map(str, values)) or (" or ".join(kind) if isinstance(kind, list) else kind)]
     said += [f"{word} {schema[bound]}" for word, bound in (("from", "minimum"), ("to", "maximum")) if bound in schema]
-    return _text(": ".join(filter(None, (" ".join(said), schema.get("description", "")))))
+    return escape(": ".join(filter(None, (" ".join(said), schema.get("description", "")))))
 
 
 def _fields(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -85,7 +86,3 @@ def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in schema["$ref"].split("/")[1:]:
         found = found[name]
     return found  # type: ignore[no-any-return]
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

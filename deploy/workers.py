@@ -19,9 +19,8 @@ MOST_SHARES = 8
 _DEVICES = Path("/dev")
 _MEMORY_EACH = 3.0  # memory of a worker as a multiple of its archive: the model, its activations, and OpenVINO's copy
 _MEMORY_MORE = 800e6  # bytes for any model
-_MEMORY_IMAGE = (
-    400e6  # bytes: a WebP of 16 million pixels takes 332 MB while it is decoded, and each worker one at a time
-)
+# Bytes: a WebP of 16 million pixels takes 332 MB while it is decoded, and each worker decodes one at a time.
+_MEMORY_IMAGE = 400e6
 _JAVA = 1.5e9  # bytes: its heap, as deploy/config.properties has it, and the bodies that it holds outside of that
 
 

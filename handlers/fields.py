@@ -204,56 +204,55 @@ class _Reader:
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for name in value:
             if name not in known:
-                self._add(functools.partial(self._unknown, cls, name, known, at))
+                self._add(_unknown, cls, name, known, at)
         for name, field in known.items():
             needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if needed and name not in value:
-                self._add(functools.partial(self._missing, hints[name], _join(at, name)))
+                self._add(_missing, hints[name], _join(at, name))
         read = {n: self.read(hints[n], v, _join(at, n)) for n, v in value.items() if n in known}
         if self.count > before:
             return None
         try:
             return cls(**read)
         except ValueError as error:
-            reason = f"{at}: {error}" if at else str(error)
-            return self._add(lambda: reason)
-
-    @staticmethod
-    def _missing(hint: Any, at: str) -> str:
-        return f"{at} is missing, must be {_describe(hint)}"
-
-    @staticmethod
-    def _unknown(cls: Any, name: Any, known: Iterable[str], at: str) -> str:
-        moved = cls.MOVED.get(name) if hasattr(cls, "MOVED") else None
-        also = moved or f"the fields are {', '.join(known)}{_nearest(name, known)}"
-        return f"there is no field {show(name)}{f' in {at}' if at else ''}: {also}"
+            return self._add(str, f"{at}: {error}" if at else str(error))
 
     def _refuse(self, hint: Any, value: Any, at: str) -> None:
-        self._add(lambda: self._refusal(hint, value, at))
+        self._add(_refusal, hint, value, at)
 
-    @staticmethod
-    def _refusal(hint: Any, value: Any, at: str) -> str:
-        kind, _ = _split(hint)
-        cure = ""
-        if known := _names(kind):
-            cure = _nearest(value, known)
-        elif kind is str and not isinstance(value, str | list | dict) and value is not None:
-            cure = " (in quotes: YAML reads yes, no, numbers and dates as such)"
-        elif kind in (int, float) and isinstance(value, str) and _is_number(value):
-            cure = " (without quotes and, in YAML, with a point before the exponent: 1.0e+3)"
-        elif dataclasses.is_dataclass(kind) and isinstance(value, list):
-            names = [f.name for f in dataclasses.fields(kind)]
-            if len(value) <= len(names):
-                entries = (f"{name}: {show(entry)}" for name, entry in zip(names, value, strict=False))
-                cure = f": write {{{', '.join(entries)}}}"
-        held = "empty" if value is None else show(value)
-        return f"{at or 'the content'} is {held}, must be {_describe(hint)}{cure}"
-
-    def _add(self, problem: Callable[[], str]) -> None:
-        """Only the first few errors get a message: there may be as many as values."""
+    def _add(self, describe: Callable[..., str], *arguments: Any) -> None:
+        """Only the first few errors are described: there may be as many as values."""
         self.count += 1
         if self.count <= MAX_PROBLEMS:
-            self.problems.append(problem())
+            self.problems.append(describe(*arguments))
+
+
+def _missing(hint: Any, at: str) -> str:
+    return f"{at} is missing, must be {_describe(hint)}"
+
+
+def _unknown(cls: Any, name: Any, known: Iterable[str], at: str) -> str:
+    moved = cls.MOVED.get(name) if hasattr(cls, "MOVED") else None
+    also = moved or f"the fields are {', '.join(known)}{_nearest(name, known)}"
+    return f"there is no field {show(name)}{f' in {at}' if at else ''}: {also}"
+
+
+def _refusal(hint: Any, value: Any, at: str) -> str:
+    kind, _ = _split(hint)
+    cure = ""
+    if known := _names(kind):
+        cure = _nearest(value, known)
+    elif kind is str and not isinstance(value, str | list | dict) and value is not None:
+        cure = " (in quotes: YAML reads yes, no, numbers and dates as such)"
+    elif kind in (int, float) and isinstance(value, str) and _is_number(value):
+        cure = " (without quotes and, in YAML, with a point before the exponent: 1.0e+3)"
+    elif dataclasses.is_dataclass(kind) and isinstance(value, list):
+        names = [f.name for f in dataclasses.fields(kind)]
+        if len(value) <= len(names):
+            entries = (f"{name}: {show(entry)}" for name, entry in zip(names, value, strict=False))
+            cure = f": write {{{', '.join(entries)}}}"
+    held = "empty" if value is None else show(value)
+    return f"{at or 'the content'} is {held}, must be {_describe(hint)}{cure}"
 
 
 @functools.cache

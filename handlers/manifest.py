@@ -140,7 +140,7 @@ class Manifest:
         input_noise_l2: L2 norm of the noise that the first stage adds to each image; 0 for none.
         classes: class names in the order of the logits.
         stages: in the order they run; the last is ``classify``.
-        files: relative path -> digest; set by `with_digests`.
+        files: relative path -> digest; set by `write`.
         score: threshold of the attack score above which an image is suspicious; None until ``mlvgm tune --score``.
         weights: in what large weights of the graphs are stored; the graphs cast them to fp32.
         report: relative errors of the stages against their references; free form.
@@ -195,7 +195,8 @@ class Manifest:
             BundleError: the manifest is inconsistent, or a stage's file is not in the folder.
         """
         folder = Path(folder)
-        content = {"format": FORMAT, **dataclasses.asdict(self.with_digests(folder))}
+        digests = {name: FileDigest.of(folder / name) for name in _files_in(folder)}
+        content = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(self, files=digests))}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         try:
             manifest = _parse(text)
@@ -205,12 +206,6 @@ class Manifest:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, folder / FILE_NAME)  # atomically: a reader never sees an incomplete manifest
         return manifest
-
-    def with_digests(self, folder: str | Path) -> "Manifest":
-        """This manifest with the digests of all files in ``folder`` except the manifest itself."""
-        folder = Path(folder)
-        digests = {name: FileDigest.of(folder / name) for name in _files_in(folder)}
-        return dataclasses.replace(self, files=digests)
 
     def graph_digest(self, file: str) -> str:
         """SHA-256 of the digests of a listed graph and of its external weights."""

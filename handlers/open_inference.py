@@ -8,7 +8,7 @@ or those that "outputs" names.
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -31,17 +31,17 @@ _MAX_SIDE, _MAX_DIMENSIONS = 20_000, 8
 _PIXELS: dict[str, tuple[np.dtype[Any], int]] = {"UINT8": (np.dtype("u1"), 255), "FP32": (np.dtype("<f4"), 1)}
 """Type of the tensor, and the value of white."""
 
-_PLAIN: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
-    "label": ("BYTES", lambda answer: answer["label"]),
-    "index": ("INT64", lambda answer: answer["index"]),
-    "confidence": ("FP32", lambda answer: answer["confidence"]),
-    "agreement": ("FP32", lambda answer: answer["agreement"]),
-    "flagged": ("BOOL", lambda answer: answer["flagged"]),
-    "score": ("FP32", lambda answer: answer["score"]),
-    "samples": ("INT64", lambda answer: answer["samples"]),
-    "unpurified_label": ("BYTES", lambda answer: answer["unpurified"]["label"]),
-    "unpurified_index": ("INT64", lambda answer: answer["unpurified"]["index"]),
-    "unpurified_confidence": ("FP32", lambda answer: answer["unpurified"]["confidence"]),
+_PLAIN = {
+    "label": "BYTES",
+    "index": "INT64",
+    "confidence": "FP32",
+    "agreement": "FP32",
+    "flagged": "BOOL",
+    "score": "FP32",
+    "samples": "INT64",
+    "unpurified_label": "BYTES",
+    "unpurified_index": "INT64",
+    "unpurified_confidence": "FP32",
 }
 _RANKED = {"label": "BYTES", "index": "INT64", "confidence": "FP32", "votes": "INT64"}
 OUTPUTS = (*_PLAIN, *(f"top_{name}" for name in _RANKED))
@@ -80,13 +80,13 @@ def read(
     return images, options, Envelope(name, _wanted(entries.get("outputs")))
 
 
-def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def answer(envelope: Envelope, manifest: Manifest, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The answers for all images of a request, in order, as tensors."""
     outputs = []
+    rows = [each | {f"unpurified_{key}": value for key, value in each["unpurified"].items()} for each in answers]
     for name in envelope.outputs:
         if name in _PLAIN:
-            datatype, value = _PLAIN[name]
-            outputs.append(_tensor(name, datatype, (len(answers),), [value(each) for each in answers]))
+            outputs.append(_tensor(name, _PLAIN[name], (len(rows),), [row[name] for row in rows]))
         else:
             key = name.removeprefix("top_")
             data = [entry[key] for each in answers for entry in each["top_k"]]
@@ -109,7 +109,7 @@ def metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         manifest: the content of a bundle's pipeline.json.
     """
-    kinds = [(name, kind, [-1]) for name, (kind, _) in _PLAIN.items()]
+    kinds = [(name, kind, [-1]) for name, kind in _PLAIN.items()]
     kinds += [(f"top_{name}", kind, [-1, -1]) for name, kind in _RANKED.items()]
     return {
         "name": manifest["name"],

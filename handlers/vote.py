@@ -49,16 +49,12 @@ def decided(sample_logits: FloatArray, most: int) -> npt.NDArray[np.bool_]:
     runners_up = np.partition(votes, -2, axis=1)[:, -2]
     return np.array(
         [
-            _unassailable(lead, second, drawn, most) or _risk(lead, drawn, most, 1 - confidence) <= RISK
+            lead > second + most - drawn or _risk(lead, drawn, most, 1 - confidence) <= RISK
             for lead, second, confidence in zip(
                 votes.max(axis=1).tolist(), runners_up.tolist(), confidences.tolist(), strict=True
             )
         ]
     )
-
-
-def _unassailable(lead: int, second: int, drawn: int, most: int) -> bool:
-    return lead > second + most - drawn
 
 
 def _risk(lead: int, drawn: int, most: int, doubt: float) -> float:

@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("deploy", "evaluation", "export", "handlers", "mlvgm", "model_store")
 CHECKOUT_ONLY = ("deploy/ray/",)
 DATA = (
+    "deploy/api.html",
     "deploy/config.properties",
     "deploy/log4j2.xml",
     "deploy/metrics.yaml",
     "deploy/nginx.conf",
+    "deploy/upstream.conf",
     "evaluation/signs/14-stop.png",
     "export/recipes/road-signs.yaml",
     "mlvgm/py.typed",

@@ -199,28 +199,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="deploy.pair", description="TorchServe with nginx in front of it.")
-    parser.add_argument("--only", choices=["torchserve", "nginx"], help="run one of the two; the other runs elsewhere")
-    parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="folder of archives")
-    parser.add_argument("--models", nargs="+", metavar="NAME.mar", help="archives in the store (default: all)")
-    parser.add_argument("--port", type=int, default=8080, help="of TorchServe's inference on loopback (%(default)s)")
-    parser.add_argument("--workers", type=int, help="per model (default: as mlvgm serve)")
-    parser.add_argument("--timeout", type=float, default=1200, metavar="S", help="to wait for an answer (%(default)s)")
-    parser.add_argument(
-        "--nginx-conf", type=Path, default=Path("/etc/mlvgm/nginx.conf"), metavar="FILE", help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--ready-timeout",
-        type=float,
-        default=60,
-        metavar="S",
-        help="a model that takes longer is not ready (%(default)s)",
-    )
-    parser.add_argument(
-        "--hang-timeout",
-        type=float,
-        default=60,
-        metavar="S",
-        help="start TorchServe again when it neither answers nor computes for so long (%(default)s)",
-    )
-    parser.add_argument("--drain", type=float, default=70, metavar="S", help="to answer what is left (%(default)s)")
+    add = parser.add_argument
+    add("--only", choices=["torchserve", "nginx"], help="run one of the two; the other runs elsewhere")
+    add("--model-store", type=Path, default=Path("model_store"), help="folder of archives")
+    add("--models", nargs="+", metavar="NAME.mar", help="archives in the store (default: all)")
+    add("--port", type=int, default=8080, help="of TorchServe's inference on loopback (%(default)s)")
+    add("--workers", type=int, help="per model (default: as mlvgm serve)")
+    add("--timeout", type=float, default=1200, metavar="S", help="to wait for an answer (%(default)s)")
+    add("--nginx-conf", type=Path, default=Path("/etc/mlvgm/nginx.conf"), metavar="FILE", help="(%(default)s)")
+    ready = "a model that takes longer is not ready (%(default)s)"
+    add("--ready-timeout", type=float, default=60, metavar="S", help=ready)
+    hangs = "start TorchServe again when it neither answers nor computes for so long (%(default)s)"
+    add("--hang-timeout", type=float, default=60, metavar="S", help=hangs)
+    add("--drain", type=float, default=70, metavar="S", help="to answer what is left (%(default)s)")
     return parser

@@ -165,11 +165,9 @@ def _transparent_colour(content: bytes, depth: int, colour: int) -> tuple[int, .
     values = [value % 2**depth for value in struct.unpack_from(">H" if colour == _GRAY else ">HHH", content)]
     if depth < 8:  # gray, spread over 0 to 255
         return (values[0] * 255 // (2**depth - 1),)
-    return (
-        tuple(values)
-        if colour == _GRAY or depth == 8
-        else tuple(v >> 8 for v in values) + tuple(v & 255 for v in values)
-    )
+    if colour == _GRAY or depth == 8:
+        return tuple(values)
+    return tuple(v >> 8 for v in values) + tuple(v & 255 for v in values)
 
 
 def _jpeg(data: bytes) -> Stripped:

@@ -47,12 +47,11 @@ def decided(sample_logits: FloatArray, most: int) -> npt.NDArray[np.bool_]:
     leaders = votes.argmax(axis=1)
     confidences = softmax(sample_logits).mean(axis=1)[np.arange(count), leaders]
     runners_up = np.partition(votes, -2, axis=1)[:, -2]
+    images = zip(votes.max(axis=1).tolist(), runners_up.tolist(), confidences.tolist(), strict=True)
     return np.array(
         [
             lead > second + most - drawn or _risk(lead, drawn, most, 1 - confidence) <= RISK
-            for lead, second, confidence in zip(
-                votes.max(axis=1).tolist(), runners_up.tolist(), confidences.tolist(), strict=True
-            )
+            for lead, second, confidence in images
         ]
     )
 

@@ -1,29 +1,31 @@
 """Compare a bundle with the reference, the published operators in eager PyTorch: by stage, and from image to vote."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from evaluation import report
-from evaluation.attacks import to_float
 from export import families
 from export.classifier import stage as classifier_stage
-from export.compare import END_TO_END, relative_error, run_engine, run_reference, slice_batch
+from export.compare import END_TO_END, ReferenceEngine, relative_error, run_engine
 from export.stage import Stage
 from handlers import runtimes
 from handlers.errors import MlvgmError
-from handlers.manifest import Manifest
+from handlers.manifest import Batch, Manifest, TensorSpec
 from handlers.pipeline import Pipeline
-from handlers.runtimes import Engine
+from handlers.result import Result
+from handlers.runtimes import Array, Engine
 from mlvgm.purifier import Purifier
 
 Floats = NDArray[np.floating[Any]]
+
+_FEW = Batch(1, 4, 4)  # rows per call of the reference: the published operators need much memory per row
 
 
 class VerificationError(MlvgmError):
@@ -76,7 +78,6 @@ def verify(
     sets: Mapping[str, NDArray[np.uint8]],
     names: Sequence[str],
     samples: int = 2,
-    seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """One row per runtime, set of images, stage and output, and one per runtime and set for the whole pipeline.
@@ -97,80 +98,39 @@ def verify(
     """
     manifest = Manifest.read(bundle)
     _check_fit(manifest, purifier)
+    blur, kept = bool(manifest.source.get("blur")), families.kept(manifest.stages)
     stages = (
-        *families.stages(
-            purifier, bool(manifest.source.get("blur")), manifest.input_noise_l2, families.kept(manifest.stages)
-        ),
+        *families.stages(purifier, blur, manifest.input_noise_l2, kept),
         classifier_stage(classifier, manifest.image_size[0], len(manifest.classes)),
     )
     references = {}
     for images_name, images in sets.items():
         say(f"running the reference on {len(images)} {images_name} images, {samples} samples each")
-        references[images_name] = _Reference.of(manifest, stages, images, samples, seed)
+        recorders = {stage.name: _Recorder(stage) for stage in stages}
+        pipeline = Pipeline(replace(manifest, batch=_FEW), recorders, "reference")
+        references[images_name] = recorders, pipeline.run(images, samples, range(len(images)))
     rows: list[dict[str, Any]] = []
     for runtime in names:
         say(f"running {runtime}")
         options = runtimes.Options(precision=manifest.precision)
         for stage in stages:
             file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
-            engine = runtimes.load(runtime, file, options)
-            try:
-                for images_name, reference in references.items():
+            with closing(runtimes.load(runtime, file, options)) as engine:
+                for images_name, (recorders, _) in references.items():
                     where = {"runtime": runtime, "images": images_name, "stage": stage.name}
-                    rows += [where | row for row in _compare_stage(engine, stage, reference, manifest.batch.opt)]
-            finally:
-                engine.close()
+                    rows += [where | row for row in recorders[stage.name].compare(engine, manifest.batch.opt)]
         with Pipeline.load(bundle, runtime=runtime) as pipeline:
-            for images_name, reference in references.items():
+            for images_name, (_, expected) in references.items():
                 where = {"runtime": runtime, "images": images_name, "stage": END_TO_END}
-                rows.append(where | _compare_pipeline(pipeline, sets[images_name], samples, reference))
+                found = pipeline.run(sets[images_name], samples, range(len(sets[images_name])))
+                rows.append(where | _compare_results(found, expected))
     return rows
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Inputs and outputs of the reference for a set of images, each repeated ``samples`` times.
-
-    Attributes:
-        drawn: the noise, by input name.
-        inputs, outputs: of each stage, by stage name.
-    """
-
-    drawn: dict[str, Tensor]
-    inputs: dict[str, dict[str, Tensor]]
-    outputs: dict[str, dict[str, Tensor]]
-
-    @classmethod
-    def of(
-        cls, manifest: Manifest, stages: Sequence[Stage], images: NDArray[np.uint8], samples: int, seed: int
-    ) -> "_Reference":
-        drawn = _draw(manifest, len(images) * samples, seed)
-        known = drawn | {
-            "images": to_float(images.repeat(samples, axis=0)),
-            "alphas": torch.tensor(manifest.alphas[manifest.default_alphas], dtype=torch.float32),
-        }
-        inputs, outputs = {}, {}
-        for stage in stages:
-            inputs[stage.name] = slice_batch(stage, known, slice(None))
-            outputs[stage.name] = run_reference(stage, known)
-            known |= outputs[stage.name]
-        return cls(drawn, inputs, outputs)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], limit: float) -> str:
     """The rows as a table."""
-    head = [
-        "runtime",
-        "images",
-        "stage",
-        "output",
-        "relative L2",
-        "max",
-        "cosine",
-        "PSNR, dB",
-        "equal labels",
-        "equal votes",
-    ]
+    head = ["runtime", "images", "stage", "output", "relative L2", "max", "cosine", "PSNR, dB"]
+    head += ["equal labels", "equal votes"]
     table = []
     for row in rows:
         cells = [row["runtime"], row["images"], row["stage"], row["output"], f"{row['relative_l2']:.1e}"]
@@ -207,37 +167,40 @@ def _check_fit(manifest: Manifest, purifier: Purifier) -> None:
         )
 
 
-def _draw(manifest: Manifest, rows: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(rows, *shape, generator=generator) for shape in manifest.noise_shapes]
-    drawn = {f"noise_{i}": tensor for i, tensor in enumerate(noise)}
-    if len(set(manifest.noise_shapes)) == 1:
-        drawn["noise"] = torch.stack(noise, dim=1)
-    return drawn | {"input_noise": torch.randn(rows, 3, *manifest.image_size, generator=generator)}
+class _Recorder(ReferenceEngine):
+    """The reference of a stage, which keeps what it was given and what it made of it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage, stage.reference)
+        self.stage = stage
+        self._inputs: list[Mapping[str, Array]] = []
+        self._outputs: list[Mapping[str, Array]] = []
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = super().run(inputs)
+        self._inputs.append(inputs)
+        self._outputs.append(outputs)
+        return outputs
+
+    def compare(self, engine: Engine, batch: int) -> Iterator[dict[str, Any]]:
+        """``engine`` given the same, so that an error is attributed to the right stage: a row per output."""
+        found = run_engine(engine, self.stage, _joined(self.stage.inputs, self._inputs), batch)
+        for name, expected in _joined(self.stage.outputs, self._outputs).items():
+            yield {"output": name, **asdict(difference(found[name], expected))}
 
 
-def _compare_stage(engine: Engine, stage: Stage, reference: _Reference, batch: int) -> list[dict[str, Any]]:
-    """One stage on the outputs of the references before it, so that an error is attributed to the right stage."""
-    expected = reference.outputs[stage.name]
-    found = run_engine(engine, stage, reference.inputs[stage.name], batch)
-    return [{"output": name, **asdict(difference(found[name], tensor.numpy()))} for name, tensor in expected.items()]
+def _joined(specs: Sequence[TensorSpec], calls: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
+    """The tensors of all calls; those without a batch axis are the same in each."""
+    first = calls[0]
+    return {s.name: np.concatenate([c[s.name] for c in calls]) if s.batched else first[s.name] for s in specs}
 
 
-def _compare_pipeline(
-    pipeline: Pipeline, images: NDArray[np.uint8], samples: int, reference: _Reference
-) -> dict[str, Any]:
+def _compare_results(found: Result, expected: Result) -> dict[str, Any]:
     """The whole pipeline, from images to votes, as it is served."""
-    drawn, stages = reference.drawn, [stage.name for stage in pipeline.manifest.stages]
-    noise = [drawn[f"noise_{i}"].numpy() for i in range(pipeline.manifest.n_latents)]
-    input_noise = drawn["input_noise"].numpy() if pipeline.manifest.input_noise_l2 else None
-    result = pipeline.run(images, samples=samples, noise=noise, input_noise=input_noise)
-    purified = reference.inputs[stages[-1]]["images"]
-    logits = reference.outputs[stages[-1]]["logits"].numpy().reshape(result.sample_logits.shape)
-    expected = replace(result, sample_logits=logits)
     return {
         "output": "purified",
-        **asdict(difference(result.purified, purified.numpy())),
-        "logits_relative_l2": relative_error(result.sample_logits, logits),
-        "equal_labels": float(np.mean(result.sample_labels == expected.sample_labels)),
-        "equal_votes": float(np.mean(result.labels == expected.labels)),
+        **asdict(difference(found.purified, expected.purified)),
+        "logits_relative_l2": relative_error(found.sample_logits, expected.sample_logits),
+        "equal_labels": float(np.mean(found.sample_labels == expected.sample_labels)),
+        "equal_votes": float(np.mean(found.labels == expected.labels)),
     }

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def compare_stages(
         for i, spec in enumerate(stage.inputs):
             known.setdefault(spec.name, example(spec, largest, seed=1000 * largest + i))
         expected = run_reference(stage, known)
-        engine = runtimes.load(runtime, files[stage.name], runtimes.Options(precision=precision))
-        try:
+        options = runtimes.Options(precision=precision)
+        with closing(runtimes.load(runtime, files[stage.name], options)) as engine:
             for batch in sorted(batches):
                 found = run_engine(engine, stage, slice_batch(stage, known, slice(batch)), batch)
                 for spec in stage.outputs:
@@ -94,9 +95,7 @@ def compare_stages(
             if not chained.keys().isdisjoint(names):
                 found = engine.run({name: chained.get(name, known[name].numpy()) for name in names})
             chained |= found
-        finally:
-            engine.close()
-            memory.release()
+        memory.release()
         known |= expected
         limits |= dict.fromkeys(expected, limit)
     for name in ("images", "logits"):
@@ -118,13 +117,13 @@ def run_reference(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor
     return {spec.name: tensor for spec, tensor in zip(stage.outputs, whole, strict=True)}
 
 
-def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Tensor], batch: int) -> dict[str, FloatArray]:
-    """Outputs of ``engine``, the exported form of ``stage``, ``batch`` rows at a time."""
+def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Any], batch: int) -> dict[str, FloatArray]:
+    """Outputs of ``engine``, the exported form of ``stage``, ``batch`` rows of tensors or arrays at a time."""
     count = next(len(known[spec.name]) for spec in stage.inputs if spec.batched)
     parts = []
     for start in range(0, count, batch):
         feeds = slice_batch(stage, known, slice(start, start + batch))
-        parts.append(engine.run({name: tensor.numpy() for name, tensor in feeds.items()}))
+        parts.append(engine.run({name: np.asarray(tensor) for name, tensor in feeds.items()}))
     return {spec.name: np.concatenate([np.asarray(part[spec.name]) for part in parts]) for spec in stage.outputs}
 
 
@@ -144,7 +143,7 @@ class ReferenceEngine:
         del self._function
 
 
-def slice_batch(stage: Stage, known: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+def slice_batch(stage: Stage, known: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """The inputs of ``stage``, in order; those with a batch axis are cut to ``rows``."""
     return {spec.name: known[spec.name][rows] if spec.batched else known[spec.name] for spec in stage.inputs}
 

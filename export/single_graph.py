@@ -9,6 +9,7 @@ inputs lies beside it and shares its weights: with that one an answer can be rep
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
@@ -148,11 +149,8 @@ def replay(
     drawn = inputs.draw(manifest, np.arange(count * samples), wanted)
     feeds: dict[str, Any] = {name: noise.reshape(count, samples, *noise.shape[1:]) for name, noise in drawn.items()}
     feeds["images"] = np.asarray(images) if image_type == "uint8" else inputs.images
-    engine = runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))
-    try:
+    with closing(runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))) as engine:
         return engine.run(feeds)
-    finally:
-        engine.close()
 
 
 class _Builder:

@@ -10,7 +10,8 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,14 @@ class DeepFool:
         result = images.clone()
         waiting = torch.arange(len(images))
         for steps in self.rounds:
-            result[waiting] = self._run(classifier, images[waiting], labels[waiting], steps)
+            attack = load_foolbox().attacks.L2DeepFoolAttack(
+                steps=steps, candidates=self.candidates, overshoot=self.overshoot
+            )
+            result[waiting] = _run_foolbox(attack, classifier, images[waiting], labels[waiting])
             waiting = waiting[~_fooled(classifier, result[waiting], labels[waiting], 0.0)]
             if not len(waiting):
                 break
         return result
-
-    def settings(self) -> dict[str, Any]:
-        """For a report."""
-        return asdict(self)
-
-    def _run(self, classifier: nn.Module, images: Tensor, labels: Tensor, steps: int) -> Tensor:
-        foolbox = load_foolbox()
-        attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, candidates=self.candidates, overshoot=self.overshoot)
-        return _run_foolbox(attack, classifier, images, labels)
 
 
 @dataclass(frozen=True)
@@ -105,10 +100,6 @@ class CarliniWagner:
         result = _run_foolbox(attack, classifier, images, labels)
         failed = (result == 0).flatten(1).all(dim=1)  # foolbox returns a black image then, which may be misclassified
         return torch.where(failed[:, None, None, None], images, result)
-
-    def settings(self) -> dict[str, Any]:
-        """For a report."""
-        return asdict(self)
 
 
 Method = DeepFool | CarliniWagner
@@ -158,20 +149,13 @@ def attack(
     key = fingerprint(classifier, method)
     fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parts = []
+    parts, l2 = [], []
     for start in track(range(0, len(images), _CHUNK), type(method).__name__, f"x{_CHUNK} image"):
         chunk, truth = images[start : start + _CHUNK], labels[start : start + _CHUNK]
-
-        def compute(chunk: NDArray[np.uint8] = chunk, truth: NDArray[np.int64] = truth) -> NDArray[np.uint8]:
-            return _attack_chunk(fast, classifier, chunk, truth, method)
-
-        attacked = cached(cache, key, chunk, truth, compute)
-        parts.append(_judge(classifier, chunk, attacked, truth))
-    return AttackResult(
-        np.concatenate([part.images for part in parts]),
-        np.concatenate([part.fooled for part in parts]),
-        np.concatenate([part.l2 for part in parts]),
-    )
+        parts.append(cached(cache, key, chunk, truth, partial(_attack_chunk, fast, classifier, chunk, truth, method)))
+        l2.append(distances(parts[-1], chunk))
+    attacked = np.concatenate(parts)
+    return AttackResult(attacked, predict(classifier, attacked) != labels, np.concatenate(l2))
 
 
 def fingerprint(classifier: nn.Module, method: object) -> str:
@@ -198,6 +182,12 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
 
 
+def distances(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(B,): the L2 norm of what ``images`` (B, H, W, 3) differ by from ``others``, for pixels from 0 to 1."""
+    norms: NDArray[np.float32] = (to_float(images) - to_float(others)).flatten(1).norm(dim=1).numpy()
+    return norms
+
+
 def _attack_chunk(
     fast: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
 ) -> NDArray[np.uint8]:
@@ -220,14 +210,6 @@ def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, l
         if not len(waiting):
             break
     return result
-
-
-def _judge(
-    classifier: nn.Module, clean: NDArray[np.uint8], attacked: NDArray[np.uint8], labels: NDArray[np.int64]
-) -> AttackResult:
-    fooled = _fooled(classifier, to_float(attacked), torch.from_numpy(labels), 0.0)
-    l2 = (to_float(attacked) - to_float(clean)).flatten(1).norm(dim=1)
-    return AttackResult(attacked, fooled.numpy(), l2.numpy())
 
 
 @torch.no_grad()

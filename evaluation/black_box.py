@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.attacks import AttackError, to_float
+from evaluation.attacks import AttackError, distances
 from evaluation.defences import Images, Predictions
 from evaluation.threats import TRY, Record, Target, Threat
 
@@ -92,12 +92,12 @@ class HopSkipJump(BlackBox):
         return images, most
 
     def _nearest(self, target: Target) -> tuple[Images, int]:
-        clean, nearest, distance, sent = to_float(target.images), target.images[0], np.inf, 0
+        nearest, distance, sent = target.images[0], np.inf, 0
 
         def look(images: Images, found: Predictions) -> None:
             nonlocal nearest, distance, sent
             sent += len(images)
-            far = (to_float(images) - clean).flatten(1).norm(dim=1).numpy()
+            far = distances(images, target.images)
             far[found.labels == target.labels] = np.inf
             if far[least := int(far.argmin())] < distance:
                 nearest, distance = images[least], far[least]

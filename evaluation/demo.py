@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import contact_sheet, machine
-from evaluation.attacks import CarliniWagner, Method, attack, predict
+from evaluation.attacks import CarliniWagner, Method, attack, distances, predict
 from evaluation.contact_sheet import Picture
 from evaluation.photographs import encode
 from evaluation.signs import Sign
@@ -68,8 +68,8 @@ def summary(
 ) -> dict[str, Any]:
     """The content of demo.json; classes are indices."""
     images = []
-    for sign, pixels, answer in zip(signs, attacked, answers, strict=True):
-        change = (pixels.astype(np.float32) - sign.image) / 255
+    changes = distances(np.stack(attacked), np.stack([sign.image for sign in signs]))
+    for sign, answer, change in zip(signs, answers, changes, strict=True):
         images.append(
             {
                 "name": sign.name,
@@ -81,7 +81,7 @@ def summary(
                 "purified": answer["attacked"]["index"],
                 "agreement": answer["attacked"]["agreement"],
                 "flagged": answer["attacked"]["flagged"],
-                "l2": round(float(np.linalg.norm(change)), 4),
+                "l2": round(float(change), 4),
             }
         )
     eager = predict(default.classifier, np.stack(attacked))

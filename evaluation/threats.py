@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evaluation import changes
 from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine
-from evaluation.attacks import attack, cached, fingerprint, load_foolbox, predict, to_bytes, to_float
+from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Images, Labels, Predictions, Subject, fast, gaussian
 from handlers.certify import certify
@@ -81,7 +81,7 @@ class Target:
             found.agreement,
             found.scores,
             found.deviation,
-            (to_float(images) - to_float(self.images)).flatten(1).norm(dim=1).numpy(),
+            distances(images, self.images),
         )
         return {**{name: _list(column) for name, column in zip(COLUMNS, columns, strict=True)}, **more}
 

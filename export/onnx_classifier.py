@@ -4,7 +4,6 @@ Adapted are another image size, channels last, another element type, a fixed bat
 logits. Anything else is refused with an error of one line.
 """
 
-import itertools
 import logging
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.onnx_autograd import TorchGraph
-from export.onnx_graph import free_batch, load_graph, nodes, save_graph
+from export.onnx_graph import Writer, declare, free_batch, load_graph, nodes, save_graph, values
 from export.precision import LIMITS, ROUNDED
 from export.probe import PROBABILITIES, SMALLEST, ClassifierError, first_line, probe
 from handlers.manifest import FileDigest
@@ -110,32 +109,22 @@ class OnnxClassifier(nn.Module):
             free_batch(model, takes.batch)
         graph = model.graph
         (given,), (logits,) = _inputs(graph), graph.outputs
-        own = [value for part in model.graphs() for value in (*part.inputs, *part.initializers.values())]
-        for value in [*own, *(output for node in graph.all_nodes() for output in node.outputs)]:
+        for value in values(model):
             if value.name in ("images", "logits"):
                 value.name = f"mlvgm/own/{value.name}"
             if value.producer():
                 value.shape = None  # it may be that of the fixed batch
-        tape, number = ir.tape.Tape(graph), itertools.count()
-
-        def add(operator: str, *inputs: Any, **attributes: Any) -> ir.Value:
-            constants = {
-                i: ir.tensor(np.asarray(x, np.float32)) for i, x in enumerate(inputs) if not isinstance(x, ir.Value)
-            }
-            named = {i: tape.initializer(tensor, f"mlvgm/{next(number)}") for i, tensor in constants.items()}
-            values = [named.get(i, value) for i, value in enumerate(inputs)]
-            return tape.op(operator, values, attributes, output=ir.val(f"mlvgm/{next(number)}"))
-
+        add = Writer(graph).node
         images = x = ir.val("images", ir.DataType.FLOAT, ("B", 3, side, side))
         if takes.side != side:
             rows = _resampling(side, takes.side)
             x = add("MatMul", add("MatMul", rows, x), rows.T)
         if self._mean.any():
-            x = add("Sub", x, self._mean)
+            x = add("Sub", x, self._mean.numpy())
         if (self._std != 1).any():
-            x = add("Div", x, self._std)
+            x = add("Div", x, self._std.numpy())
         if takes.dtype == "uint8":
-            x = add("Min", add("Max", add("Floor", add("Add", x, 0.5)), 0), 255)
+            x = add("Min", add("Max", add("Floor", add("Add", x, 0.5)), 0.0), 255.0)
         if takes.channels_last:
             x = add("Transpose", x, perm=[0, 2, 3, 1])
         if takes.dtype != "float32":
@@ -145,11 +134,7 @@ class OnnxClassifier(nn.Module):
             logits = add("Cast", logits, to=ir.DataType.FLOAT)
         if self._probabilities:
             logits = add("Log", add("Max", logits, SMALLEST))
-        logits.name, logits.type, logits.shape = (
-            "logits",
-            ir.TensorType(ir.DataType.FLOAT),
-            ir.Shape(("B", self.n_classes)),
-        )
+        logits = declare(logits, "logits", ir.DataType.FLOAT, ("B", self.n_classes))
         graph.inputs[:], graph.outputs[:] = [images], [logits]
         graph.sort()
         model.ir_version = max(model.ir_version or 0, 4)  # before, weights had to be inputs too

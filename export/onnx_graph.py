@@ -1,7 +1,9 @@
-"""Read and save ONNX graphs with weights of any size, without loading external weights into memory."""
+"""Read, extend and save ONNX graphs with weights of any size, without loading external weights into memory."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,6 +49,41 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
+
+
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Every tensor of the graph and its subgraphs."""
+    for graph in model.graphs():
+        yield from (*graph.inputs, *graph.initializers.values())
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def declare(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """``value``, with a name, an element type and a shape: to be an output of a graph."""
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+    return value
+
+
+class Writer:
+    """Adds nodes to the end of ``graph``; the names of their outputs and weights begin with "mlvgm/"."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._tape, self._numbers = ir.tape.Tape(graph), itertools.count()
+
+    def node(self, operator: str, *inputs: Any, **attributes: Any) -> ir.Value:
+        """The output of a new node. Inputs that are numbers or arrays become weights, as in `weight`."""
+        tensors = [given if isinstance(given, ir.Value) else self.weight(given) for given in inputs]
+        return self._tape.op(operator, tensors, attributes, output=ir.val(self._name()))
+
+    def weight(self, value: Any) -> ir.Value:
+        """A constant tensor: whole numbers as int64, others as float32."""
+        array = np.asarray(value)
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+        return self._tape.initializer(ir.tensor(array), self._name())
+
+    def _name(self) -> str:
+        return f"mlvgm/{next(self._numbers)}"
 
 
 def free_batch(model: ir.Model, batch: int) -> None:

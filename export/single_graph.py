@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx.version_converter
-from onnx import ModelProto, NodeProto, TensorProto, compose, external_data_helper, helper, numpy_helper
+import onnx_ir as ir
 
 from export.compare import relative_error
+from export.onnx_graph import Writer, declare, load_graph, values
 from export.precision import LIMITS
 from handlers import runtimes
 from handlers.errors import MlvgmError
@@ -79,40 +79,33 @@ def add_single_graph(
 
 
 def _write(manifest: Manifest, bundle: Path, folder: Path, samples: int, images: ImageType) -> None:
-    data = folder / f"{GRAPH}.data"
     files = [bundle / stage.file for stage in manifest.stages]
-    models = [onnx.load(str(file), load_external_data=False) for file in files]
-    opset = max(_OPSET, *map(_opset, models))
-    with data.open("wb") as weights:
-        for i, file in enumerate(files):
-            if _opset(models[i]) < opset:  # a classifier that came as a graph
-                models[i] = onnx.version_converter.convert_version(onnx.load(str(file)), opset)
-            compose.add_prefix(models[i], f"{manifest.stages[i].name}/", inplace=True)
-            _externalise(models[i], bundle, weights, data.name)
-    if not data.stat().st_size:
-        data.unlink()
+    stages = [load_graph(file) for file in files]
+    opset = max(_OPSET, *(stage.opset_imports[""] for stage in stages))
+    for i, stage in enumerate(stages):
+        if stage.opset_imports[""] < opset:  # a classifier that came as a graph
+            converted = onnx.version_converter.convert_version(onnx.load(str(files[i])), opset)
+            stages[i] = ir.from_proto(converted)
+    _share_weights(stages, folder / f"{GRAPH}.data")
     for name, drawn in ((GRAPH, True), (REPLAY, False)):
-        onnx.save(_Builder(manifest, models, samples, images, drawn).model(), str(folder / name))
+        builder = _Builder(manifest, [stage.clone() for stage in stages], samples, images, drawn)
+        ir.save(builder.model(), folder / name)
         try:
             onnx.checker.check_model(str(folder / name))
         except onnx.checker.ValidationError as error:
             raise SingleGraphError(f"{bundle}: its stages do not make one graph: {error}") from error
 
 
-def _externalise(model: ModelProto, folder: Path, target: BufferedWriter, location: str) -> None:
-    """Move the weights of ``model``, which lies in ``folder``, to the end of ``target``, a file named ``location``.
+def _share_weights(models: Sequence[ir.Model], data: Path) -> None:
+    """Move the weights of all ``models`` to the file ``data``.
 
-    Small ones stay in the graph: shapes and axes must be known before anything is loaded.
+    Small ones stay in the graphs: shapes and axes must be known before anything is loaded.
     """
-    for tensor in model.graph.initializer:
-        if external_data_helper.uses_external_data(tensor):
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
-        if len(tensor.raw_data) > _SMALL:
-            begun = target.tell()
-            external_data_helper.set_external_data(tensor, location, begun, target.write(tensor.raw_data))
-            tensor.ClearField("raw_data")
+    weights = [weight for model in models for weight in model.graph.initializers.values()]
+    large = {w: w.const_value for w in weights if w.const_value is not None and w.const_value.nbytes > _SMALL}
+    moved = ir.external_data.convert_tensors_to_external([*large.values()], data.parent, data.name)
+    for weight, tensor in zip(large, moved, strict=True):
+        weight.const_value = tensor
 
 
 def _compared(bundle: Path, folder: Path, samples: int, images: ImageType) -> dict[str, Any]:
@@ -154,63 +147,51 @@ def replay(
 
 
 class _Builder:
-    """Puts the graph together, node by node; a name is a tensor's, those of a stage begin with the stage's."""
+    """Puts the graph together, node by node; the names of what comes from a stage begin with the stage's."""
 
     def __init__(
-        self, manifest: Manifest, models: Sequence[ModelProto], samples: int, images: ImageType, drawn: bool
+        self, manifest: Manifest, stages: Sequence[ir.Model], samples: int, images: ImageType, drawn: bool
     ) -> None:
-        self.manifest, self.models, self.samples, self.images, self.drawn = manifest, models, samples, images, drawn
-        self.nodes: list[NodeProto] = []
-        self.weights: list[TensorProto] = []
-        self.inputs: list[onnx.ValueInfoProto] = []
+        self.manifest, self.samples, self.images, self.drawn = manifest, samples, images, drawn
+        self.stages = {spec.name: stage for spec, stage in zip(manifest.stages, stages, strict=True)}
+        opsets = {domain: version for stage in stages for domain, version in stage.opset_imports.items()}
+        self.graph = ir.Graph([], [], nodes=(), opset_imports=opsets, name=manifest.name)
+        writer = Writer(self.graph)
+        self.node, self.weight = writer.node, writer.weight
 
-    def model(self) -> ModelProto:
+    def model(self) -> ir.Model:
         height, width = self.manifest.image_size
         n_classes, k = len(self.manifest.classes), self.samples
         if self.images == "uint8":
-            self.inputs.append(_value("images", TensorProto.UINT8, ("B", height, width, 3)))
-            turned = self.node("Transpose", self.node("Cast", "images", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
-            pixels = self.node("Div", turned, self.constant(np.float32(255)))
+            given = self.input("images", ir.DataType.UINT8, ("B", height, width, 3))
+            turned = self.node("Transpose", self.node("Cast", given, to=ir.DataType.FLOAT), perm=[0, 3, 1, 2])
+            pixels = self.node("Div", turned, 255.0)
         else:
-            self.inputs.append(_value("images", TensorProto.FLOAT, ("B", 3, height, width)))
-            pixels = "images"
+            pixels = self.input("images", ir.DataType.FLOAT, ("B", 3, height, width))
         purified = self.purify(pixels)
         both = self.node("Concat", pixels, purified, axis=0)
-        logits = self.stage(self.manifest.stages[-1], self.models[-1], {"images": both})["logits"]
+        logits = self.stage(self.manifest.stages[-1], {"images": both})["logits"]
         count = self.rows_of(pixels)
-        before = self.node("Slice", logits, self.constant([0]), count)
-        ours = self.node("Slice", logits, count, self.constant([np.iinfo(np.int64).max]))
-        ours = self.node("Reshape", ours, self.constant([-1, k, n_classes]))
-        self.node("Reshape", purified, self.constant([-1, k, 3, height, width]), out="purified")
-        self.judge(before, ours)
-        outputs = [
-            _value("label", TensorProto.INT64, ("B",)),
-            _value("votes", TensorProto.INT64, ("B", n_classes)),
-            _value("mean_logits", TensorProto.FLOAT, ("B", n_classes)),
-            _value("agreement", TensorProto.FLOAT, ("B",)),
-            _value("score", TensorProto.FLOAT, ("B",)),
-            _value("purified", TensorProto.FLOAT, ("B", k, 3, height, width)),
-        ]
-        graph = helper.make_graph(self.nodes, self.manifest.name, self.inputs, outputs, self.weights)
-        return helper.make_model(
-            graph,
-            opset_imports=_opsets(self.models),
-            functions=[function for model in self.models for function in model.functions],
-            ir_version=max(model.ir_version for model in self.models),
-        )
+        before = self.node("Slice", logits, [0], count)
+        ours = self.node("Slice", logits, count, [np.iinfo(np.int64).max])
+        self.judge(before, self.node("Reshape", ours, [-1, k, n_classes]))
+        purified = self.node("Reshape", purified, [-1, k, 3, height, width])
+        self.output(purified, "purified", ir.DataType.FLOAT, k, 3, height, width)
+        models = self.stages.values()
+        functions = [function for model in models for function in model.functions.values()]
+        return ir.Model(self.graph, ir_version=max(model.ir_version for model in models), functions=functions)
 
-    def purify(self, pixels: str) -> str:
+    def purify(self, pixels: ir.Value) -> ir.Value:
         """K purified rows of each image, (B * K, 3, H, W)."""
-        models = {stage.name: model for stage, model in zip(self.manifest.stages, self.models, strict=True)}
         alphas = np.asarray(self.manifest.alphas[self.manifest.default_alphas], np.float32)
         plan = Plan.of(self.manifest.stages[:-1], alphas)
-        known = {"images": pixels, "alphas": self.constant(alphas)}
+        known = {"images": pixels, "alphas": self.weight(alphas)}
         for stage in plan.per_image:
             for tensor in stage.inputs:
                 if is_noise(tensor.name):  # multiplied by 0
-                    shape = self.node("Concat", self.rows_of(pixels), self.constant(tensor.shape[1:]), axis=0)
+                    shape = self.node("Concat", self.rows_of(pixels), tensor.shape[1:], axis=0)
                     known[tensor.name] = self.node("ConstantOfShape", shape)
-            known |= self.stage(stage, models[stage.name], known)
+            known |= self.stage(stage, known)
         known |= self.noise(
             {t.name: t.shape[1:] for stage in plan.per_sample for t in stage.inputs if is_noise(t.name)}, pixels
         )
@@ -220,123 +201,104 @@ class _Builder:
                 if not is_noise(tensor.name) and tensor.name not in repeated:
                     known[tensor.name] = self.repeat(known[tensor.name], tensor.shape)
                 repeated.add(tensor.name)
-            known |= self.stage(stage, models[stage.name], known)
+            known |= self.stage(stage, known)
             repeated |= {tensor.name for tensor in stage.outputs}
         return known["images"]
 
-    def noise(self, shapes: dict[str, Any], pixels: str) -> dict[str, str]:
+    def noise(self, shapes: dict[str, Any], pixels: ir.Value) -> dict[str, ir.Value]:
         """All that is called so, (B * K, *shape): of inputs (B, K, *shape), or drawn."""
         if not self.drawn:
-            for name, shape in shapes.items():
-                self.inputs.append(_value(name, TensorProto.FLOAT, ("B", self.samples, *shape)))
-            return {name: self.node("Reshape", name, self.constant([-1, *shape])) for name, shape in shapes.items()}
+            given = {name: self.input(name, ir.DataType.FLOAT, ("B", self.samples, *shapes[name])) for name in shapes}
+            return {name: self.node("Reshape", given[name], [-1, *shape]) for name, shape in shapes.items()}
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         normal, drawn, start = self.normal(pixels, sum(sizes)), {}, 0
         for (name, shape), size in zip(shapes.items(), sizes, strict=True):
-            drawn[name] = self.node("Reshape", self.columns(normal, start, start + size), self.constant([-1, *shape]))
+            drawn[name] = self.node("Reshape", self.columns(normal, start, start + size), [-1, *shape])
             start += size
         return drawn
 
-    def normal(self, pixels: str, size: int) -> str:
+    def normal(self, pixels: ir.Value, size: int) -> ir.Value:
         """Standard-normal numbers (B * K, ``size`` or more), by Box and Muller.
 
         Of one uniform draw, for OpenVINO gives two nodes the same numbers. So its RandomNormal, which has two such, is
         skewed, and two latents would get the same noise.
         """
         half = -(-size // 2)
-        rows = self.node("Mul", self.rows_of(pixels), self.constant([self.samples]))
-        shape = self.node("Concat", rows, self.constant([2 * half]), axis=0)
+        rows = self.node("Mul", self.rows_of(pixels), [self.samples])
+        shape = self.node("Concat", rows, [2 * half], axis=0)
         uniform = self.node("RandomUniformLike", self.node("ConstantOfShape", shape))
-        above_zero = self.node("Sub", self.constant(np.float32(1)), self.columns(uniform, 0, half))
-        radius = self.node("Sqrt", self.node("Mul", self.node("Log", above_zero), self.constant(np.float32(-2))))
-        angle = self.node("Mul", self.columns(uniform, half, 2 * half), self.constant(np.float32(2 * np.pi)))
+        above_zero = self.node("Sub", 1.0, self.columns(uniform, 0, half))
+        radius = self.node("Sqrt", self.node("Mul", self.node("Log", above_zero), -2.0))
+        angle = self.node("Mul", self.columns(uniform, half, 2 * half), 2 * np.pi)
         both = (self.node("Mul", radius, self.node(part, angle)) for part in ("Cos", "Sin"))
         return self.node("Concat", *both, axis=1)
 
-    def columns(self, name: str, start: int, stop: int) -> str:
-        return self.node("Slice", name, *(self.constant([at]) for at in (start, stop, 1)))
+    def columns(self, value: ir.Value, start: int, stop: int) -> ir.Value:
+        return self.node("Slice", value, [start], [stop], [1])
 
-    def repeat(self, name: str, shape: Sequence[int | str]) -> str:
+    def repeat(self, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
         """Every row K times."""
-        apart = self.node("Unsqueeze", name, self.constant([1]))
-        tiled = self.node("Tile", apart, self.constant([1, self.samples, *[1] * (len(shape) - 1)]))
-        return self.node("Reshape", tiled, self.constant([-1, *shape[1:]]))
+        tiled = self.node("Tile", self.node("Unsqueeze", value, [1]), [1, self.samples, *[1] * (len(shape) - 1)])
+        return self.node("Reshape", tiled, [-1, *shape[1:]])
 
-    def stage(self, stage: StageSpec, model: ModelProto, known: dict[str, str]) -> dict[str, str]:
-        """The nodes and weights of a stage's graph, all of whose names begin with the stage's; its outputs by name."""
-        for tensor in stage.inputs:
-            self.node("Identity", known[tensor.name], out=f"{stage.name}/{tensor.name}")
-        for i, node in enumerate(model.graph.node):
-            node.name = f"{stage.name}/{i}"
-        self.nodes += model.graph.node
-        self.weights += model.graph.initializer
-        return {tensor.name: f"{stage.name}/{tensor.name}" for tensor in stage.outputs}
+    def stage(self, spec: StageSpec, known: dict[str, ir.Value]) -> dict[str, ir.Value]:
+        """Move the nodes and weights of a stage's graph here, where it gets what is ``known``; its outputs by name."""
+        stage = self.stages[spec.name]
+        given, made = list(stage.graph.inputs), {value.name or "": value for value in stage.graph.outputs}
+        for value in given:
+            ir.convenience.replace_all_uses_with(value, known[value.name or ""])
+        for value in values(stage):
+            value.name = f"{spec.name}/{value.name}"
+            if value.producer():
+                value.shape = None  # "B" is the number of images here
+        for i, node in enumerate(stage.graph):
+            node.name = f"{spec.name}/{i}"
+        while stage.graph.initializers:
+            self.graph.register_initializer(stage.graph.initializers.popitem()[1])
+        nodes = list(stage.graph)
+        stage.graph.outputs.clear()
+        stage.graph.remove(nodes)
+        self.graph.extend(nodes)
+        return made
 
-    def judge(self, before: str, ours: str) -> None:
+    def judge(self, before: ir.Value, ours: ir.Value) -> None:
         """The outputs of `handlers.result.Result`, of the logits (B, C) of the images and (B, K, C) of the samples."""
-        last, samples = self.constant([-1]), self.constant([1])
-        mean = self.node("ReduceMean", ours, samples, keepdims=0, out="mean_logits")
+        n_classes = len(self.manifest.classes)
+        mean = self.node("ReduceMean", ours, [1], keepdims=0)
         choices = self.node("ArgMax", ours, axis=2, keepdims=1)
-        chosen = self.node("Equal", choices, self.constant(np.arange(len(self.manifest.classes))))
-        votes = self.node(
-            "ReduceSum", self.node("Cast", chosen, to=TensorProto.INT64), samples, keepdims=0, out="votes"
-        )
-        most = self.node("ReduceMax", votes, last, keepdims=1)
+        chosen = self.node("Equal", choices, np.arange(n_classes))
+        votes = self.node("ReduceSum", self.node("Cast", chosen, to=ir.DataType.INT64), [1], keepdims=0)
+        most = self.node("ReduceMax", votes, [-1], keepdims=1)
         # Equal votes are ordered by the mean logits.
-        lowest = self.constant(np.finfo(np.float32).min)
+        lowest = np.finfo(np.float32).min
         leaders = self.node("Where", self.node("Equal", votes, most), mean, lowest)
-        self.node("ArgMax", leaders, axis=1, keepdims=0, out="label")
-        won = self.node("Cast", self.node("Squeeze", most, last), to=TensorProto.FLOAT)
-        self.node("Div", won, self.constant(np.float32(self.samples)), out="agreement")
-        shares = self.node("ReduceMean", self.node("Softmax", ours, axis=2), samples, keepdims=0)
-        label = self.node("ArgMax", before, axis=1, keepdims=1)
-        left = self.node("GatherElements", shares, label, axis=1)
-        left = self.node("Log", self.node("Max", left, self.constant(np.finfo(np.float32).tiny)))
-        had = self.node("ReduceMax", self.node("LogSoftmax", before, axis=1), last, keepdims=1)
-        sure = self.node("ReduceMax", shares, last, keepdims=1)
-        drop = self.node("Squeeze", self.node("Mul", self.node("Sub", had, left), sure), last)
-        drop = self.node("Max", drop, self.constant(np.float32(0)))
-        two = self.node("TopK", before, self.constant([2]), axis=1)
-        second, first = (self.node(operator, two, last, keepdims=0) for operator in ("ReduceMin", "ReduceMax"))
-        gap = self.node("Sub", second, first)
-        self.node("Add", drop, self.node("Exp", gap), out="score")
+        label = self.node("ArgMax", leaders, axis=1, keepdims=0)
+        won = self.node("Cast", self.node("Squeeze", most, [-1]), to=ir.DataType.FLOAT)
+        agreement = self.node("Div", won, float(self.samples))
+        shares = self.node("ReduceMean", self.node("Softmax", ours, axis=2), [1], keepdims=0)
+        first = self.node("ArgMax", before, axis=1, keepdims=1)
+        left = self.node("GatherElements", shares, first, axis=1)
+        left = self.node("Log", self.node("Max", left, np.finfo(np.float32).tiny))
+        had = self.node("ReduceMax", self.node("LogSoftmax", before, axis=1), [-1], keepdims=1)
+        sure = self.node("ReduceMax", shares, [-1], keepdims=1)
+        drop = self.node("Max", self.node("Mul", self.node("Sub", had, left), sure), 0.0)
+        others = self.node("Where", self.node("Equal", first, np.arange(n_classes)), lowest, before)
+        highest = (self.node("ReduceMax", logits, [-1], keepdims=1) for logits in (others, before))
+        ratio = self.node("Exp", self.node("Sub", *highest))
+        score = self.node("Squeeze", self.node("Add", drop, ratio), [-1])
+        self.output(label, "label", ir.DataType.INT64)
+        self.output(votes, "votes", ir.DataType.INT64, n_classes)
+        self.output(mean, "mean_logits", ir.DataType.FLOAT, n_classes)
+        self.output(agreement, "agreement", ir.DataType.FLOAT)
+        self.output(score, "score", ir.DataType.FLOAT)
 
-    def rows_of(self, name: str) -> str:
-        return self.node("Shape", name, start=0, end=1)
+    def rows_of(self, value: ir.Value) -> ir.Value:
+        return self.node("Shape", value, start=0, end=1)
 
-    def node(self, operator: str, *inputs: str, out: str = "", **attributes: Any) -> str:
-        """Its first output, which is called ``out``, or after the node's place."""
-        out = out or f"{operator}_{len(self.nodes)}"
-        outputs = [out, f"{out}_places"] if operator == "TopK" else [out]
-        self.nodes.append(helper.make_node(operator, list(inputs), outputs, out, **attributes))
-        return out
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        self.graph.inputs.append(ir.val(name, dtype, shape))
+        return self.graph.inputs[-1]
 
-    def constant(self, value: Any) -> str:
-        """Whole numbers as int64; numpy's own as they are."""
-        array = np.asarray(value)
-        name = f"constant_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(array, name))
-        return name
-
-
-def _value(name: str, kind: int, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, shape)
-
-
-def _opset(model: ModelProto) -> int:
-    return next((opset.version for opset in model.opset_import if not opset.domain), 0)
-
-
-def _opsets(models: Sequence[ModelProto]) -> list[onnx.OperatorSetIdProto]:
-    """Those of all stages, which one graph can have in one version only.
-
-    Raises:
-        SingleGraphError: two stages have different ones.
-    """
-    versions: dict[str, int] = {}
-    for model in models:
-        for opset in model.opset_import:
-            if versions.setdefault(opset.domain, opset.version) != opset.version:
-                both = f"{versions[opset.domain]} and {opset.version}"
-                raise SingleGraphError(f"the stages' graphs are of opsets {both}, which cannot be joined")
-    return [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, *sizes: int) -> None:
+        """An output with ``sizes`` behind the batch axis."""
+        self.graph.outputs.append(declare(value, name, dtype, ("B", *sizes)))

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 
 from export import single_graph
 from export.bundle import export_bundle
+from export.onnx_graph import load_graph
 from export.single_graph import FOLDER, GRAPH, REPLAY, REPORT, SingleGraphError, add_single_graph, replay
 from handlers import runtimes
 from handlers.manifest import Manifest
@@ -87,25 +89,16 @@ def test_it_is_listed_compared_and_shares_its_weights(exported: Path) -> None:
 def test_drawn_noise_is_standard_normal_and_differs(runtime: str, tmp_path: Path) -> None:
     """From latent to latent, sample to sample, image to image and call to call."""
     manifest = bundles.write_nvae(tmp_path / "nvae")
-    files = [onnx.load(tmp_path / "nvae" / stage.file) for stage in manifest.stages]
+    stages = [load_graph(tmp_path / "nvae" / stage.file) for stage in manifest.stages]
     shapes = {"noise_0": (40, 40), "noise_1": (40, 40), "noise_2": (3,)}
-    builder = single_graph._Builder(manifest, files, 25, "float32", drawn=True)
-    drawn = builder.noise(shapes, "images")
-    graph = onnx.helper.make_graph(
-        builder.nodes,
-        "noise",
-        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ("B", 1))],
-        [
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ("R", *shapes[key]))
-            for key, name in drawn.items()
-        ],
-        builder.weights,
-    )
+    builder = single_graph._Builder(manifest, stages, 25, "float32", drawn=True)
+    for name, value in builder.noise(shapes, builder.input("images", ir.DataType.FLOAT, ("B", 1))).items():
+        builder.output(value, name, ir.DataType.FLOAT, *shapes[name])
     file = tmp_path / "noise.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), file)
+    ir.save(ir.Model(builder.graph, ir_version=10), file)
     engine = runtimes.load(runtime, file, Options())
     calls = [engine.run({"images": np.zeros((8, 1), np.float32)}) for _ in range(2)]
-    first, second, last = (np.stack([call[drawn[key]] for call in calls]) for key in shapes)
+    first, second, last = (np.stack([call[key] for call in calls]) for key in shapes)
     assert first.shape == (2, 200, 40, 40)
     assert last.shape == (2, 200, 3)
     rows = np.concatenate([first, second]).reshape(-1, 1600).astype(np.float64)

@@ -15,6 +15,7 @@ import openvino as ov  # type: ignore[import-untyped]
 from handlers.runtimes import cache, memory
 
 _PAGE = 4096
+_STEP = 4_000_000  # numbers that are widened at once: a fully connected layer can have 500 million
 _HALF = {ov.Type.f16, ov.Type.bf16}
 
 
@@ -42,14 +43,16 @@ class Widened:
         except OSError:  # a full disk
             return
         for op, place in zip(casts, places, strict=False):
-            half, shape = op.input_value(0), tuple(op.get_output_shape(0))
-            wide = np.frombuffer(self._map, np.float32, math.prod(shape), place).reshape(shape)
-            if half.get_element_type() == ov.Type.f16:
-                np.copyto(wide, half.get_node().data)
-            else:  # the upper half of an fp32 number, which numpy does not know
-                np.left_shift(half.get_node().data.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
-            op.output(0).replace(ov.op.Constant(wide, shared_memory=True).output(0))
-            self.forget()
+            constant, shape = op.input_value(0).get_node(), tuple(op.get_output_shape(0))
+            wide, half = np.frombuffer(self._map, np.float32, math.prod(shape), place), constant.data.ravel()
+            for start in range(0, len(wide), _STEP):
+                part = slice(start, start + _STEP)
+                if constant.get_output_element_type(0) == ov.Type.f16:
+                    np.copyto(wide[part], half[part])
+                else:  # the upper half of an fp32 number, which numpy does not know
+                    np.left_shift(half[part].view(np.uint16), 16, out=wide[part].view(np.uint32), dtype=np.uint32)
+                self.forget()
+            op.output(0).replace(ov.op.Constant(wide.reshape(shape), shared_memory=True).output(0))
 
     def forget(self) -> None:
         """Give back the memory in which this process sees the file."""

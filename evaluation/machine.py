@@ -30,11 +30,6 @@ def describe() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cores.kind().splitlines())
+    named = (value.strip() for name, _, value in lines if name.strip() == "model name")
+    return next(named, platform.processor() or platform.machine())

@@ -4,7 +4,6 @@ Each cell, a defence under a threat on a chunk of images, is appended to a log w
 So an interrupted command resumes, and a cell is measured again if anything it depends on has changed.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -313,8 +312,3 @@ def _within(found: Mapping[tuple[str, str], Any], rows: Mapping[str, Defence], c
             cell, clean = found[row, column], found[row, "clean"]["right"]
             table[row] = share(np.where(cell["l2"] <= bound, cell["right"], clean[: len(cell["right"])]) > 0)
     return table
-
-
-def settings(budget: Budget) -> dict[str, Any]:
-    """Of a report."""
-    return dataclasses.asdict(budget)

@@ -7,19 +7,6 @@ from typing import Any
 from evaluation import aisvs
 from evaluation.report import Content, conditions, figure, share, table
 
-_COLOURS = (
-    "#8a8a8a",
-    "#d9a441",
-    "#5a9a6a",
-    "#b58a6a",
-    "#a07a9a",
-    "#7d5fa8",
-    "#86aedb",
-    "#2f6db0",
-    "#3a9a9a",
-    "#b0362a",
-)
-
 
 def markdown(content: Content) -> str:
     """The page."""
@@ -152,7 +139,7 @@ def _number(entries: Mapping[str, float], name: str) -> str:
 
 def plot(content: Content, path: Path) -> None:
     """Accuracy with intervals, threat by threat; beside it against the size of the change, or by certified radius."""
-    colours = dict(zip(content["defences"], _COLOURS * 9, strict=False))
+    colours = {name: f"C{i}" for i, name in enumerate(content["defences"])}  # of matplotlib's cycle
     columns = {**content["threats"], "worst": "the worst of the attacks"}
     entries = {
         column: {name: row[column] for name, row in content["accuracy"].items() if column in row} for column in columns

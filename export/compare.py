@@ -21,6 +21,7 @@ from export.stage import Stage, as_tuple
 from export.trace import example
 from handlers import runtimes
 from handlers.errors import MlvgmError
+from handlers.manifest import StageSpec
 from handlers.runtimes import Array, Engine
 
 FloatArray = NDArray[np.floating[Any]]
@@ -130,7 +131,7 @@ def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Any], batch: in
 class ReferenceEngine:
     """Lets a pipeline run a function of tensors (a stage's reference, or a module) as if it were an engine."""
 
-    def __init__(self, stage: Stage, function: Callable[..., Tensor | Sequence[Tensor]]) -> None:
+    def __init__(self, stage: Stage | StageSpec, function: Callable[..., Tensor | Sequence[Tensor]]) -> None:
         self._stage, self._function = stage, function
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

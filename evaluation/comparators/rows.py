@@ -17,6 +17,7 @@ from evaluation.attacks import to_float
 from evaluation.comparators.autoencoders import draw, read
 from evaluation.comparators.training import ComparatorError
 from evaluation.defences import Defence, Images, Predictions, Seeds, Subject
+from export.compare import ReferenceEngine
 from mlvgm.checkpoint import read_checkpoint, weights_digest
 from mlvgm.load import load_classifier
 from mlvgm.purifier import Autoencoder
@@ -73,7 +74,8 @@ def classifier(
     subject: Subject, name: str, title: str, network: nn.Module, samples: int | str | None, served: str | None
 ) -> dict[str, Defence]:
     """Two rows: ``network`` in the place of the classifier, alone and behind the purifier."""
-    pipeline = subject.pipeline.with_stage("classify", _Engine(network))
+    spec = subject.pipeline.manifest.stages[-1]
+    pipeline = subject.pipeline.with_stage(spec.name, ReferenceEngine(spec, network))
     rows = defences.defences(dataclasses.replace(subject, pipeline=pipeline, classifier=network), samples, served)
     own: dict[str, Any] = {"classifier": network, "digest": weights_digest(network)}
     alone = dataclasses.replace(rows["none"], name=name, title=title, **own)
@@ -111,17 +113,3 @@ def autoencoder(subject: Subject, name: str, title: str, network: Autoencoder) -
         return Trace(subject.fast_classifier(changed).view(draws, len(images), -1).cpu(), stages)
 
     return Defence(name, f"{title}, vote of {SAMPLES}", serve, forward, True, digest=weights_digest(network))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Engine:
-    """A classifier in PyTorch as the engine of a stage."""
-
-    network: nn.Module
-
-    @torch.no_grad()
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"logits": self.network(torch.from_numpy(np.asarray(inputs["images"]))).numpy()}
-
-    def close(self) -> None:
-        pass

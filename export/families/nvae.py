@@ -8,7 +8,7 @@
 - The log standard deviations of the posterior and of the mixture are not used, so they are not computed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.fold import conv, conv_then_norm, norm_then_pointwise, without_weight_norm
+from export.precision import copied
 from export.stage import Stage
 from handlers.manifest import TensorSpec
 from mlvgm.mixture import mixture_mean
@@ -96,30 +97,15 @@ class Encode(nn.Module):
 
     def __init__(self, network: Parts) -> None:
         super().__init__()
-        self.config = network.config
-        self.before = nn.Sequential(*_fold_cells(network.preprocessing_block))
-        self.groups = nn.ModuleDict()
-        for s, count in enumerate(self.config.groups):
-            scale = network.encoder_tower[f"scale_{s}"]
-            for g in range(count):
-                self.groups[f"{s}:{g}"] = nn.Sequential(*_fold_cells(scale[f"group_{g}"]))
-            if s > 0:
-                self.groups[f"{s}:down"] = FoldedEncoderCell(scale["downsampling"])
-        self.last = network.encoder_0
-        z, samplers = self.config.latent_channels, network.enc_sampler.values()
+        z, samplers = network.config.latent_channels, network.enc_sampler.values()
         self.means = nn.ModuleList(conv(sampler.weight[:z], sampler.bias[:z], padding=1) for sampler in samplers)
+        self.network: Parts = copied(network)
+        parts = ("preprocessing_block", "encoder_tower", "encoder_0")
+        self.network._modules = {name: _fold_cells(network._modules[name]) for name in parts}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        x = self.before(2.0 * images - 1.0)
-        features: dict[tuple[int, int], Tensor] = {}
-        for s in reversed(range(len(self.config.groups))):
-            for g in range(self.config.groups[s]):
-                x = self.groups[f"{s}:{g}"](x)
-                features[s, g] = x
-            if s > 0:
-                x = self.groups[f"{s}:down"](x)
-        features[0, 0] = self.last(x)
-        return tuple(mean(features[latent]) for mean, latent in zip(self.means, self.config.latents(), strict=True))
+        features: tuple[Tensor, ...] = self.network.encode(images)
+        return tuple(mean(feature) for mean, feature in zip(self.means, features, strict=True))
 
 
 class Decode(nn.Module):
@@ -349,11 +335,8 @@ class MixtureMean(nn.Module):
         return torch.cat((r, g, b), dim=1)
 
 
-def _fold_cells(block: Iterable[nn.Module]) -> list[nn.Module]:
-    folded: list[nn.Module] = []
-    for part in block:
-        if isinstance(part, nn.Sequential):
-            folded += _fold_cells(part)
-        else:
-            folded.append(FoldedEncoderCell(part) if isinstance(part, ResidualCell) else part)
-    return folded
+def _fold_cells(module: nn.Module) -> nn.Module:
+    """``module`` with all its encoder cells folded, in place."""
+    for name, part in module.named_children():
+        setattr(module, name, FoldedEncoderCell(part) if isinstance(part, ResidualCell) else _fold_cells(part))
+    return module

@@ -7,15 +7,16 @@ noise, interpolation), flows, which act on the few channels of a latent, and the
 import torch
 from torch import Tensor, nn
 
-from export.families.nvae import Decode, Encode, Gate, MixtureMean, Prior
+from export.families.nvae import Decode, Encode, Gate, MixtureMean, Parts, Prior
 from export.precision import FP16, Cast, Excite, copied, fp16_layer, fp16_stage, rounded
 from mlvgm.nvae_cells import DecoderCombiner
 
 
 @fp16_stage.register
 def _encode(module: Encode) -> nn.Module:
-    made = rounded(copied(module), "before", "means")
-    made.before = nn.Sequential(Cast(FP16), fp16_layer(module.before))
+    made = rounded(copied(module), "means")
+    network: Parts = made.network
+    network.preprocessing_block = nn.Sequential(Cast(FP16), network.preprocessing_block)
     made.means = nn.ModuleList(_to_single(mean) for mean in module.means)
     return made
 

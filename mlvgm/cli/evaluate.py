@@ -151,7 +151,7 @@ def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
         "l2": args.l2,
         "few": min(budget.few, len(images)),
         "budget_name": args.budget,
-        "budget": robustness.settings(budget),
+        "budget": dataclasses.asdict(budget),
         "command": shlex.join(["mlvgm", *sys.argv[1:]]),
         "runtime": pipeline.runtime,
         "precision": manifest.precision,

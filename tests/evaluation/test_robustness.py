@@ -56,7 +56,7 @@ def content(subject: Subject, images: np.ndarray, labels: np.ndarray, tmp_path_f
     here = {"processor": "a processor", "cores": 2, "python": "3", "packages": {"torch": "2"}}
     about = {"model": "tiny", "n": 12, "few": 8, "images": "signs", "budget_name": "quick", "l2": 0.5, "machine": here}
     about |= {
-        "budget": robustness.settings(BUDGET),
+        "budget": dataclasses.asdict(BUDGET),
         "runtime": "onnxruntime",
         "precision": "fp32",
         "command": "this",

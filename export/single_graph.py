@@ -81,9 +81,9 @@ def add_single_graph(
 def _write(manifest: Manifest, bundle: Path, folder: Path, samples: int, images: ImageType) -> None:
     files = [bundle / stage.file for stage in manifest.stages]
     stages = [load_graph(file) for file in files]
-    opset = max(_OPSET, *(stage.opset_imports[""] for stage in stages))
+    opset = max(_OPSET, *(stage.opset_imports.get("", 0) for stage in stages))
     for i, stage in enumerate(stages):
-        if stage.opset_imports[""] < opset:  # a classifier that came as a graph
+        if stage.opset_imports.get("", 0) < opset:  # a classifier that came as a graph
             converted = onnx.version_converter.convert_version(onnx.load(str(files[i])), opset)
             stages[i] = ir.from_proto(converted)
     _share_weights(stages, folder / f"{GRAPH}.data")
@@ -103,9 +103,10 @@ def _share_weights(models: Sequence[ir.Model], data: Path) -> None:
     """
     weights = [weight for model in models for weight in model.graph.initializers.values()]
     large = {w: w.const_value for w in weights if w.const_value is not None and w.const_value.nbytes > _SMALL}
-    moved = ir.external_data.convert_tensors_to_external([*large.values()], data.parent, data.name)
-    for weight, tensor in zip(large, moved, strict=True):
-        weight.const_value = tensor
+    if large:
+        moved = ir.external_data.convert_tensors_to_external([*large.values()], data.parent, data.name)
+        for weight, tensor in zip(large, moved, strict=True):
+            weight.const_value = tensor
 
 
 def _compared(bundle: Path, folder: Path, samples: int, images: ImageType) -> dict[str, Any]:

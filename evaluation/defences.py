@@ -165,10 +165,8 @@ def defences(subject: Subject, samples: int | str | None = None, served: str | N
     voters = manifest.samples.default if samples is None else samples
     count = voters if isinstance(voters, int) else manifest.samples.max
     served = served or manifest.default_alphas
-    nothing, vote_of = (
-        (0.0,) * manifest.n_latents,
-        f"vote of {voters}" if isinstance(voters, int) else "samples: auto",
-    )
+    nothing = (0.0,) * manifest.n_latents
+    vote_of = f"vote of {voters}" if isinstance(voters, int) else "samples: auto"
     rows = [
         Defence("none", "no defence", _serve(subject), _forward(subject)),
         _blur(subject),
@@ -195,19 +193,16 @@ def asked(client: Client, model: str, classes: int) -> Serve:
     """A running server's ``model``. It draws its own seeds; its "logits" are the logarithms of its confidences."""
 
     def serve(images: Images, _: Seeds) -> Predictions:
-        labels, logits, flagged, scores = [], [], [], []
-        for i in range(len(images)):
-            answer = client.predict(encode(images[i]), model, top_k=classes)
-            confidences = np.zeros(classes, np.float32)
+        answers = [client.predict(encode(image), model, top_k=classes) for image in images]
+        confidences = np.zeros((len(images), classes), np.float32)
+        for row, answer in zip(confidences, answers, strict=True):
             for entry in answer["top_k"]:
-                confidences[entry["index"]] = entry["confidence"]
-            labels.append(answer["index"])
-            logits.append(np.log(confidences.clip(1e-12)))
-            flagged.append(answer["flagged"])
-            scores.append(answer.get("score", 0.0))
-        found = np.array(labels, np.int64)
-        floats = (np.array(logits, np.float32), np.array(flagged, np.bool_), np.array(scores, np.float32))
-        return Predictions(found, found[:, None], *floats, np.zeros(len(images), np.float32))
+                row[entry["index"]] = entry["confidence"]
+        labels = np.array([answer["index"] for answer in answers], np.int64)
+        flagged = np.array([answer["flagged"] for answer in answers], np.bool_)
+        scores = np.array([answer.get("score", 0.0) for answer in answers], np.float32)
+        logits = np.log(confidences.clip(1e-12))
+        return Predictions(labels, labels[:, None], logits, flagged, scores, np.zeros(len(images), np.float32))
 
     return serve
 

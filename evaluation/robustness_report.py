@@ -1,6 +1,6 @@
 """What `evaluation.robustness` has found, as a page and as a plot."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def _accuracy(content: Content) -> list[str]:
     rows = [
         [
             content["defences"][name],
-            *(share(entries[column]) if column in entries else "" for column in columns),
+            *_shares(entries, columns),
             f"**{share(content['worst'][name])}**" if name in content["worst"] else "",
         ]
         for name, entries in content["accuracy"].items()
@@ -98,7 +98,7 @@ def _detection(content: Content) -> list[str]:
 def _within(content: Content) -> list[str]:
     names = list(content["accuracy"])
     rows = [
-        [content["threats"][column], f"{entry['l2']:g}", *(share(entry[n]) if n in entry else "" for n in names)]
+        [content["threats"][column], f"{entry['l2']:g}", *_shares(entry, names)]
         for column, entries in content["within"].items()
         for entry in entries
     ]
@@ -112,10 +112,10 @@ def _certified(content: Content) -> list[str]:
 
 
 def _defences(content: Content) -> list[str]:
-    rows = [
-        [title, _number(content["cost_ms"], name), _number(content["deviation"], name), *_unanimous(content, name)]
-        for name, title in content["defences"].items()
-    ]
+    rows = []
+    for name, title in content["defences"].items():
+        unanimous = _shares(content["unanimous"].get(name, {}), ("clean", "deepfool"))
+        rows.append([title, _number(content["cost_ms"], name), _number(content["deviation"], name), *unanimous])
     return table(["defence", "ms per image", "deviation of samples", "all samples right, clean", "attacked"], rows)
 
 
@@ -128,9 +128,9 @@ def _training(content: Content) -> list[str]:
     return table(["defence", "steps", "seconds", "device", "held-out training images", "SHA-256"], rows)
 
 
-def _unanimous(content: Content, name: str) -> list[str]:
-    entries = content["unanimous"].get(name, {})
-    return [share(entries[column]) if column in entries else "" for column in ("clean", "deepfool")]
+def _shares(entries: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """A cell for each of ``names``; nothing in it where that was not measured."""
+    return [share(entries[name]) if name in entries else "" for name in names]
 
 
 def _number(entries: Mapping[str, float], name: str) -> str:

@@ -50,13 +50,7 @@ def stages(purifier: NVAEPurifier, kept: int = 0) -> tuple[Stage, ...]:
         ]
 
     return (
-        Stage(
-            "encode",
-            lambda: Encode(without_weight_norm(purifier.network)),
-            published_encode,
-            (images,),
-            features,
-        ),
+        Stage("encode", lambda: Encode(without_weight_norm(purifier.network)), published_encode, (images,), features),
         *(_decoding(purifier, range(*part), features, noise, alphas) for part in pairwise(sorted({0, kept, n}))),
     )
 

@@ -5,7 +5,6 @@ decision boundary that rounding to 8 bits often makes it correct again. So the p
 rounded image is misclassified; if no scale achieves that, the attack has failed.
 """
 
-import copy
 import hashlib
 import importlib
 import os
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.progress import track
-from export.fold import fold_batch_norms
+from export.fold import fast
 from handlers.errors import MlvgmError
 from mlvgm.checkpoint import weights_digest
 
@@ -147,12 +146,11 @@ def attack(
         method = METHODS[method]
     load_foolbox()
     key = fingerprint(classifier, method)
-    fast = fold_batch_norms(copy.deepcopy(classifier).eval()).requires_grad_(False)
-    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folded = fast(classifier)
     parts, l2 = [], []
     for start in track(range(0, len(images), _CHUNK), type(method).__name__, f"x{_CHUNK} image"):
         chunk, truth = images[start : start + _CHUNK], labels[start : start + _CHUNK]
-        parts.append(cached(cache, key, chunk, truth, partial(_attack_chunk, fast, classifier, chunk, truth, method)))
+        parts.append(cached(cache, key, chunk, truth, partial(_attack_chunk, folded, classifier, chunk, truth, method)))
         l2.append(distances(parts[-1], chunk))
     attacked = np.concatenate(parts)
     return AttackResult(attacked, predict(classifier, attacked) != labels, np.concatenate(l2))
@@ -189,11 +187,11 @@ def distances(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
 
 
 def _attack_chunk(
-    fast: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
+    folded: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
 ) -> NDArray[np.uint8]:
-    """Attack ``fast``, ``classifier`` with folded batch norms; success is decided by ``classifier`` itself."""
+    """Attack ``folded``, ``classifier`` with folded batch norms; success is decided by ``classifier`` itself."""
     clean, truth = to_float(images), torch.from_numpy(labels)
-    perturbed = method.perturb(fast, clean.contiguous(memory_format=torch.channels_last), truth)
+    perturbed = method.perturb(folded, clean.contiguous(memory_format=torch.channels_last), truth)
     return _survive_rounding(classifier, clean, perturbed, truth)
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evaluation.attacks import to_float
-from evaluation.defences import Images, Labels, fast
+from evaluation.defences import Images, Labels
 from evaluation.tuning import STEP, Weights, schedules
+from export.fold import fast
 from mlvgm.purifier import Purifier
 from mlvgm.training.loop import cosine_rate, shuffled
 

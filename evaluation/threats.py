@@ -15,7 +15,8 @@ from evaluation import changes
 from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine
 from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
-from evaluation.defences import Defence, Images, Labels, Predictions, Subject, fast, gaussian
+from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
+from export.fold import fast
 from handlers.certify import certify
 
 Rows = NDArray[np.int64]

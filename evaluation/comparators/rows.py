@@ -18,6 +18,7 @@ from evaluation.comparators.autoencoders import draw, read
 from evaluation.comparators.training import ComparatorError
 from evaluation.defences import Defence, Images, Predictions, Seeds, Subject
 from export.compare import ReferenceEngine
+from export.fold import fast
 from mlvgm.checkpoint import read_checkpoint, weights_digest
 from mlvgm.load import load_classifier
 from mlvgm.purifier import Autoencoder
@@ -89,7 +90,7 @@ def autoencoder(subject: Subject, name: str, title: str, network: Autoencoder) -
     side, (height, width) = network.image_size, subject.pipeline.manifest.image_size
     if not side == height == width:
         raise ComparatorError(f"{title} is for images of {side}x{side} pixels, the bundle for {height}x{width}")
-    sizes, quick = [math.prod(shape) for shape in network.noise_shapes], defences.fast(network, subject.device)
+    sizes, quick = [math.prod(shape) for shape in network.noise_shapes], fast(network, subject.device)
 
     @torch.no_grad()
     def serve(images: Images, seeds: Seeds) -> Predictions:

@@ -1,23 +1,24 @@
-"""``mlvgm archive``: pack a bundle into a .mar for TorchServe, or its single graph into another server's repository."""
+"""Pack a bundle, with the server code and settings, into one archive for TorchServe; it is checked first.
+
+Or put its single graph (mlvgm export --single-graph) into a model repository for a server without Python.
+
+Example: mlvgm archive build/road-signs --out model_store. Or: mlvgm archive build/road-signs --format triton --out
+model_repository
+"""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
 from deploy.errors import CliError
-from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
-from mlvgm.cli.options import add_engines, whole
+from export.archive import QUEUED_CALLS, Settings, build_archive
+from mlvgm.cli.options import Parser, add_engines, whole
 
 _NUMBERS = (  # option, field of the settings, unit, help
     ("--batch-size", "batch_size", "N", "requests answered together (default: as many as fill an engine)"),
     ("--batch-delay", "batch_delay_ms", "MS", "how long a request waits for others to join its batch (%(default)s)"),
     ("--queue", "queue", "N", f"requests that may wait (default: {QUEUED_CALLS} full calls of an engine)"),
-    (
-        "--max-wait",
-        "max_wait_s",
-        "S",
-        "refuse requests queued for longer; needs X-Request-Start from the proxy (%(default)s)",
-    ),
+    ("--max-wait", "max_wait_s", "S", "refuse requests queued for longer; needs X-Request-Start (%(default)s)"),
     ("--response-timeout", "response_timeout_s", "S", "restart a worker whose batch takes longer (%(default)s)"),
     ("--certify-draws", "certify_draws", "N", "noisy images a request, for clients' certificates (%(default)s: none)"),
     ("--certify-sigma", "certify_sigma", "S", "standard deviation of their noise (%(default)s)"),
@@ -25,45 +26,28 @@ _NUMBERS = (  # option, field of the settings, unit, help
 )
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "archive",
-        description="Check a bundle and pack it, with the server code and settings, into one archive for TorchServe; "
-        "or put its single graph (mlvgm export --single-graph) into a model repository for a server without Python.",
-        epilog="Example: mlvgm archive build/road-signs --out model_store. Or: mlvgm archive build/road-signs --format "
-        "triton --out model_repository",
-    )
-    parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
-    parser.add_argument(
-        "--format",
-        choices=("torchserve", "triton", "ovms", "kserve"),
-        default="torchserve",
-        help="ovms is OpenVINO Model Server (default: %(default)s)",
-    )
-    parser.add_argument("--out", type=Path, help="folder for it (model_store, or model_repository for other servers)")
-    parser.add_argument("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
-    parser.add_argument("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
-    parser.add_argument(
-        "--archive-format",
-        choices=list(FORMATS),
-        default="zip-store",
-        help="zip-store is the fastest to build and start; no-archive is a folder that is not copied at start "
-        "(default: %(default)s)",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("bundle", type=Path, help="the folder that mlvgm export wrote")
+    formats = ("torchserve", "triton", "ovms", "kserve")
+    add("--format", choices=formats, default="torchserve", help="ovms is OpenVINO Model Server (default: %(default)s)")
+    add("--out", type=Path, help="folder for it (model_store, or model_repository for other servers)")
+    add("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
+    add("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
     add_engines(parser, help="CPU threads per worker (default: every core)")
     defaults = Settings()
     for option, name, unit, text in _NUMBERS:
         default = getattr(defaults, name)
-        parser.add_argument(option, dest=name, type=type(default), default=default, metavar=unit, help=text)
-    parser.add_argument(
+        add(option, dest=name, type=type(default), default=default, metavar=unit, help=text)
+    add(
         "--suspicious",
         choices=("pass", "review", "refuse"),
         default=defaults.suspicious,
         help="what becomes of an image whose attack score is above the threshold that mlvgm tune --score has set: its "
         "answer says so, is marked for review, or is refused (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--allow-seed",
         action="store_true",
         help="let clients choose the noise, for tests: whoever can do that can search for noise that suits an attack",
@@ -77,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "torchserve":
         if args.instances > 1 or args.storage_uri:
             raise CliError("--instances and --storage-uri are for --format triton, ovms or kserve")
-        print(build_archive(args.bundle, args.out or Path("model_store"), settings, args.archive_format))
+        print(build_archive(args.bundle, args.out or Path("model_store"), settings))
         return 0
     from export.repository import build_repository
 

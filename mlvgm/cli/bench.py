@@ -1,4 +1,7 @@
-"""``mlvgm bench``: measurements, one benchmark a module of this package."""
+"""Measure on this machine. Every report says what it was measured on.
+
+Example: mlvgm bench stages --recipe road-signs --json build/stages.json
+"""
 
 import argparse
 import importlib
@@ -6,27 +9,27 @@ import sys
 
 from deploy.errors import CliError
 from deploy.server import IN_CHECKOUT, PROJECT
-from mlvgm.cli.options import add_report
+from mlvgm.cli.options import Parser, add_report, add_verb
 
-BENCHMARKS = ("stages", "server", "trtexec", "vote")
+BENCHMARKS = {
+    "stages": "the pipeline by technique, stage by stage",
+    "server": "a bundle on TorchServe: load, hostile requests, kills, overload",
+    "trtexec": "every stage with NVIDIA's trtexec",
+    "vote": "samples: auto against the maximum",
+}
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmarks and their arguments."""
-    parser = verbs.add_parser(
-        "bench",
-        description="Measure on this machine. Every report says what it was measured on.",
-        epilog="Example: mlvgm bench stages --recipe road-signs --json build/stages.json",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     if not IN_CHECKOUT:
         parser.add_argument("benchmark", nargs=argparse.REMAINDER, help="in a checkout: " + ", ".join(BENCHMARKS))
         return
     benchmarks = parser.add_subparsers(metavar="BENCHMARK", required=True)
-    for benchmark in BENCHMARKS:
+    for benchmark, summary in BENCHMARKS.items():
         module = importlib.import_module(f"mlvgm.cli.bench_{benchmark}")
-        module.add_parser(benchmarks)
-        add_report(benchmarks.choices[benchmark])
-        benchmarks.choices[benchmark].set_defaults(benchmark=module.run)
+        own = add_verb(benchmarks, benchmark, summary, module)
+        add_report(own)
+        own.set_defaults(benchmark=module.run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,11 @@
-"""``mlvgm bench server``: how fast a bundle is on TorchServe, and what it withstands there."""
+"""Archive a bundle, start TorchServe with it on free ports of loopback, and measure it.
+
+Images a second, against the same pipeline in process and behind the development server; latency against load; and what
+else you ask for.
+
+Example: mlvgm bench server --bundle build/road-signs --hostile 100000 --kills 10 --overload 120 --json
+build/server.json
+"""
 
 import argparse
 import importlib.util
@@ -9,42 +16,28 @@ from typing import Any
 
 from deploy.errors import CliError
 from deploy.workers import chosen
-from mlvgm.cli.options import add_pipeline, number, number_of_samples, positive, whole
+from evaluation.progress import say
+from export import archive
+from handlers.manifest import AUTO, Manifest
+from mlvgm.cli.options import Parser, add_pipeline, number, number_of_samples, positive, whole
 
 
-def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmark's arguments."""
-    parser = benchmarks.add_parser(
-        "server",
-        help="a bundle on TorchServe: load, hostile requests, kills, overload",
-        description="Archive a bundle, start TorchServe with it on free ports of loopback, and measure: images a "
-        "second against the same pipeline in process and behind the development server, latency against load, and "
-        "what else you ask for.",
-        epilog="Example: mlvgm bench server --bundle build/road-signs --hostile 100000 --kills 10 --overload 120 "
-        "--json build/server.json",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
     add_pipeline(parser, required=True)
-    for option, unit, kind, text in (
-        ("--hostile", "N", whole(0), "requests to send, half of them hostile"),
-        ("--kills", "N", whole(0), "times to kill the workers under load"),
-        ("--overload", "SECONDS", number, "seconds to offer twice the sustainable rate"),
-        ("--soak", "SECONDS", number, "seconds to offer half the sustainable rate"),
-    ):
-        parser.add_argument(option, type=kind, default=0, metavar=unit, help=text)
-    parser.add_argument("--seconds", type=number, default=10, help="of each load (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=3, help="of each server at saturation (%(default)s)")
-    parser.add_argument(
-        "--samples", type=number_of_samples, metavar="N", help="of an image, or auto (default: the bundle's)"
-    )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="to send (default: synthetic pictures)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images a batch (default: the archive's)")
-    parser.add_argument(
-        "--batch-delay", type=positive, metavar="MS", help="to wait for a full batch (default: the archive's)"
-    )
-    parser.add_argument("--workers", type=positive, help="of each server (default: as mlvgm serve)")
-    parser.add_argument(
-        "--no-dev", action="store_true", help="do not compare with the development server of mlvgm serve --dev"
-    )
+    add("--hostile", type=whole(0), default=0, metavar="N", help="requests to send, half of them hostile")
+    add("--kills", type=whole(0), default=0, metavar="N", help="times to kill the workers under load")
+    add("--overload", type=number, default=0, metavar="SECONDS", help="seconds to offer twice the sustainable rate")
+    add("--soak", type=number, default=0, metavar="SECONDS", help="seconds to offer half the sustainable rate")
+    add("--seconds", type=number, default=10, help="of each load (%(default)s)")
+    add("--rounds", type=positive, default=3, help="of each server at saturation (%(default)s)")
+    add("--samples", type=number_of_samples, metavar="N", help="of an image, or auto (default: the bundle's)")
+    add("--images", type=Path, metavar="FOLDER", help="to send (default: synthetic pictures)")
+    add("--batch-size", type=positive, metavar="N", help="images a batch (default: the archive's)")
+    add("--batch-delay", type=positive, metavar="MS", help="to wait for a full batch (default: the archive's)")
+    add("--workers", type=positive, help="of each server (default: as mlvgm serve)")
+    add("--no-dev", action="store_true", help="do not compare with the development server of mlvgm serve --dev")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
@@ -52,9 +45,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     from benchmarks.server import report
     from benchmarks.server.measure import measure
     from benchmarks.server.workload import Plan
-    from evaluation.progress import say
-    from export import archive
-    from handlers.manifest import AUTO, Manifest
     from tests.stress import hostile, kills, overload, soak
 
     manifest = Manifest.read(args.bundle)

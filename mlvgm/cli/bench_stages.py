@@ -1,46 +1,45 @@
-"""``mlvgm bench stages``: how much faster each technique is than the published operators, and its error."""
+"""Run the pipeline with the published operators in eager PyTorch, rewritten, and exported in every runtime here.
+
+All on the same images and noise: images a second, ratios, memory, errors.
+
+Example: mlvgm bench stages --recipe celeba-gender --synthetic --batch 1 4 --json build/stages.json
+"""
 
 import argparse
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deploy.errors import CliError
-from mlvgm.cli.options import add_models, number, positive, whole
+from evaluation.progress import say
+from handlers.manifest import FILE_NAME, Manifest
+from mlvgm.cli.options import Parser, add_models, number, positive, whole
+from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from benchmarks.stages import ModelUnderTest
 
 
-def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmark's arguments."""
-    parser = benchmarks.add_parser(
-        "stages",
-        help="the pipeline by technique, stage by stage",
-        description="Run the pipeline with the published operators in eager PyTorch, rewritten, and exported in every "
-        "installed runtime, on the same images and noise: images a second, ratios, memory, errors.",
-        epilog="Example: mlvgm bench stages --recipe celeba-gender --synthetic --batch 1 4 --json build/stages.json",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
     add_models(parser, action="append", help="name or YAML file; repeatable (default: road-signs)")
-    parser.add_argument("--synthetic", action="store_true", help="random weights in the published format instead")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
-    parser.add_argument("--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples (1)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
-    parser.add_argument(
-        "--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)"
-    )
-    parser.add_argument("--seconds", type=number, default=10, help="to measure each row for, at least (%(default)s)")
-    parser.add_argument("--threads", type=whole(0, 1024), default=0, help="CPU threads (default: every core)")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
+    add("--synthetic", action="store_true", help="random weights in the published format instead")
+    add("--batch", type=positive, nargs="+", default=[1, 4], metavar="B", help="images a call (1 4)")
+    add("--samples", type=positive, nargs="+", default=[1], metavar="N", help="purified samples (1)")
+    add("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
+    add("--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)")
+    add("--seconds", type=number, default=10, help="to measure each row for, at least (%(default)s)")
+    add("--threads", type=whole(0, 1024), default=0, help="CPU threads (default: every core)")
+    add("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     """Measure every recipe; returns the content of the report, its page and its plot."""
     from benchmarks import stages
-    from evaluation.progress import say
 
     recipes = args.recipe or ["road-signs"]
     if (args.purifier or args.classifier) and len(recipes) > 1:
@@ -62,8 +61,6 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     from benchmarks.synthetic import write_checkpoints
     from export.bundle import export_bundle
     from export.models import load_models
-    from handlers.manifest import FILE_NAME
-    from mlvgm.recipe import Recipe
 
     recipe = Recipe.read(name)
     purifier, classifier = args.purifier, args.classifier
@@ -77,9 +74,8 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     return ModelUnderTest(name, bundle, purifier, classifier)
 
 
-def _images(args: argparse.Namespace, model: "ModelUnderTest") -> "NDArray[np.uint8]":
+def _images(args: argparse.Namespace, model: "ModelUnderTest") -> NDArray[np.uint8]:
     from evaluation.photographs import pictures
-    from handlers.manifest import Manifest
 
     count = max(*args.batch, args.compare)
     images = pictures(args.images, count, Manifest.read(model.bundle).image_size)

@@ -1,20 +1,20 @@
-"""``mlvgm bench trtexec``: the command lines that time every stage with NVIDIA's own tool, and its times."""
+"""Print the trtexec command lines of every stage at every batch size of the bundle's profile.
+
+They are run where trtexec is on PATH.
+
+Example: mlvgm bench trtexec build/road-signs --json build/trtexec.json
+"""
 
 import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
+from mlvgm.cli.options import Parser
 
-def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmark's arguments."""
-    parser = benchmarks.add_parser(
-        "trtexec",
-        help="every stage with NVIDIA's trtexec",
-        description="Print the trtexec command lines of every stage at every batch size of the bundle's profile, and "
-        "run them where trtexec is on PATH.",
-        epilog="Example: mlvgm bench trtexec build/road-signs --json build/trtexec.json",
-    )
+
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     parser.add_argument("bundle", type=Path, help="folder of the bundle")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for engines and times (default: BUNDLE-trtexec)")
 

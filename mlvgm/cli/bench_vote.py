@@ -1,28 +1,27 @@
-"""``mlvgm bench vote``: whether a vote that is ended early says what all samples would have said."""
+"""Classify clean and attacked validation images with samples: auto and with the bundle's maximum.
+
+Both have the same noise, batch by batch in turn. Says how many labels are equal, how many samples were drawn, and how
+many times as fast auto is.
+
+Example: mlvgm bench vote --bundle build/road-signs --data ../gtsrb --json build/vote.json
+"""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
+from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe
 
 
-def add_parser(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the benchmark's arguments."""
-    parser = benchmarks.add_parser(
-        "vote",
-        help="samples: auto against the maximum",
-        description="Classify clean and attacked validation images with samples: auto and with the bundle's maximum, "
-        "with the same noise, batch by batch in turn. Says how many labels are equal, how many samples were drawn, "
-        "and how many times as fast auto is.",
-        epilog="Example: mlvgm bench vote --bundle build/road-signs --data ../gtsrb --json build/vote.json",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
     add_pipeline(parser, required=True)
     add_models(parser, purifier=False)
-    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
-    parser.add_argument("--attacks", nargs="*", choices=("deepfool", "cw"), default=["deepfool"], help="(deepfool)")
-    parser.add_argument("--images", type=positive, default=1000, metavar="N", help="of each kind (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images a call (%(default)s)")
+    add("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
+    add("--attacks", nargs="*", choices=("deepfool", "cw"), default=["deepfool"], help="(deepfool)")
+    add("--images", type=positive, default=1000, metavar="N", help="of each kind (%(default)s)")
+    add("--batch", type=positive, default=32, metavar="N", help="images a call (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, None]:

@@ -1,4 +1,9 @@
-"""``mlvgm demo``: export the shipped model, serve it, attack drawn road signs, purify them over HTTP."""
+"""Export the shipped model, serve it, attack drawn road signs, and purify them over HTTP.
+
+Prints what each sign is read as before and after; writes demo.json, demo.png and the attacked signs.
+
+Example: mlvgm demo --build build
+"""
 
 import argparse
 import json
@@ -9,16 +14,11 @@ from pathlib import Path
 
 from deploy.server import PORTS, port_is_taken
 from deploy.torchserve import TorchServe
+from mlvgm.cli.options import Parser
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "demo",
-        description="Export the shipped model, serve it, attack drawn road signs, and purify them over HTTP. Prints "
-        "what each sign is read as before and after; writes demo.json, demo.png and the attacked signs.",
-        epilog="Example: mlvgm demo --build build",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     parser.add_argument("--build", type=Path, default=Path("build"), help="folder for everything (%(default)s)")
     parser.add_argument("--port", type=int, help="of the server, four more after it (default: the next five free ones)")
 

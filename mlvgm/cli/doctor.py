@@ -1,4 +1,7 @@
-"""``mlvgm doctor``: what serving needs, what of it is there, and how to cure the rest."""
+"""Check Python, Java, TorchServe, the runtimes, ports, folders and keys. Exit code 1 if one fails.
+
+Example: mlvgm doctor --port 8080 --model-store model_store
+"""
 
 import argparse
 import importlib.metadata
@@ -21,7 +24,7 @@ from handlers import runtimes
 from handlers.errors import MlvgmError
 from handlers.reply import ServerError
 from handlers.runtimes import cache
-from mlvgm.cli.options import add_port, add_store
+from mlvgm.cli.options import Parser, add_port, add_store
 
 _NEEDED = {"numpy": "1.26", "pillow": "10.3", "pyyaml": "6"}  # by every worker
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -39,20 +42,11 @@ class Finding:
     is_warning: bool = False
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "doctor",
-        description="Check Python, Java, TorchServe, the runtimes, ports, folders and keys. Exit code 1 if one fails.",
-        epilog="Example: mlvgm doctor --port 8080 --model-store model_store",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     add_port(parser, "the port to serve on")
     add_store(parser)
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        help="also say which runtime auto is for it; where that is unknown here, measure it, for some seconds",
-    )
+    parser.add_argument("--bundle", type=Path, help="also say which runtime auto is for it; measure it where unknown")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,10 @@
-"""``mlvgm evaluate``: how many labelled images a bundle reads rightly under attack, beside simple defences."""
+"""Classify labelled images under each threat: by the bundle as served, without its purifier, behind simple defences.
+
+The report has accuracies with 95 % intervals, the share of images that withstand every attack, and a list of caveats.
+An interrupted command resumes. Exit code 1 where --strict or --gate refuses.
+
+Example: mlvgm evaluate build/road-signs --images ../gtsrb/test.npz --json build/evaluation.json
+"""
 
 import argparse
 import dataclasses
@@ -8,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
-from mlvgm.cli.options import add_engines, add_models, number, number_of_samples, positive, read_recipe
+from handlers.pipeline import Pipeline
+from mlvgm.cli.options import Parser, add_engines, add_models, add_request, number, positive, read_recipe
 from mlvgm.cli.predict import add_server, find_server
 
 if TYPE_CHECKING:
     from evaluation.budgets import Budget
     from evaluation.defences import Defence, Subject
     from evaluation.threats import Threat
-    from handlers.pipeline import Pipeline
 
 THREATS = {
     "clean": "the images as they are",
@@ -39,18 +45,11 @@ THREATS = {
 }
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "evaluate",
-        description="Classify labelled images under each threat with the bundle as it is served, without its purifier, "
-        "and with simple defences instead. The report has accuracies with 95 % intervals, the share of images that "
-        "withstand every attack, and a list of caveats. An interrupted command resumes. Exit code 1 where --strict or "
-        "--gate refuses.",
-        epilog="Example: mlvgm evaluate build/road-signs --images ../gtsrb/test.npz --json build/evaluation.json",
-    )
-    parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
-    parser.add_argument(
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("bundle", type=Path, help="the folder that mlvgm export wrote")
+    add(
         "--images",
         type=Path,
         required=True,
@@ -60,8 +59,8 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     add_models(parser)
     add_engines(parser)
     add_server(parser)
-    parser.add_argument("--budget", choices=("quick", "standard", "full"), default="quick", help="(%(default)s)")
-    parser.add_argument(
+    add("--budget", choices=("quick", "standard", "full"), default="quick", help="(%(default)s)")
+    add(
         "--threat",
         action="append",
         choices=THREATS,
@@ -69,7 +68,7 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="repeatable (default: clean, deepfool, apgd and white, but all where the budget is more than quick): "
         + "; ".join(f"{name}: {said}" for name, said in THREATS.items()),
     )
-    parser.add_argument(
+    add(
         "--defence",
         action="append",
         metavar="NAME",
@@ -77,46 +76,44 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "server (a running one with this bundle, asked over HTTP), or another schedule of the bundle (default: none, "
         "blur, kept and served, but all of the bundle where the budget is more)",
     )
-    parser.add_argument(
+    add(
         "--comparators",
         type=Path,
         metavar="FOLDER",
         help="what python -m evaluation.comparators has trained: further defences pgd, trades, another, each also "
         "behind the purifier (served-pgd, ...), avae and ndvae",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
-    parser.add_argument("--few", type=positive, metavar="N", help="of these, for threats that take long")
-    parser.add_argument(
+    add("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
+    add("--few", type=positive, metavar="N", help="of these, for threats that take long")
+    add(
         "--worst",
         action="store_true",
         help="ask for the worst over all attacks alone: what one has broken the costly ones that follow need not "
         "attack, so they are taken on all images (or --few)",
     )
     for name in ("steps", "restarts", "draws"):
-        parser.add_argument(f"--{name}", type=positive, metavar="N", help="of gradients, instead of the budget's")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for gradients (%(default)s)")
-    parser.add_argument("--samples", type=number_of_samples, help="samples that vote, or auto (default: the bundle's)")
-    parser.add_argument("--alphas", metavar="NAME", help="schedule that is evaluated as served (default: the bundle's)")
-    parser.add_argument("--l2", type=number, default=0.5, help="largest L2 norm of a change (%(default)s)")
-    parser.add_argument("--linf", type=number, default=4 / 255, help="largest change of a value (4/255)")
-    parser.add_argument("--sigma", type=number, default=0.25, help="of Gaussian noise (%(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path("build/attacks"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument(
+        add(f"--{name}", type=positive, metavar="N", help="of gradients, instead of the budget's")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="for gradients (%(default)s)")
+    add_request(parser)
+    add("--l2", type=number, default=0.5, help="largest L2 norm of a change (%(default)s)")
+    add("--linf", type=number, default=4 / 255, help="largest change of a value (4/255)")
+    add("--sigma", type=number, default=0.25, help="of Gaussian noise (%(default)s)")
+    add("--cache", type=Path, default=Path("build/attacks"), metavar="DIR", help="(%(default)s)")
+    add(
         "--json",
         type=Path,
         default=Path("build/evaluation.json"),
         metavar="FILE",
         help="for the report; .md and .png go beside it, and .jsonl, from which work goes on (%(default)s)",
     )
-    parser.add_argument("--strict", action="store_true", help="exit code 1 where the report has caveats")
-    parser.add_argument("--gate", type=Path, metavar="FILE", help="YAML of least shares that must be reached")
+    add("--strict", action="store_true", help="exit code 1 where the report has caveats")
+    add("--gate", type=Path, metavar="FILE", help="YAML of least shares that must be reached")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the page, write the report, and refuse what misses the gate."""
     from evaluation import report, robustness_report
     from evaluation.gate import Gate
-    from handlers.pipeline import Pipeline
 
     gate = Gate.read(args.gate) if args.gate else None
     with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
@@ -130,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if refusals or (args.strict and content["caveats"]) else 0
 
 
-def _measure(args: argparse.Namespace, pipeline: "Pipeline") -> dict[str, Any]:
+def _measure(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     from evaluation import report, robustness
     from evaluation.caveats import caveats
     from evaluation.comparators.rows import training
@@ -172,7 +169,7 @@ def _budget(args: argparse.Namespace) -> "Budget":
     return dataclasses.replace(budget, effort=dataclasses.replace(budget.effort, **given), images=images, few=few)
 
 
-def _subject(args: argparse.Namespace, pipeline: "Pipeline") -> "Subject":
+def _subject(args: argparse.Namespace, pipeline: Pipeline) -> "Subject":
     import torch
 
     from evaluation.defences import Subject

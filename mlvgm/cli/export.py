@@ -1,46 +1,38 @@
-"""``mlvgm export``: from a recipe and its weights to a bundle of engines."""
+"""Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.
+
+Example: mlvgm export --recipe road-signs --out build/road-signs
+"""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deploy.errors import CliError
-from mlvgm.cli.options import add_models, whole
+from evaluation.progress import clocked
+from handlers import fastest
+from handlers.manifest import Manifest
+from mlvgm.cli.options import Parser, add_models, whole
 from mlvgm.recipe import Recipe
 
-if TYPE_CHECKING:
-    from handlers.manifest import Manifest
 
-
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = verbs.add_parser(
-        "export",
-        description="Trace every stage of a recipe to ONNX, compare each with the PyTorch reference, write a bundle.",
-        epilog="Example: mlvgm export --recipe road-signs --out build/road-signs",
-    )
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
     add_models(parser, help="name of a built-in recipe, or a YAML file")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
-    parser.add_argument(
-        "--weights",
-        choices=("fp32", "fp16", "bf16"),
-        help="in what large weights are stored, instead of the recipe's: fp16 and bf16 halve the archive, "
-        "and graphs compute as before",
-    )
-    parser.add_argument("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
-    parser.add_argument("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
-    parser.add_argument(
+    add("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
+    stored = "in what large weights are stored, instead of the recipe's: fp16 and bf16 halve the archive, and graphs "
+    add("--weights", choices=("fp32", "fp16", "bf16"), help=f"{stored}compute as before")
+    add("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
+    add("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
+    add(
         "--engines",
         nargs="+",
         default=[],
         choices=("torch", "tensorrt", "tensorrt-rtx", "torch-tensorrt"),
         help="also write what these runtimes load: all but tensorrt and torch-tensorrt do without a GPU here",
     )
-    parser.add_argument(
-        "--target", nargs="+", default=[], metavar="CC", help="for tensorrt-rtx: compute capabilities (8.6 8.9 12.0)"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
-    parser.add_argument(
+    add("--target", nargs="+", default=[], metavar="CC", help="for tensorrt-rtx: compute capabilities (8.6 8.9 12.0)")
+    add("--out", type=Path, help="folder of the bundle (default: build/RECIPE)")
+    add(
         "--single-graph",
         type=whole(0, 65_536),
         nargs="?",
@@ -49,13 +41,11 @@ def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         help="also write the whole pipeline as one ONNX graph, for other servers, with K samples of each image "
         "(default: as many as the bundle's)",
     )
-    parser.add_argument("--images", choices=("uint8", "float32"), default="uint8", help="it takes (%(default)s)")
-    parser.add_argument("--bundle", type=Path, help="write the single graph into this bundle, and export nothing")
+    add("--images", choices=("uint8", "float32"), default="uint8", help="it takes (%(default)s)")
+    add("--bundle", type=Path, help="write the single graph into this bundle, and export nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    from evaluation.progress import clocked
-
     say = clocked()
     if args.bundle:
         _add_single_graph(args.bundle, args, say)
@@ -69,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
 
     from export.bundle import export_bundle
     from export.models import load_models
-    from handlers import fastest
 
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
@@ -116,7 +105,7 @@ def _add_single_graph(bundle: Path, args: argparse.Namespace, say: Callable[[str
     say(f"wrote {bundle / FOLDER / GRAPH}: {report['samples']} samples, {worst:.1e} off the pipeline, equal labels")
 
 
-def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> "Manifest":
+def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> Manifest:
     if name == "torch-tensorrt":
         from export.engines import torch_tensorrt
 

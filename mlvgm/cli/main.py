@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from handlers.errors import MlvgmError
+from mlvgm.cli.options import add_verb
 
 VERBS = {
     "demo": "export, serve and attack the shipped road-sign model",
@@ -71,8 +72,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for verb, summary in VERBS.items():
         if words and words[0] == verb:
             module = importlib.import_module(f"mlvgm.cli.{verb}")
-            module.add_parser(verbs)
-            verbs.choices[verb].set_defaults(run=module.run)
+            add_verb(verbs, verb, summary, module).set_defaults(run=module.run)
         else:
             verbs.add_parser(verb, help=summary)
     return parser

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from mlvgm.recipe import Recipe
 
 Parser = argparse.ArgumentParser
+
+
+def add_verb(verbs: "argparse._SubParsersAction[Parser]", name: str, summary: str, module: ModuleType) -> Parser:
+    """The parser of a verb or benchmark: its description and example are the docstring of its module."""
+    description, example, words = (module.__doc__ or "").partition("Example: ")
+    parser = verbs.add_parser(name, help=summary, description=description, epilog=example + words)
+    module.add_options(parser)
+    return parser
 
 
 def whole(low: int = 1, high: int = 1_000_000) -> Callable[[str], int]:

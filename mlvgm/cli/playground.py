@@ -1,9 +1,16 @@
-"""``mlvgm playground``: a page on loopback to attack pictures and see what a bundle or a server makes of them."""
+"""Open a page on this machine, to attack pictures and see them purified.
+
+Pick or upload a picture, attack it, and see what is kept of it, the purified samples and their votes. Stays until
+Ctrl-C.
+
+Example: mlvgm playground build/road-signs. Or, with the server that mlvgm serve has started: mlvgm playground
+"""
 
 import argparse
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,25 +18,17 @@ from deploy.errors import CliError
 from deploy.server import port_is_taken
 from deploy.signals import Stopped, noted, pause
 from handlers.errors import MlvgmError
-from mlvgm.cli.options import add_engines, add_models, read_recipe, whole
+from handlers.pipeline import Pipeline
+from mlvgm.cli.options import Parser, add_engines, add_models, read_recipe, whole
 from mlvgm.cli.predict import add_server, find_server
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from evaluation.playground import Attacker, Purifier
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "playground",
-        description="Open a page on this machine: pick or upload a picture, attack it, and see what is kept of it, the "
-        "purified samples and their votes. Stays until Ctrl-C.",
-        epilog="Example: mlvgm playground build/road-signs. Or, with the server that mlvgm serve has started: "
-        "mlvgm playground",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     parser.add_argument("bundle", type=Path, nargs="?", help="the folder that mlvgm export wrote (default: a server)")
     add_server(parser)
     add_engines(parser)
@@ -68,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
 def _purifier(args: argparse.Namespace, open_things: contextlib.ExitStack) -> "tuple[Purifier, Callable[[], Recipe]]":
     """It, and a function that gives the recipe of the classifier behind it."""
     from evaluation.playground import BundlePurifier, ServerPurifier
-    from handlers.pipeline import Pipeline
 
     if not args.bundle:
         client, model = find_server(args)

@@ -1,4 +1,11 @@
-"""``mlvgm predict``: ask a running server about image files."""
+"""Send images to a server and print its answers.
+
+Of a server that mlvgm serve started here, keys are read, and renewed when they have expired. Exit code 1 when an image
+was refused.
+
+Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png --url
+https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs
+"""
 
 import argparse
 from collections import Counter
@@ -11,22 +18,15 @@ from deploy.server import Server
 from handlers.client import Client
 from handlers.reply import ServerError
 from mlvgm.cli.bulk import Row, print_row
-from mlvgm.cli.options import add_files, add_port, add_request, add_rows, request
+from mlvgm.cli.options import Parser, add_files, add_port, add_request, add_rows, request
 from mlvgm.files import named_files, read_file, shown
 
 _HOPELESS = (0, 401, 404)
 """Unreachable, no key, no such model: the next image would fail in the same way."""
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's args."""
-    parser = verbs.add_parser(
-        "predict",
-        description="Send images to a server and print its answers. Of a server that mlvgm serve started here, "
-        "keys are read, and renewed when they have expired. Exit code 1 when an image was refused.",
-        epilog="Example: mlvgm predict signs/ --samples 16 --save-purified purified. Elsewhere: mlvgm predict sign.png "
-        "--url https://host:8443 --api-key-file key.txt --ca-file ca.pem --model road-signs",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     add_files(parser)
     add_server(parser)
     add_request(parser, "the model's")

@@ -1,4 +1,11 @@
-"""``mlvgm purify``: purify image files in bulk, without a server."""
+"""Purify images with a bundle, in this process.
+
+Each PNG holds its answer, so the same command goes on where work was cut off, and prints the answers of all images,
+those that were there already among them. An image that cannot be purified is named and the others go on. Exit code 1
+when there was one. FILE can be a tar or Parquet file of images as well, and --out one of PNGs.
+
+Example: mlvgm purify signs/ --bundle build/road-signs --out purified --json > answers.jsonl
+"""
 
 import argparse
 import contextlib
@@ -19,20 +26,12 @@ from handlers.service import Service
 from mlvgm.cli.bulk import Bulk, Row, print_row
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.containers import pack, parts
-from mlvgm.cli.options import add_files, add_pipeline, add_pngs, add_request, add_rows, request, whole
+from mlvgm.cli.options import Parser, add_files, add_pipeline, add_pngs, add_request, add_rows, request, whole
 from mlvgm.files import shown
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "purify",
-        description="Purify images with a bundle, in this process. Each PNG holds its answer, so the same command goes "
-        "on where work was cut off, and prints the answers of all images, those that were there already among them. "
-        "An image that cannot be purified is named and the others go on. Exit code 1 when there was one. "
-        "FILE can be a tar or Parquet file of images as well, and --out one of PNGs.",
-        epilog="Example: mlvgm purify signs/ --bundle build/road-signs --out purified --json > answers.jsonl",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     add_files(parser)
     add_pipeline(parser, required=True)
     add_pngs(parser, "purified")
@@ -126,10 +125,6 @@ class Purifier:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the engines."""
         if self._pipeline:
             self._pipeline.close()
 

@@ -1,20 +1,19 @@
-"""``mlvgm ready``: whether a server really answers, for probes. TorchServe's own health check says yes too early."""
+"""Ask the server that mlvgm serve started for one purified sample of a grey image.
+
+Exit code 0 when every model answers, or its queue is full while its workers compute; else 1.
+
+Example: mlvgm ready --port 8080 --model road-signs
+"""
 
 import argparse
 
 from deploy.readiness import check
 from deploy.server import Server
-from mlvgm.cli.options import add_port, number
+from mlvgm.cli.options import Parser, add_port, number
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "ready",
-        description="Ask the server that mlvgm serve started for one purified sample of a grey image. Exit code 0 when "
-        "every model answers, or its queue is full while its workers compute; else 1.",
-        epilog="Example: mlvgm ready --port 8080 --model road-signs",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     parser.add_argument("--model", help="which model (default: all that are served)")
     add_port(parser, "of the server")
     parser.add_argument("--timeout", type=number, default=15, metavar="S", help="to wait for an answer (%(default)s)")

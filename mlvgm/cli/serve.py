@@ -1,4 +1,7 @@
-"""``mlvgm serve``: start TorchServe on loopback, keys required, and stop it again."""
+"""Start TorchServe on loopback, keys required, wait until it really answers, and stay until Ctrl-C.
+
+Example: mlvgm serve --models road-signs.mar --detach, and later: mlvgm serve --stop
+"""
 
 import argparse
 import contextlib
@@ -11,39 +14,21 @@ from deploy.server import Server
 from deploy.signals import Stopped, noted, pause
 from deploy.torchserve import TorchServe
 from deploy.workers import chosen, gpus_for, sizes_of
-from mlvgm.cli.options import add_port, add_store, number, positive, whole
+from mlvgm.cli.options import Parser, add_port, add_store, number, positive, whole
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "serve",
-        description="Start TorchServe on loopback, keys required, wait until it really answers, and stay until Ctrl-C.",
-        epilog="Example: mlvgm serve --models road-signs.mar --detach, and later: mlvgm serve --stop",
-    )
-    parser.add_argument(
-        "--dev", type=Path, metavar="BUNDLE", help="serve this bundle in this process: no Java, archive or keys"
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("--dev", type=Path, metavar="BUNDLE", help="serve this bundle in this process: no Java, archive or keys")
     add_store(parser)
-    parser.add_argument(
-        "--models", nargs="+", metavar="NAME.mar", help="archives in the store to serve (default: the only one there)"
-    )
+    add("--models", nargs="+", metavar="NAME.mar", help="archives in the store to serve (default: the only one there)")
     add_port(parser, "of inference; the four after it are taken as well")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        help="per model, each with a copy of it in memory (default: as cores, memory and the size of the model "
-        "suggest, docs/metrics.md)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole(0, 1024),
-        default=0,
-        help="of each worker (default: the cores divided among the workers)",
-    )
-    parser.add_argument("--timeout", type=number, default=600, metavar="S", help="to wait for an answer (%(default)s)")
-    parser.add_argument("--detach", action="store_true", help="return once the server answers")
-    parser.add_argument("--stop", action="store_true", help="stop the server of this port")
+    add("--workers", type=positive, help="per model, each with a copy of it (default: by cores, memory and its size)")
+    add("--threads", type=whole(0, 1024), default=0, help="of each worker (default: its share of the cores)")
+    add("--timeout", type=number, default=600, metavar="S", help="to wait for an answer (%(default)s)")
+    add("--detach", action="store_true", help="return once the server answers")
+    add("--stop", action="store_true", help="stop the server of this port")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,10 @@
-"""``mlvgm train``: an NVAE that purifies, from anybody's images."""
+"""Train an NVAE that purifies on images, whose labels are not needed.
+
+Writes weights, a recipe for mlvgm export, a model card and pictures. A run that was stopped goes on when the same
+command is given again.
+
+Example: mlvgm train photos/ --image-size 64 --size small --out models/photos
+"""
 
 import argparse
 import dataclasses
@@ -10,38 +16,27 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlvgm.cli.options import Parser
+
 if TYPE_CHECKING:
     from mlvgm.training.settings import Settings
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = verbs.add_parser(
-        "train",
-        help="train a purifier on your own images",
-        description="Train an NVAE on images (labels are not needed), and write weights, a recipe for mlvgm export, a "
-        "model card and pictures. A run that was stopped goes on when the same command is given again.",
-        epilog="Example: mlvgm train photos/ --image-size 64 --size small --out models/photos",
-    )
-    parser.add_argument("images", type=Path, help="folder of pictures at any depth, or an npz file with 'images'")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoint and pictures (default: OUT/work)")
-    parser.add_argument(
-        "--settings", type=Path, metavar="YAML", help="all settings, instead of --size and --image-size"
-    )
-    parser.add_argument("--size", choices=("small", "base", "large"), help="of the network (default: small)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side, a multiple of 8 from 32 to 256")
-    parser.add_argument("--steps", type=int, help="of the optimiser, instead of the settings'")
-    parser.add_argument("--batch", type=int, help="images a step, instead of the settings'")
-    parser.add_argument("--noise", type=float, help="largest deviation of the noise the encoder learns to leave out")
-    parser.add_argument("--whole", type=float, metavar="SHARE", help="images trained with nothing resampled")
-    parser.add_argument(
-        "--classifier", metavar="NAME", help="whose answers to keep: module:function, or the name of a shipped recipe"
-    )
-    parser.add_argument("--start", type=Path, metavar="WEIGHTS", help="safetensors of the same shape to go on from")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read pictures")
-    parser.add_argument("--draw-every", type=int, default=1000, metavar="STEPS", help="how often a picture is drawn")
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("images", type=Path, help="folder of pictures at any depth, or an npz file with 'images'")
+    add("--out", type=Path, required=True, help="folder for the model")
+    add("--work", type=Path, help="folder for the checkpoint and pictures (default: OUT/work)")
+    add("--settings", type=Path, metavar="YAML", help="all settings, instead of --size and --image-size")
+    add("--size", choices=("small", "base", "large"), help="of the network (default: small)")
+    add("--image-size", type=int, metavar="PIXELS", help="side, a multiple of 8 from 32 to 256")
+    add("--steps", type=int, help="of the optimiser, instead of the settings'")
+    add("--batch", type=int, help="images a step, instead of the settings'")
+    add("--classifier", metavar="NAME", help="whose answers to keep: module:function, or the name of a shipped recipe")
+    add("--start", type=Path, metavar="WEIGHTS", help="safetensors of the same shape to go on from")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that read pictures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         def draw(network: object, step: int) -> None:
             draw_latents(network, shown, TEMPERATURE, work / f"step-{step:07d}.png")  # type: ignore[arg-type]
 
-        network = train_nvae(settings, images, work, device, trial.channels_last, draw, args.draw_every)
+        network = train_nvae(settings, images, work, device, trial.channels_last, draw)
         draw_latents(network, shown.cpu(), TEMPERATURE, args.out / "latents.png")
         publish(network, settings, images, work, args.out, images.classes, shlex.join(["mlvgm", *sys.argv[1:]]))
     print(f"Next: mlvgm export --recipe {args.out / RECIPE} --classifier FILE.onnx")
@@ -95,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> "Settings":
     from mlvgm.training.settings import TrainingError, named_settings, read_settings
 
-    names = ("steps", "batch", "noise", "whole", "classifier")
-    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
+    changes = {name: value for name in ("steps", "batch", "classifier") if (value := getattr(args, name)) is not None}
     if args.settings is None:
         if args.image_size is None:
             raise TrainingError("give --image-size PIXELS (and --size), or --settings YAML")

@@ -1,4 +1,13 @@
-"""``mlvgm tune``: find the interpolation weights of a bundle on labelled photographs."""
+"""Choose how much of each latent is drawn afresh.
+
+Scaled linear, cosine and constant schedules are tried first, then Bayesian optimisation goes on from there; or gradient
+descent on the classifier's loss from several starts (--method). The score is the mean of the accuracies on clean and on
+attacked validation images after purification. The best few are compared once more on images that neither has seen, with
+the bundle's own weights beside them. A winner that is better by more than chance is printed as it goes into a recipe;
+or else that there is no difference.
+
+Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json
+"""
 
 import argparse
 import dataclasses
@@ -7,14 +16,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deploy.errors import CliError
-from mlvgm.cli.options import add_models, add_pipeline, load_pipeline, positive, read_recipe
+from evaluation.progress import bar, say, track
+from handlers.manifest import Manifest
+from handlers.pipeline import Pipeline
+from handlers.score import ScoreThreshold
+from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe
+from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
     from evaluation.tuning import Gain, Objective, Trial
-    from handlers.manifest import Manifest
-    from handlers.pipeline import Pipeline
-    from mlvgm.recipe import Recipe
     from mlvgm.training.data import Signs
 
 
@@ -22,45 +35,29 @@ _CHUNK = 64
 _GRADIENT = "gradient from "
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = subparsers.add_parser(
-        "tune",
-        help="find the interpolation weights",
-        description="Choose how much of each latent is drawn afresh: scaled linear, cosine and constant schedules "
-        "first, then Bayesian optimisation from there; or gradient descent on the classifier's loss from several "
-        "starts (--method). The score is the mean of the accuracies on clean and on attacked validation images after "
-        "purification. The best few are compared once more on images that neither has seen, with the bundle's own "
-        "weights beside them. A winner that is better by more than chance is printed as it goes into a recipe; or else "
-        "that there is no difference.",
-        epilog="Example: mlvgm tune --bundle build/road-signs --data ../gtsrb --images 300 --out build/tuned.json",
-    )
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
     add_pipeline(parser, default=Path("build/road-signs"), help="(%(default)s)")
     add_models(parser)
-    parser.add_argument("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
-    parser.add_argument(
+    add("--data", type=Path, required=True, help="GTSRB, or a folder with validation/CLASS/IMAGE")
+    add(
         "--score",
         type=float,
         metavar="RATE",
         help="instead: set from which attack score on the bundle calls an image suspicious, so that this share of "
         "clean images is, on average (0.01). Takes all validation images, and no attack",
     )
-    parser.add_argument("--images", type=positive, default=300, help="to search with (%(default)s)")
-    parser.add_argument(
-        "--check", type=positive, default=600, help="other images, to compare the best with (%(default)s)"
-    )
-    parser.add_argument("--finalists", type=positive, default=5, help="how many are compared so (%(default)s)")
-    parser.add_argument("--samples", type=positive, default=4, help="purified samples that vote (%(default)s)")
-    parser.add_argument(
-        "--method",
-        choices=("bayesian", "gradient", "both"),
-        default="bayesian",
-        help="both compares the best of the two as well (%(default)s)",
-    )
-    parser.add_argument("--trials", type=positive, default=100, help="of the search, at most (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=60, help="of each gradient descent (%(default)s)")
-    parser.add_argument("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
-    parser.add_argument("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
+    add("--images", type=positive, default=300, help="to search with (%(default)s)")
+    add("--check", type=positive, default=600, help="other images, to compare the best with (%(default)s)")
+    add("--finalists", type=positive, default=5, help="how many are compared so (%(default)s)")
+    add("--samples", type=positive, default=4, help="purified samples that vote (%(default)s)")
+    methods = ("bayesian", "gradient", "both")
+    add("--method", choices=methods, default="bayesian", help="both compares the best of the two as well (%(default)s)")
+    add("--trials", type=positive, default=100, help="of the search, at most (%(default)s)")
+    add("--steps", type=positive, default=60, help="of each gradient descent (%(default)s)")
+    add("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
+    add("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     from evaluation import tuning
     from evaluation.attacks import attack
     from evaluation.photographs import read_photographs
-    from evaluation.progress import say
     from export.models import recipe_classifier
 
     with load_pipeline(arguments) as pipeline:
@@ -124,7 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace, score: "Objective", n: int) -> "list[Trial]":
     from evaluation import tuning
-    from evaluation.progress import bar, say
 
     with bar(arguments.trials, "searching", "trial") as shown:
 
@@ -137,14 +132,13 @@ def _search(arguments: argparse.Namespace, score: "Objective", n: int) -> "list[
 
 def _learn(
     arguments: argparse.Namespace,
-    pipeline: "Pipeline",
-    recipe: "Recipe",
+    pipeline: Pipeline,
+    recipe: Recipe,
     score: "Objective",
     signs: "Signs",
     attacked: "dict[str, Any]",
 ) -> "list[Trial]":
     from evaluation import learning, tuning
-    from evaluation.progress import say, track
     from export.classifier import stage
     from export.models import load_models
 
@@ -184,11 +178,7 @@ def _compared(finalists: "list[Trial]") -> str:
 
 def _set_threshold(arguments: argparse.Namespace) -> int:
     """Score clean images as they are served, and write the threshold into the bundle's manifest."""
-    import numpy as np
-
     from evaluation.photographs import read_photographs
-    from evaluation.progress import track
-    from handlers.score import ScoreThreshold
 
     with load_pipeline(arguments) as pipeline:
         manifest = pipeline.manifest
@@ -211,7 +201,7 @@ def _set_threshold(arguments: argparse.Namespace) -> int:
 
 def _write(
     arguments: argparse.Namespace,
-    manifest: "Manifest",
+    manifest: Manifest,
     trials: "list[Trial]",
     finalists: "list[Trial]",
     as_it_is: "Trial",
@@ -235,10 +225,5 @@ def _write(
 
 
 def _entry(trial: "Trial") -> dict[str, Any]:
-    return {
-        "alphas": trial.weights,
-        "origin": trial.origin,
-        "score": round(trial.score, 5),
-        "clean": round(trial.clean, 5),
-        "attacked": round(trial.attacked, 5),
-    }
+    scores = {name: round(getattr(trial, name), 5) for name in ("score", "clean", "attacked")}
+    return {"alphas": trial.weights, "origin": trial.origin, **scores}

@@ -1,36 +1,29 @@
-"""``mlvgm verify``: a bundle against the PyTorch reference with the published operators."""
+"""Compare a bundle, stage by stage and as a whole, with the eager reference of the published operators.
+
+It is run in every installed runtime, on clean and on attacked images. Exit code 1 where a difference is over the limit.
+
+Example: mlvgm verify build/road-signs --json build/verify.json
+"""
 
 import argparse
 from pathlib import Path
 
 from handlers import runtimes
 from handlers.manifest import Manifest
-from mlvgm.cli.options import add_models, add_report, number, positive, read_recipe
+from mlvgm.cli.options import Parser, add_models, add_report, number, positive, read_recipe
 
 
-def add_parser(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Declare the verb's arguments."""
-    parser = verbs.add_parser(
-        "verify",
-        description="Run a bundle in every installed runtime, on clean and on attacked images, and compare each stage "
-        "and the whole pipeline with the eager reference. Exit code 1 where a difference is over the limit.",
-        epilog="Example: mlvgm verify build/road-signs --json build/verify.json",
-    )
-    parser.add_argument("bundle", type=Path, help="the folder that mlvgm export wrote")
+def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
+    add = parser.add_argument
+    add("bundle", type=Path, help="the folder that mlvgm export wrote")
     add_models(parser)
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
-    parser.add_argument("--count", type=positive, default=4, metavar="N", help="images at most (%(default)s)")
-    parser.add_argument(
-        "--samples", type=positive, default=2, metavar="N", help="purified samples of each (%(default)s)"
-    )
-    parser.add_argument(
-        "--runtime",
-        action="append",
-        choices=runtimes.NAMES[1:],
-        help="repeatable (default: every one that is installed)",
-    )
-    parser.add_argument("--no-attack", action="store_true", help="clean images only")
-    parser.add_argument("--limit", type=number, help="relative L2 error allowed (default: by the bundle's precision)")
+    add("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
+    add("--count", type=positive, default=4, metavar="N", help="images at most (%(default)s)")
+    add("--samples", type=positive, default=2, metavar="N", help="purified samples of each (%(default)s)")
+    add("--runtime", action="append", choices=runtimes.NAMES[1:], help="repeatable (default: all that are installed)")
+    add("--no-attack", action="store_true", help="clean images only")
+    add("--limit", type=number, help="relative L2 error allowed (default: by the bundle's precision)")
     add_report(parser)
 
 

@@ -163,8 +163,7 @@ def _rounded(value: float) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text())
-    return content
+    return json.loads((_RESULTS / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mlvgm.checkpoint import CheckpointError, bare_weights, load_tensors, width
 from mlvgm.purifier import Autoencoder, Purified
-from mlvgm.stylegan2 import PixelNorm
+from mlvgm.stylegan2 import ConstantInput, PixelNorm
 
 ENCODER_SIZE = 32
 TEMPERATURE = 0.6
@@ -49,14 +49,11 @@ def equal_linear(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(OrderedDict(linear=Equalised(outputs, inputs)))
 
 
-def activation() -> nn.Module:
-    return nn.LeakyReLU(0.2)
-
-
 def encoder_block(inputs: int, outputs: int) -> nn.Module:
     """Two convolutions; then every other pixel, (B, in, H, W) to (B, out, H/2, W/2). It has no normalisation."""
-    layers = OrderedDict[str, nn.Module](conv1=equal_conv(inputs, outputs), act1=activation())
-    layers |= OrderedDict(conv2=equal_conv(outputs, outputs), halve=nn.Upsample(scale_factor=0.5), act2=activation())
+    layers = OrderedDict[str, nn.Module](conv1=equal_conv(inputs, outputs), act1=nn.LeakyReLU(0.2))
+    layers |= OrderedDict(conv2=equal_conv(outputs, outputs), halve=nn.Upsample(scale_factor=0.5))
+    layers["act2"] = nn.LeakyReLU(0.2)
     return nn.Sequential(layers)
 
 
@@ -91,17 +88,6 @@ class FusedUpsample(nn.Module):
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
-class Constant(nn.Module):
-    """The learnt 4x4 features that every image starts from."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.input.expand(len(x), -1, -1, -1)
-
-
 class NoiseInjection(nn.Module):
     """Adds noise (B, 1, H, W) to each channel, times its learnt strength."""
 
@@ -122,8 +108,7 @@ class AdaIN(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         scale, shift = self.style(style)[:, :, None, None].chunk(2, dim=1)
-        normal: Tensor = scale * F.instance_norm(x) + shift
-        return normal
+        return scale * F.instance_norm(x) + shift
 
 
 class GeneratorBlock(nn.Module):
@@ -170,9 +155,9 @@ class AVAE(Autoencoder):
         )
         layers: list[nn.Module] = [PixelNorm()]
         for inputs in (16 * channels, channels, channels, channels):
-            layers += [equal_linear(inputs, channels), activation()]
+            layers += [equal_linear(inputs, channels), nn.LeakyReLU(0.2)]
         self.style = nn.Sequential(*layers)
-        blocks = [GeneratorBlock(Constant(channels), channels, channels)]
+        blocks = [GeneratorBlock(ConstantInput(channels), channels, channels)]
         before = channels
         for size in sizes[1:]:
             after = channels if size <= 16 else channels // 4 if size == image_size else half

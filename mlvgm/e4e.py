@@ -6,14 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import (
-    CheckpointError,
-    find_weights,
-    load_tensors,
-    read_checkpoint,
-    read_mapping,
-    read_option,
-)
+from mlvgm.checkpoint import CheckpointError, find_weights, load_tensors, read_checkpoint, read_mapping, read_option
 from mlvgm.irse import Pyramid, Widths, widths_like
 from mlvgm.stylegan2 import EqualLinear, StyleGan2Purifier, generator_like, read_latent_avg, read_size
 
@@ -33,8 +26,7 @@ class StyleHead(nn.Module):
         self.linear = EqualLinear(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        code: Tensor = self.linear(self.convs(x).flatten(1))
-        return code
+        return self.linear(self.convs(x).flatten(1))
 
 
 class Encoder4Editing(Pyramid):

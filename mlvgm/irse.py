@@ -45,8 +45,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.fc2(F.relu(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
-        scaled: Tensor = x * gate.sigmoid()
-        return scaled
+        return x * gate.sigmoid()
 
 
 class Unit(nn.Module):
@@ -71,8 +70,7 @@ class Unit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.res_layer(x) + self.shortcut_layer(x)
-        return out
+        return self.res_layer(x) + self.shortcut_layer(x)
 
 
 class Pyramid(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlvgm.checkpoint import CheckpointError, Tensors, bare_weights, load_tensors
 from mlvgm.mixture import mixture_mean
-from mlvgm.nvae_cells import soft_clamp
+from mlvgm.nvae_cells import DecoderCombiner, EncoderCombiner, soft_clamp
 from mlvgm.purifier import Autoencoder, Purified
 
 PRE_GROUPS = 2
@@ -66,8 +66,7 @@ class SqueezeExcite(nn.Module):
         self.se = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        gated: Tensor = x * self.se(x.mean(dim=(2, 3)))[:, :, None, None]
-        return gated
+        return x * self.se(x.mean(dim=(2, 3)))[:, :, None, None]
 
 
 class HalvingSkip(nn.Module):
@@ -100,8 +99,7 @@ class EncoderCell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        joined: Tensor = self.skip(x) + self.cell(x)
-        return joined
+        return self.skip(x) + self.cell(x)
 
 
 class DecoderCell(nn.Module):
@@ -131,32 +129,7 @@ class DecoderCell(nn.Module):
         self.cell = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        joined: Tensor = self.skip(x) + self.cell(x)
-        return joined
-
-
-class EncoderCombiner(nn.Module):
-    """What the encoder saw plus what the decoder knows so far, (B, C, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, encoded: Tensor, decoded: Tensor) -> Tensor:
-        combined: Tensor = encoded + self.conv(decoded)
-        return combined
-
-
-class DecoderCombiner(nn.Module):
-    """Two feature maps (B, C, h, w) to one."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2 * channels, channels, 1)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        combined: Tensor = self.conv(torch.cat((first, second), dim=1))
-        return combined
+        return self.skip(x) + self.cell(x)
 
 
 class DecoderGroup(nn.Module):
@@ -164,12 +137,11 @@ class DecoderGroup(nn.Module):
 
     def __init__(self, channels: int, cells: int) -> None:
         super().__init__()
-        self.combiner = DecoderCombiner(channels)
+        self.combiner = DecoderCombiner(nn.Conv2d(2 * channels, channels, 1))
         self.group = nn.Sequential(*(DecoderCell(channels, EXPANSION) for _ in range(cells)))
 
     def forward(self, x: Tensor) -> Tensor:
-        combined: Tensor = self.combiner(x, self.group(x))
-        return combined
+        return self.combiner(x, self.group(x))
 
 
 class Sampler(nn.Module):
@@ -220,13 +192,13 @@ class NDVAE(Autoencoder):
         latents = [top, *(top >> s for s in range(c.scales))]
         self.noise_shapes = ((3, self.image_size, self.image_size),)
         self.noise_shapes += tuple((z, side * top // z, side * top // z) for z in latents)
-        combiners = nn.ModuleList(EncoderCombiner(z) for z in latents[1:])
+        combiners = nn.ModuleList(EncoderCombiner(nn.Conv2d(z, z, 1)) for z in latents[1:])
         self.encoder = nn.ModuleDict({"combiner_cells": combiners, "enc_tower": nn.ModuleList(down)})
         unused = nn.ModuleDict({"cell": nn.Sequential(nn.ELU(), nn.Conv2d(top, top, 1))})  # saved, but never called
         self.decoder = nn.ModuleDict(
             {
                 "post_encoder": unused,
-                "combiner_cells": nn.ModuleList(DecoderCombiner(z) for z in latents),
+                "combiner_cells": nn.ModuleList(DecoderCombiner(nn.Conv2d(2 * z, z, 1)) for z in latents),
                 "dec_tower": nn.ModuleList(up),
                 "samplers": nn.ModuleList(Sampler(z) for z in latents),
             }

@@ -158,13 +158,14 @@ class NVAE(nn.Module):
             for g in range(count):
                 down[f"group_{g}"] = group([encoder_cell(width) for _ in range(c.cells_per_group)])
                 self.enc_sampler[f"sampler_{s}:{g}"] = normed_conv(width, 2 * c.latent_channels, 3)
-                self.decoder_combiners[f"combiner_{s}:{g}"] = DecoderCombiner(width, c.latent_channels)
+                joint = normed_conv(width + c.latent_channels, width, 1)
+                self.decoder_combiners[f"combiner_{s}:{g}"] = DecoderCombiner(joint)
                 if c.flow_cells:
                     flows[f"nf_{s}:{g}"] = nn.Sequential(*(FlowCell(c.latent_channels) for _ in range(c.flow_cells)))
                 if (s, g) != (0, 0):
                     cells = [decoder_cell(width, c.expansion, c.kernel) for _ in range(c.cells_per_group)]
                     up[f"group_{g}"] = group(cells)
-                    self.encoder_combiners[f"combiner_{s}:{g}"] = EncoderCombiner(width)
+                    self.encoder_combiners[f"combiner_{s}:{g}"] = EncoderCombiner(normed_conv(width, width, 1))
                     sampler = nn.Sequential(nn.ELU(), normed_conv(width, 2 * c.latent_channels, 1))
                     self.dec_sampler[f"sampler_{s}:{g}"] = sampler
             if s > 0:

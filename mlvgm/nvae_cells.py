@@ -55,10 +55,7 @@ class ResidualCell(nn.Module):
 
     def __init__(self, residual: nn.Module, skip: nn.Module | None) -> None:
         super().__init__()
-        if skip is not None:
-            self.skip_connection = skip
-        else:
-            self.skip_connection = nn.Identity()
+        self.skip_connection = nn.Identity() if skip is None else skip
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,25 +101,25 @@ def decoder_cell(inputs: int, expansion: int, kernel: int, outputs: int | None =
 
 
 class EncoderCombiner(nn.Module):
-    """What the encoder saw plus what the decoder knows so far."""
+    """What the encoder saw plus what the decoder knows so far, (B, C, h, w), by a 1x1 convolution of C channels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, conv: nn.Module) -> None:
         super().__init__()
-        self.conv = normed_conv(channels, channels, 1)
+        self.conv = conv
 
     def forward(self, encoded: Tensor, decoded: Tensor) -> Tensor:
         return encoded + self.conv(decoded)
 
 
 class DecoderCombiner(nn.Module):
-    """Joins a latent (B, z, h, w) to the decoder's features (B, C, h, w)."""
+    """Two feature maps to one, (B, C, h, w) and (B, z, h, w), by a 1x1 convolution of C + z channels."""
 
-    def __init__(self, channels: int, latent_channels: int) -> None:
+    def __init__(self, conv: nn.Module) -> None:
         super().__init__()
-        self.conv = normed_conv(channels + latent_channels, channels, 1)
+        self.conv = conv
 
-    def forward(self, decoded: Tensor, latent: Tensor) -> Tensor:
-        return self.conv(torch.cat((decoded, latent), dim=1))
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.conv(torch.cat((first, second), dim=1))
 
 
 class MaskedConv(nn.Conv2d):

@@ -28,8 +28,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        merged: Tensor = self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
-        return merged
+        return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -60,8 +59,7 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.features(x))
-        return logits
+        return self.fc(self.features(x))
 
 
 class ResNetClassifier(nn.Module):
@@ -78,8 +76,7 @@ class ResNetClassifier(nn.Module):
         self.model = ResNet(n_classes, stem, groups)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model((images - 0.5) / 0.5)
-        return logits
+        return self.model((images - 0.5) / 0.5)
 
 
 def read_resnet50(path: str | Path, n_classes: int) -> ResNetClassifier:

@@ -41,8 +41,7 @@ class QueryLayer(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)
         queries = self.norm1(queries + self.self_attn(queries, queries, queries, need_weights=False)[0])
         queries = self.norm2(queries + self.multihead_attn(queries, tokens, tokens, need_weights=False)[0])
-        codes: Tensor = self.norm3(queries + self.linear2(F.relu(self.linear1(queries))))
-        return codes
+        return self.norm3(queries + self.linear2(F.relu(self.linear1(queries))))
 
 
 class StyleTransformerEncoder(Pyramid):

@@ -108,8 +108,7 @@ class ModulatedConv(nn.Module):
         x = x.reshape(1, batch * inputs, height, width)
         if self.upsample:
             x = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=2, groups=batch)
-            blurred: Tensor = self.blur(x.view(batch, -1, *x.shape[2:]))
-            return blurred
+            return self.blur(x.view(batch, -1, *x.shape[2:]))
         x = F.conv2d(x, weight.flatten(0, 1), padding=weight.shape[-1] // 2, groups=batch)
         return x.view(batch, -1, height, width)
 
@@ -146,8 +145,7 @@ class StyledConv(nn.Module):
         self.activate = BiasedActivation(outputs)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        features: Tensor = self.activate(self.noise(self.conv(x, style), noise))
-        return features
+        return self.activate(self.noise(self.conv(x, style), noise))
 
 
 class ToRGB(nn.Module):
@@ -166,11 +164,14 @@ class ToRGB(nn.Module):
 
 
 class ConstantInput(nn.Module):
-    """The learnt 4x4 feature map that every image starts from."""
+    """The learnt 4x4 feature map that every image starts from: ``forward`` repeats it for each row of its input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.input.expand(len(x), -1, -1, -1)
 
 
 class StoredNoise(nn.Module):
@@ -221,8 +222,7 @@ class Generator(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Images (B, 3, size, size), nominally in [-1, 1] and not clamped, of W+ codes (B, n_latents, d)."""
         noise = self.noises.images()
-        x = self.input.input.expand(len(codes), -1, -1, -1)
-        x = self.conv1(x, codes[:, 0], noise[0])
+        x = self.conv1(self.input(codes), codes[:, 0], noise[0])
         image: Tensor = self.to_rgb1(x, codes[:, 1])
         # The ToRGB layer of one resolution and the first convolution of the next share a row of the code.
         for i, to_rgb in enumerate(self.to_rgbs):

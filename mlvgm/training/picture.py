@@ -62,8 +62,7 @@ def draw_curve(log: Path, file: Path) -> None:
 
 
 def _pixels(images: Tensor) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _sheet(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Image.Image:

@@ -9,7 +9,6 @@ Example: mlvgm train photos/ --image-size 64 --size small --out models/photos
 import argparse
 import dataclasses
 import fcntl
-import importlib.util
 import os
 import shlex
 import sys
@@ -49,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
     from mlvgm.training.settings import TrainingError
     from mlvgm.training.trial import try_step
 
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TrainingError("the curve of a training run is drawn by matplotlib: pip install matplotlib")
     settings = _settings(args)
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():

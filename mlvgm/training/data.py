@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mlvgm.training.images import hold_out
+
 SIDE = 32
 
 
@@ -55,14 +57,11 @@ def load_signs(folder: str | Path, part: str) -> Signs:
     raise FileNotFoundError(f"{folder}: neither {packed.name} nor the official folder {official.relative_to(folder)}")
 
 
-def split_by_track(signs: Signs, share: float = 0.1, seed: int = 0) -> tuple[Signs, Signs]:
+def split_by_track(signs: Signs, share: float = 0.1) -> tuple[Signs, Signs]:
     """Training and validation part. All frames of one physical sign fall on the same side."""
     if signs.tracks is None:
         raise ValueError("only training images have tracks to split by")
-    keys = signs.labels * 100_000 + signs.tracks
-    unique = np.unique(keys)
-    held_out = np.random.default_rng(seed).permutation(unique)[: round(share * len(unique))]
-    validation = np.isin(keys, held_out)
+    validation = hold_out(signs.labels * 100_000 + signs.tracks, share)
     return signs.subset(~validation), signs.subset(validation)
 
 

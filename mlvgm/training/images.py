@@ -66,7 +66,7 @@ def read_images(source: Path, image_size: int, validation: float, cache: Path, w
         classes, unreadable = (), []
     else:
         raise TrainingError(f"{source}: neither a folder of pictures nor an npz file")
-    held_out = _held_out(groups if groups is not None else np.arange(len(images)), validation)
+    held_out = hold_out(groups if groups is not None else np.arange(len(images)), validation)
     if not held_out.any() or held_out.all():
         raise TrainingError(f"{source}: {len(images)} images are too few to hold {validation:.0%} out")
     train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -94,7 +94,7 @@ def augment(images: Tensor, strength: float = 1.0) -> Tensor:
     return (moved * gain + offset).clamp(0.0, 1.0)
 
 
-def _held_out(groups: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+def hold_out(groups: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
     """Which images are held out: whole groups, drawn at random but always the same."""
     unique = np.unique(groups)
     chosen = np.random.default_rng(0).permutation(unique)[: round(share * len(unique))]
@@ -128,16 +128,17 @@ def _read_folder(source: Path, image_size: int, cache: Path, workers: int) -> tu
         raise TrainingError(f"{source}: holds no pictures")
     stamps = [f"{file.relative_to(source)} {_stamp(file)}" for file in files]
     digest = hashlib.sha256("\n".join([str(image_size), *stamps]).encode("utf-8", "surrogateescape")).hexdigest()
-    array, listing = cache / "images.npy", cache / "images.json"
+    array, listing = cache / "images.npy", cache / "images.json"  # the listing is there when the array is complete
     if listing.is_file() and (known := json.loads(listing.read_text())).get("digest") == digest:
         unreadable = known["unreadable"]
     else:
         cache.mkdir(parents=True, exist_ok=True)
+        listing.unlink(missing_ok=True)
         unreadable = _decode_all(files, image_size, array, workers)
         listing.write_text(json.dumps({"digest": digest, "unreadable": unreadable}))
     bad = {line.partition(": ")[0] for line in unreadable}
-    images: Pixels = np.load(array, mmap_mode="r")
-    return images, [file for file in files if str(file) not in bad], digest, unreadable
+    readable = [file for file in files if str(file) not in bad]
+    return np.load(array, mmap_mode="r")[: len(readable)], readable, digest, unreadable
 
 
 def _stamp(file: Path) -> str:
@@ -150,27 +151,17 @@ def _stamp(file: Path) -> str:
 
 
 def _decode_all(files: Sequence[Path], image_size: int, array: Path, workers: int) -> list[str]:
-    """Write the pictures to ``array`` one after another; nothing is held in memory."""
-    unreadable = []
-    part = array.with_suffix(".part")
-    count = 0
-    with part.open("wb") as stream:
-        bar = tqdm(_decoded(files, image_size, workers), "reading pictures", len(files), unit="", disable=None)
-        for file, picture in zip(files, bar, strict=True):
-            if isinstance(picture, str):
-                unreadable.append(f"{file}: {picture}")
-            else:
-                stream.write(picture.tobytes())
-                count += 1
-    if not count:
+    """Write those that are pictures to the front of ``array``, which is a file and not held in memory."""
+    unreadable: list[str] = []
+    pictures = np.lib.format.open_memmap(array, "w+", np.uint8, (len(files), image_size, image_size, 3))
+    bar = tqdm(_decoded(files, image_size, workers), "reading pictures", len(files), unit="", disable=None)
+    for i, (file, picture) in enumerate(zip(files, bar, strict=True)):
+        if isinstance(picture, str):
+            unreadable.append(f"{file}: {picture}")
+        else:
+            pictures[i - len(unreadable)] = picture
+    if len(unreadable) == len(files):
         raise TrainingError(f"no picture can be read, the first because: {unreadable[0]}")
-    shape = (count, image_size, image_size, 3)
-    with array.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with part.open("rb") as decoded:
-            while block := decoded.read(1 << 24):
-                stream.write(block)
-    part.unlink()
     return unreadable
 
 

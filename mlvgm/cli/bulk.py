@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 
 _KEY = "mlvgm"  # of the text in a PNG
 _LOCK = ".mlvgm-lock"
-_DRAFT = ".mlvgm-draft"  # and the writer's number
+_DRAFT = ".mlvgm-draft-"  # and the name of the thread that writes
 _WRITERS = 4  # at once: a disk confirms several files in little more time than one
 _HEADER = 33  # bytes of a PNG before which no text may stand
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -99,8 +100,8 @@ class Bulk:
         ahead: int,
         pool: ThreadPoolExecutor,
     ) -> Iterator[Row]:
-        waiting: list[tuple[Source, Path, bytes]] = []
-        under_way: deque[tuple[Sequence[tuple[Source, Path, bytes]], Callable[[], Sequence[Outcome]]]] = deque()
+        waiting: list[File] = []
+        under_way: deque[tuple[Sequence[File], Callable[[], Sequence[Outcome]]]] = deque()
         for source, target in track(pairs, self.name):
             try:
                 str(source).encode()
@@ -130,23 +131,18 @@ class Bulk:
             yield from self._take(*under_way.popleft(), pool)
 
     def _take(
-        self,
-        files: Sequence[tuple["Source", Path, bytes]],
-        outcomes: Callable[[], "Sequence[Outcome]"],
-        pool: ThreadPoolExecutor,
+        self, files: Sequence["File"], outcomes: Callable[[], "Sequence[Outcome]"], pool: ThreadPoolExecutor
     ) -> Iterator[Row]:
-        made = list(zip(files, outcomes(), strict=True))
-        for start in range(0, len(made), _WRITERS):
-            yield from pool.map(self._store, *zip(*made[start : start + _WRITERS], strict=True), range(_WRITERS))
+        return pool.map(self._store, zip(files, outcomes(), strict=True))
 
-    def _store(self, file: tuple["Source", Path, bytes], outcome: "Outcome", writer: int) -> Row:
-        source, target, data = file
+    def _store(self, made: tuple["File", "Outcome"]) -> Row:
+        (source, target, data), outcome = made
         if isinstance(outcome, str):
             return _refusal(source, outcome)
         png, answer = outcome
         answer = {**answer, "settings": self.settings, "sha256": hashlib.sha256(data).hexdigest()}
         try:
-            _write(target, png, answer, writer)
+            _write(target, png, answer)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise CliError(f"{shown(target)}: {error.strerror}; the same command goes on from here") from None
@@ -158,6 +154,9 @@ class Bulk:
 
 
 Source = Path | Member
+
+File = tuple[Source, Path, bytes]
+"""An image, the PNG that it becomes, and its content."""
 
 Outcome = tuple[bytes, Row] | str
 """A PNG and the answer, or what is wrong with the image."""
@@ -238,9 +237,9 @@ def _claim(out: Path) -> Iterator[None]:
         yield
 
 
-def _write(target: Path, png: bytes, answer: Row, writer: int) -> None:
+def _write(target: Path, png: bytes, answer: Row) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f"{_DRAFT}{writer}")
+    draft = target.with_name(_DRAFT + threading.current_thread().name)
     try:
         with draft.open("wb") as file:
             file.write(_with_text(png, json.dumps(answer)))

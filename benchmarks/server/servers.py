@@ -1,6 +1,5 @@
 """The servers that are measured, each started for a ``with`` block on free ports of loopback, and gone after it."""
 
-import http.client
 import os
 import ssl
 import tempfile
@@ -12,6 +11,8 @@ from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from benchmarks.server.calls import Target
 from benchmarks.server.workload import Workload
@@ -121,11 +122,7 @@ def _await(
 
 
 def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", "/ping")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+        return httpx.get(f"http://127.0.0.1:{port}/ping", timeout=5, trust_env=False).is_success
+    except httpx.HTTPError:
         return False
-    finally:
-        connection.close()

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from deploy.server import PORTS, port_is_taken
+from deploy.server import PORTS, free_ports
 from deploy.torchserve import TorchServe
 from mlvgm.cli.options import Parser
 
@@ -20,7 +20,7 @@ from mlvgm.cli.options import Parser
 def add_options(parser: Parser) -> None:
     """Declare the arguments."""
     parser.add_argument("--build", type=Path, default=Path("build"), help="folder for everything (%(default)s)")
-    parser.add_argument("--port", type=int, help="of the server, four more after it (default: the next five free ones)")
+    parser.add_argument("--port", type=int, help="of the server, four more after it (default: five free ones)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"Step 3 of 5: attack {len(signs)} drawn road signs through the classifier ({attacks})")
     attacked = demo.attack_signs(default, signs)
     demo.save_attacked(signs, attacked, attacks)
-    server = TorchServe(args.port or _free_port())
+    server = TorchServe(args.port or free_ports(PORTS))
     try:
         say(f"Step 4 of 5: start TorchServe on port {server.port}, and ask it about the clean and the attacked signs")
         server.start([archive])
@@ -70,11 +70,3 @@ Next:
   {program} predict {attacks}   # in another terminal: ask it about the attacked signs
 Your own classifier or images: docs/own-classifier.md, docs/own-images.md""")
     return 0
-
-
-def _free_port(first: int = 8080) -> int:
-    """The first of as many free ones in a row as a server takes."""
-    for port in range(first, first + 100 * PORTS, PORTS):
-        if not any(port_is_taken(port + i) for i in range(PORTS)):
-            return port
-    return first  # the server will say what is wrong

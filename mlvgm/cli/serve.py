@@ -5,6 +5,7 @@ Example: mlvgm serve --models road-signs.mar --detach, and later: mlvgm serve --
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -51,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace, archives: list[Path]) -> int:
     server = TorchServe(args.port, detached=args.detach)
-    print(f"starting {', '.join(path.name for path in archives)} on {server.url} ...", file=sys.stderr, flush=True)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    say(f"starting {', '.join(path.name for path in archives)} on {server.url} ...")
     started = time.monotonic()
     workers, threads = chosen(args.workers, args.threads, sizes_of(archives), gpus_for(archives))
-    server.start(archives, workers, args.timeout, threads, _print_step)
-    print(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}", file=sys.stderr)
+    server.start(archives, workers, args.timeout, threads, say)
+    say(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}")
     for model in server.models:
         print(_curl(server, model), flush=True)
     return 0 if args.detach else _stay(server)
@@ -73,10 +75,6 @@ def _archives(store: Path, names: list[str] | None) -> list[Path]:
         held = ", ".join(path.name for path in found) or "none; build one with mlvgm archive BUNDLE"
         raise CliError(f"{store}: say with --models which archives to serve (there: {held})")
     return found
-
-
-def _print_step(step: str) -> None:
-    print(step, file=sys.stderr, flush=True)
 
 
 def _curl(server: Server, model: str) -> str:

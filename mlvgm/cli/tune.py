@@ -20,7 +20,6 @@ import numpy as np
 
 from deploy.errors import CliError
 from evaluation.progress import bar, say, track
-from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
 from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe
@@ -102,18 +101,28 @@ def run(arguments: argparse.Namespace) -> int:
         as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
     best = finalists[0]
     gain = tuning.gain(best, as_it_is, len(finalists))
-    _write(arguments, manifest, trials, finalists, as_it_is, gain)
+    given = ("images", "check", "samples", "attacks", "method")
+    content = {
+        "model": manifest.name,
+        "alphas": (best if gain.is_certain else as_it_is).weights,
+        "gain": {**dataclasses.asdict(gain), "is_certain": gain.is_certain},
+        "finalists": [_entry(trial) for trial in finalists],
+        "as_it_is": _entry(as_it_is),
+        "trials": [_entry(trial) for trial in trials],
+        **{name: getattr(arguments, name) for name in given},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for trial in [*finalists, as_it_is]:
         print(f"{trial.origin:28} {tuning.describe(trial)}")
     if arguments.method == "both":
         print(_compared(finalists))
-    interval = f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
     if not gain.is_certain:
-        print(f"no difference: the best scores {interval} against the bundle's own weights; keep these")
+        print(f"no difference: the best scores {_interval(gain)} against the bundle's own weights; keep these")
         return 0
     # A recipe's weights are multiplied by its attenuation before use; these are what is used.
     scale = recipe.attenuation or 1.0
-    print(f"better than the bundle's own weights by {interval}:")
+    print(f"better than the bundle's own weights by {_interval(gain)}:")
     print(f"  tuned: [{', '.join(f'{weight / scale:g}' for weight in best.weights)}]")
     return 0
 
@@ -158,22 +167,28 @@ def _learn(
 def _finalists(trials: "list[Trial]", count: int) -> "list[Trial]":
     """The best, of both methods where there are two."""
     chosen = trials[:count]
-    kinds = {trial.origin.startswith(_GRADIENT) for trial in chosen}
-    return chosen + [trial for trial in trials[count:] if trial.origin.startswith(_GRADIENT) not in kinds][:1]
+    kinds = {_is_learned(trial) for trial in chosen}
+    return chosen + [trial for trial in trials[count:] if _is_learned(trial) not in kinds][:1]
 
 
 def _compared(finalists: "list[Trial]") -> str:
+    """The best trial of all and that of the other method."""
     from evaluation import tuning
 
-    learned, searched = (
-        next(trial for trial in finalists if trial.origin.startswith(_GRADIENT) is is_learned)
-        for is_learned in (True, False)
-    )
+    ahead = finalists[0]
+    behind = next(trial for trial in finalists if _is_learned(trial) != _is_learned(ahead))
     # Each is the best of some on these images; the interval is that of a comparison of all with all.
-    ahead, behind = (learned, searched) if learned.score > searched.score else (searched, learned)
     gain = tuning.gain(ahead, behind, len(finalists))
     said = "better" if gain.is_certain else "no difference"
-    return f"{ahead.origin} against {behind.origin}: {gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f}), {said}"
+    return f"{ahead.origin} against {behind.origin}: {_interval(gain)}, {said}"
+
+
+def _is_learned(trial: "Trial") -> bool:
+    return trial.origin.startswith(_GRADIENT)
+
+
+def _interval(gain: "Gain") -> str:
+    return f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
 
 
 def _set_threshold(arguments: argparse.Namespace) -> int:
@@ -197,31 +212,6 @@ def _set_threshold(arguments: argparse.Namespace) -> int:
         "will be (95 %)"
     )
     return 0
-
-
-def _write(
-    arguments: argparse.Namespace,
-    manifest: Manifest,
-    trials: "list[Trial]",
-    finalists: "list[Trial]",
-    as_it_is: "Trial",
-    gain: "Gain",
-) -> None:
-    content = {
-        "model": manifest.name,
-        "alphas": (finalists[0] if gain.is_certain else as_it_is).weights,
-        "gain": {**dataclasses.asdict(gain), "is_certain": gain.is_certain},
-        "finalists": [_entry(trial) for trial in finalists],
-        "as_it_is": _entry(as_it_is),
-        "trials": [_entry(trial) for trial in trials],
-        "images": arguments.images,
-        "check": arguments.check,
-        "samples": arguments.samples,
-        "attacks": arguments.attacks,
-        "method": arguments.method,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _entry(trial: "Trial") -> dict[str, Any]:

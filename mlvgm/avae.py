@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, bare_weights, load_tensors, width
+from mlvgm.checkpoint import CheckpointError, find_weights, load_tensors, read_checkpoint, width
 from mlvgm.purifier import Autoencoder, Purified
 from mlvgm.stylegan2 import ConstantInput, PixelNorm
 
@@ -199,7 +199,7 @@ def read_avae(path: str | Path, image_size: int) -> AVAE:
     Raises:
         CheckpointError: naming the file and the first key that is missing or wrong.
     """
-    tensors = bare_weights(path, CONSTANT)
+    tensors = find_weights(read_checkpoint(path), CONSTANT, path)
     if image_size < ENCODER_SIZE or image_size.bit_count() > 1:
         raise CheckpointError(f"{path}: image_size must be a power of two of at least {ENCODER_SIZE}, not {image_size}")
     blocks = sum(f"generator.progression.{i}.conv2.conv.bias" in tensors for i in range(16))

@@ -99,10 +99,10 @@ def read_option(opts: Mapping[str, Any], key: str, kind: type, path: str | Path,
     return value
 
 
-def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path, key: str = "state_dict") -> Tensors:
+def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path) -> Tensors:
     """The weights of a model that has a tensor named ``known``, under the model's own names.
 
-    They are the value of ``key`` or of another key, or the whole file. Prefixes of wrappers are removed from their
+    They are the entry ``state_dict`` or another one, or the whole file. Prefixes of wrappers are removed from their
     names: ``module.`` (data parallel), ``model.`` (Lightning), ``_orig_mod.`` (torch.compile), or any other common
     prefix.
 
@@ -111,27 +111,15 @@ def find_weights(checkpoint: Mapping[str, Any], known: str, path: str | Path, ke
     """
     entries = {k: v for k, v in {**checkpoint, "the file itself": checkpoint}.items() if isinstance(v, Mapping)}
     found = {k: own for k, v in entries.items() if (own := unwrapped(v, known)) is not None}
-    if key in found or len(found) == 1:
-        return found.get(key) or next(iter(found.values()))
+    if "state_dict" in found or len(found) == 1:
+        return found.get("state_dict") or next(iter(found.values()))
     if found:
         names = " and ".join(map(repr, found))
-        raise CheckpointError(f"{path}: has weights under {names}: keep those that you want under {key!r}")
-    tensors = entries.get(key) or read_mapping(checkpoint, key, path)
+        raise CheckpointError(f"{path}: has weights under {names}: keep those that you want under 'state_dict'")
+    tensors = entries.get("state_dict", checkpoint)
     alike = next((k for k in tensors if isinstance(k, str) and k.endswith(f".{known}")), None)
     held = f"it has {alike!r}, beside tensors without that prefix" if alike else _held(tensors)
     raise CheckpointError(f"{path}: tensor {known!r} is missing ({held}): is it of another architecture?")
-
-
-def bare_weights(path: str | Path, known: str) -> Tensors:
-    """The weights of a file that is a bare state dict, or holds one, with a tensor named ``known``.
-
-    Raises:
-        CheckpointError: it cannot be read, or there are none.
-    """
-    checkpoint = read_checkpoint(path)
-    if unwrapped(checkpoint, known) is None and not any(isinstance(value, Mapping) for value in checkpoint.values()):
-        raise CheckpointError(f"{path}: tensor {known!r} is missing ({_held(checkpoint)}): is it of another family?")
-    return find_weights(checkpoint, known, path)
 
 
 def unwrapped(tensors: Tensors, known: str) -> Tensors | None:

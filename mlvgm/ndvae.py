@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, Tensors, bare_weights, load_tensors
+from mlvgm.checkpoint import CheckpointError, Tensors, find_weights, load_tensors, read_checkpoint
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae_cells import DecoderCombiner, EncoderCombiner, soft_clamp
 from mlvgm.purifier import Autoencoder, Purified
@@ -252,7 +252,7 @@ def read_ndvae(path: str | Path, h: Tensor, noise_std: float | None = None) -> N
     Raises:
         CheckpointError: naming the file and the first key that is missing or wrong.
     """
-    tensors = bare_weights(path, STEM)
+    tensors = find_weights(read_checkpoint(path), STEM, path)
     config = NDVAEConfig.from_tensors(tensors, path)
     h = torch.as_tensor(h, dtype=torch.float32).clone()
     channels = config.channels * config.factor

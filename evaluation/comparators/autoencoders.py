@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from evaluation.changes import L2
 from evaluation.comparators.training import Comparator
 from mlvgm.avae import AVAE, AdaIN
-from mlvgm.checkpoint import bare_weights
+from mlvgm.checkpoint import find_weights, read_checkpoint
 from mlvgm.load import load_purifier, load_shipped_classifier
 from mlvgm.mixture import mixture_log_likelihood
 from mlvgm.ndvae import NDVAE, STEM, NDVAEConfig
@@ -167,7 +167,8 @@ def read(family: str, file: Path) -> Autoencoder:
     """
     if family == "avae":
         return load_purifier("avae", file, image_size=SIDE)
-    return load_purifier("ndvae", file, h=start(NDVAEConfig.from_tensors(bare_weights(file, STEM), file)))
+    tensors = find_weights(read_checkpoint(file), STEM, file)
+    return load_purifier("ndvae", file, h=start(NDVAEConfig.from_tensors(tensors, file)))
 
 
 @contextmanager

@@ -175,10 +175,9 @@ def measure(
     return rows
 
 
-def matmul_gflops(precision: str, threads: int = 0, size: int = 2048) -> float:
+def matmul_gflops(precision: str) -> float:
     """The machine's peak in GFLOP/s: the best of eight square matrix products."""
-    if threads:
-        torch.set_num_threads(threads)
+    size = 2048
     matrix = torch.randn(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     times = []
     for _ in range(8):

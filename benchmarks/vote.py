@@ -51,31 +51,22 @@ def measure(
     }
 
 
-_HEADER = (
-    "images",
-    "equal labels",
-    "accuracy: auto",
-    "accuracy: maximum",
-    "mean samples",
-    "images/s",
-    "speedup of auto",
-)
-
-
 def markdown(content: Mapping[str, Any]) -> str:
     """The page of a report."""
     rows = [
-        [
-            name,
-            *(report.share(found[key]) for key in ("equal", "right_auto", "right_maximum")),
-            f"{found['mean_samples']:.2f}",
-            f"{found['images_per_s_auto']:.1f}",
-            f"{found['speed_ratio']:.2f}",
-        ]
+        {
+            "images": name,
+            "equal labels": report.share(found["equal"]),
+            "accuracy: auto": report.share(found["right_auto"]),
+            "accuracy: maximum": report.share(found["right_maximum"]),
+            "mean samples": f"{found['mean_samples']:.2f}",
+            "images/s": f"{found['images_per_s_auto']:.1f}",
+            "speedup of auto": f"{found['speed_ratio']:.2f}",
+        }
         for name, found in content["sets"].items()
     ]
     conditions = (
         f"`{content['bundle']}`, {content['images']} validation images, {content['batch']} a call, `auto` against "
         f"{content['maximum']} samples; {content['runtime']}, {content['precision']}; {report.conditions(content)}"
     )
-    return "\n".join([conditions, "", *report.table(_HEADER, rows)]) + "\n"
+    return "\n".join([conditions, "", *report.table(list(rows[0]), [list(row.values()) for row in rows])]) + "\n"

@@ -242,12 +242,11 @@ def _encoder_cells(channels: int, cells: int) -> list[EncoderCell]:
     return [*(EncoderCell(channels) for _ in range(cells - 1)), EncoderCell(channels, halve=True)]
 
 
-def read_ndvae(path: str | Path, h: Tensor, noise_std: float | None = None) -> NDVAE:
+def read_ndvae(path: str | Path, h: Tensor) -> NDVAE:
     """The purifier of an ND-VAE checkpoint, a bare state dict; its shape comes from the file.
 
     Args:
         h: the constant that the decoder starts from, (1, C, h, w); its side gives the side of the images.
-        noise_std: see ``NDVAE``; the published one (0.05 for 64-pixel images, else 0.1) if None.
 
     Raises:
         CheckpointError: naming the file and the first key that is missing or wrong.
@@ -258,8 +257,7 @@ def read_ndvae(path: str | Path, h: Tensor, noise_std: float | None = None) -> N
     channels = config.channels * config.factor
     if h.ndim != 4 or tuple(h.shape[:2]) != (1, channels) or h.shape[2] != h.shape[3]:
         raise CheckpointError(f"{path}: 'h' must be (1, {channels}, h, h) for this file, not {tuple(h.shape)}")
-    if noise_std is None:
-        noise_std = 0.05 if h.shape[-1] * config.factor == 64 else 0.1
+    noise_std = 0.05 if h.shape[-1] * config.factor == 64 else 0.1  # as published
     with torch.device("meta"):  # the file's own tensors take the place of these
         purifier = NDVAE(config, h, noise_std)
     load_tensors(purifier, tensors, path)

@@ -17,6 +17,7 @@ SIZES = ("small", "base", "large")
 
 Share = Annotated[float, Range(0.0, 1.0)]
 Count = Annotated[int, Range(1, 4096)]
+Few = Annotated[int, Range(1, 16)]
 
 
 class TrainingError(MlvgmError, ValueError):
@@ -37,12 +38,12 @@ class Shape:
         expansion, kernel: of the decoder's depthwise cells.
     """
 
-    latents_per_scale: tuple[Count, ...]
+    latents_per_scale: Annotated[tuple[Annotated[int, Range(1, 64)], ...], Length(1, 8)]
     halvings: Annotated[int, Range(1, 6)] = 1
     latent_channels: Count = 8
     channels: Count = 16
-    cells_per_latent: Count = 1
-    cells_per_halving: Count = 1
+    cells_per_latent: Few = 1
+    cells_per_halving: Few = 1
     mixtures: Count = 3
     expansion: Count = 2
     kernel: Count = 3
@@ -68,7 +69,7 @@ class Shape:
         )
         scales = len(self.latents_per_scale)
         coarsest = 1 << (self.halvings + scales - 1)
-        if scales == 0 or image_size % coarsest:
+        if image_size % coarsest:
             raise TrainingError(
                 f"{scales} scales behind {self.halvings} halvings need an image_size that {coarsest} divides, "
                 f"which {image_size} is not"
@@ -82,7 +83,6 @@ class Shape:
                 f"latents_per_scale is {list(self.latents_per_scale)}, which the checkpoint format cannot say: "
                 f"all equal, or halving from fine to coarse, as {halved}"
             )
-        config.check()
         return config
 
 

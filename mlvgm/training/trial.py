@@ -1,18 +1,18 @@
 """A few steps in a process of its own, before anything is trained: some shapes end the process that tries them.
 
 PyTorch 2.13's backward pass on a CPU crashes for some narrow shapes whose channels are last in memory.
-
-    python -m mlvgm.training.trial SETTINGS_AS_JSON DEVICE THREADS CHANNELS_LAST
 """
 
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
 
+import torch
+
+from mlvgm.training.nvae import begin, step
 from mlvgm.training.settings import Settings, TrainingError
 
 TIMEOUT = 900
@@ -42,41 +42,30 @@ def try_step(settings: Settings, device: str, threads: int = 0) -> Trial:
     Raises:
         TrainingError: the forward or the backward pass fails; says how.
     """
-    done = _run(settings, device, threads, channels_last=True)
-    if done.returncode < 0:
-        done = _run(settings, device, threads, channels_last=False)
-    if done.returncode == 0:
-        return Trial(**json.loads(done.stdout))
     shape = f"latents_per_scale {list(settings.shape.latents_per_scale)}, channels {settings.shape.channels}"
-    if done.returncode < 0:
-        raise TrainingError(
-            f"a step with this shape ({shape}) ended its process by signal {-done.returncode}: it needs more memory "
-            "than there is, or is a shape that this PyTorch cannot train; choose another"
-        )
-    reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-    raise TrainingError(f"a step with this shape ({shape}) fails: {reason}")
+    for channels_last in (True, False):
+        with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(_measure, settings, device, threads, channels_last).result(TIMEOUT)
+            except BrokenProcessPool:
+                continue
+            except futures.TimeoutError:
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise TrainingError(f"{STEPS} steps took more than {TIMEOUT} s: choose a smaller size") from None
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise TrainingError(f"a step with this shape ({shape}) fails: {reason}") from None
+    raise TrainingError(
+        f"a step with this shape ({shape}) ended its process: it needs more memory than there is, or is a shape that "
+        "this PyTorch cannot train; choose another"
+    )
 
 
-def _run(settings: Settings, device: str, threads: int, channels_last: bool) -> "subprocess.CompletedProcess[str]":
-    words = [json.dumps(settings.as_mapping()), device, str(threads), str(int(channels_last))]
-    command = [sys.executable, "-m", "mlvgm.training.trial", *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise TrainingError(f"{STEPS} steps took more than {TIMEOUT} s: choose a smaller size") from None
-
-
-def main() -> None:
-    import torch
-
-    from handlers.fields import read_strict
-    from mlvgm.training.nvae import begin, step
-
-    settings = read_strict(Settings, json.loads(sys.argv[1]))
-    device, channels_last = torch.device(sys.argv[2]), sys.argv[4] == "1"
-    if threads := int(sys.argv[3]):
+def _measure(settings: Settings, device: str, threads: int, channels_last: bool) -> Trial:
+    if threads:
         torch.set_num_threads(threads)
-    state = begin(settings, device, channels_last)
+    state = begin(settings, torch.device(device), channels_last)
     images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=device)
     for _ in range(STEPS):
         started = time.monotonic()
@@ -84,15 +73,6 @@ def main() -> None:
         finite = bool(torch.isfinite(bound.log_likelihood).all())
         seconds = time.monotonic() - started
     if not finite:
-        raise SystemExit("the likelihood is not finite")
-    result: dict[str, Any] = {
-        "seconds": seconds,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "parameters": sum(p.numel() for p in state.network.parameters()),
-        "channels_last": channels_last,
-    }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+        raise ArithmeticError("the likelihood is not finite")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Trial(seconds, memory, sum(p.numel() for p in state.network.parameters()), channels_last)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
-import sys
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,13 @@ import pytest
 import torch
 
 from mlvgm.nvae import NVAE
+from mlvgm.training import trial
 from mlvgm.training.bound import answer_divergence, evidence_lower_bound
 from mlvgm.training.images import ImageSet, to_tensor
 from mlvgm.training.nvae import CHECKPOINT, LOG, train_nvae
 from mlvgm.training.publish import write_weights
 from mlvgm.training.settings import Settings, Shape, TrainingError
-from mlvgm.training.trial import try_step
+from mlvgm.training.trial import Trial, try_step
 from tests.mlvgm.training.spawned import spawned
 
 SHAPE = Shape((1, 2), latent_channels=2, channels=4, mixtures=2)
@@ -137,10 +140,10 @@ def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_trial_tells_what_a_step_costs() -> None:
-    trial = try_step(SETTINGS, "cpu", threads=1)
-    assert trial.parameters == sum(p.numel() for p in NVAE(SHAPE.config(32)).parameters())
-    assert trial.seconds > 0
-    assert trial.memory > 10_000_000
+    found = try_step(SETTINGS, "cpu", threads=1)
+    assert found.parameters == sum(p.numel() for p in NVAE(SHAPE.config(32)).parameters())
+    assert found.seconds > 0
+    assert found.memory > 10_000_000
 
 
 def test_a_step_that_fails_is_told_in_one_sentence() -> None:
@@ -148,20 +151,34 @@ def test_a_step_that_fails_is_told_in_one_sentence() -> None:
         try_step(SETTINGS, "nonesuch")
 
 
-def test_a_shape_that_crashes_with_channels_last_is_trained_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$6" in 1) kill -SEGV $$;; esac\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
-    assert not try_step(SETTINGS, "cpu", threads=1).channels_last
+def crash(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def test_a_step_that_ends_its_process_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nkill -SEGV $$\n")  # whatever the order in memory
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
-    with pytest.raises(TrainingError, match=r"channels 4.* ended its process by signal 11"):
+def crash_with_channels_last(settings: Settings, device: str, threads: int, channels_last: bool) -> Trial:
+    if channels_last:
+        crash()
+    return Trial(1.0, 2, 3, channels_last)
+
+
+def stall(*_: object) -> None:
+    time.sleep(600)
+
+
+def test_a_shape_that_crashes_with_channels_last_is_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_measure", crash_with_channels_last)
+    assert try_step(SETTINGS, "cpu") == Trial(1.0, 2, 3, channels_last=False)
+
+
+def test_a_step_that_ends_its_process_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_measure", crash)  # whatever the order in memory
+    with pytest.raises(TrainingError, match=r"channels 4.* ended its process"):
         try_step(SETTINGS, "cpu")
+
+
+def test_steps_that_take_too_long_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_measure", stall)
+    monkeypatch.setattr(trial, "TIMEOUT", 1)
+    with pytest.raises(TrainingError, match="3 steps took more than 1 s"):
+        try_step(SETTINGS, "cpu")
+    assert not multiprocessing.active_children()

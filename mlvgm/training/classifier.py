@@ -7,7 +7,6 @@ which it keeps: SGD instead of Adam, label smoothing, sensor noise and soft pict
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -26,19 +25,13 @@ WARMUP = 0.15
 """Share of the steps in which the learning rate rises."""
 
 
-def train_classifier(train: Signs, validation: Signs, model: VGG11, epochs: int, checkpoint: Path) -> VGG11:
-    """Fit ``model`` by Adam with augmentation; resumes from ``checkpoint`` where it exists."""
+def train_classifier(train: Signs, validation: Signs, model: VGG11, epochs: int) -> VGG11:
+    """Fit ``model`` by Adam with augmentation."""
     optimizer = torch.optim.Adam(model.parameters(), lr=PEAK_RATE)
     images, labels = train.tensors()
-    start = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["epoch"]
     per_epoch = len(train) // BATCH
     steps = epochs * per_epoch
-    for epoch in tqdm(range(start, epochs), "classifier", epochs, initial=start, unit="epoch", disable=None):
+    for epoch in tqdm(range(epochs), "classifier", unit="epoch", disable=None):
         model.train()
         total = 0.0
         order = torch.from_numpy(shuffled(len(train), seed=epoch))
@@ -46,20 +39,14 @@ def train_classifier(train: Signs, validation: Signs, model: VGG11, epochs: int,
         for i, index in enumerate(order[: per_epoch * BATCH].split(BATCH)):
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_RATE * cosine_rate(epoch * per_epoch + i, steps, round(WARMUP * steps))
-            loss = F.cross_entropy(
-                model(augment(images[index]).contiguous(memory_format=torch.channels_last)), labels[index]
-            )
+            augmented = augment(images[index]).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(model(augmented), labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-        draft = checkpoint.with_suffix(".part")
-        torch.save(state, draft)
-        os.replace(draft, checkpoint)
-        tqdm.write(
-            f"epoch {epoch + 1}: loss {total / per_epoch:.4f}, held-out accuracy {accuracy(model, validation):.4f}"
-        )
+        held_out = accuracy(model, validation)
+        tqdm.write(f"epoch {epoch + 1}: loss {total / per_epoch:.4f}, held-out accuracy {held_out:.4f}")
     return model.eval()
 
 
@@ -83,10 +70,9 @@ def main() -> None:
     train, validation = split_by_track(load_signs(args.data, "train"))
     classifier = VGG11(n_classes=43, width=0.5, pool=1)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    classifier = train_classifier(train, validation, classifier, args.epochs, args.out / "classifier.pt")
-    save_file(
-        {key: value.contiguous() for key, value in classifier.state_dict().items()}, args.out / "classifier.safetensors"
-    )
+    classifier = train_classifier(train, validation, classifier, args.epochs)
+    tensors = {key: value.contiguous() for key, value in classifier.state_dict().items()}
+    save_file(tensors, args.out / "classifier.safetensors")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,10 @@ from mlvgm.nvae import NVAE, NVAEConfig
 from mlvgm.recipe import Recipe, RecipeError
 from mlvgm.resnet import ResNetClassifier
 from mlvgm.style_transformer import StyleTransformerEncoder
-from mlvgm.stylegan2 import Generator
+from mlvgm.stylegan2 import PUBLISHED_CHANNELS, Generator
 from mlvgm.vgg import VGG11
 
 Checkpoint = dict[str, Any]
-
-CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-"""Of StyleGAN2 at 4, 8, 16, ... pixels."""
 
 PUBLISHED = Widths()
 """Of the encoders."""
@@ -101,9 +98,9 @@ def _purifier(recipe: Recipe) -> Checkpoint:
     if recipe.family == "nvae" and recipe.n_latents == len(CELEBA_64.latents()):
         return nvae(CELEBA_64, recipe.temperature)
     if recipe.family == "e4e":
-        return e4e(CHANNELS[: recipe.n_latents // 2])
+        return e4e(PUBLISHED_CHANNELS[: recipe.n_latents // 2])
     if recipe.family == "style_transformer":
-        return style_transformer(CHANNELS[: recipe.n_latents // 2])
+        return style_transformer(PUBLISHED_CHANNELS[: recipe.n_latents // 2])
     raise RecipeError(f"recipe {recipe.name}: no published size is known for it; give --purifier and --classifier")
 
 

@@ -30,12 +30,12 @@ from mlvgm.irse import Widths
 from mlvgm.nvae import NVAE, NVAEConfig, NVAEPurifier
 from mlvgm.purifier import Purifier
 from mlvgm.resnet import ResNetClassifier
-from mlvgm.stylegan2 import Generator
+from mlvgm.stylegan2 import PUBLISHED_CHANNELS, Generator
 
 Tensors = dict[str, Tensor]
 
 TOY_NVAE = NVAEConfig(16, (1, 2), 1, 2, 0, channels=4, blocks=1, cells_per_block=1, mixtures=2)
-_E4E = (synthetic.CHANNELS, 512, synthetic.PUBLISHED), ((16, 12, 8, 8), 16, Widths(8, 8, 16, 16, 16))
+_E4E = (PUBLISHED_CHANNELS, 512, synthetic.PUBLISHED), ((16, 12, 8, 8), 16, Widths(8, 8, 16, 16, 16))
 _ROWS, _SETS = 32, 4  # rows of which inputs are made, and in how many orders
 
 

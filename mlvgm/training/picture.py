@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlvgm.nvae import NVAE, NVAEPurifier
 
-IMAGES = 8  # in a row
+IMAGES, DPI = 8, 90
 
 
 @torch.no_grad()
@@ -31,13 +31,14 @@ def draw_latents(network: NVAE, images: Tensor, temperature: float, file: Path) 
         alphas = [float(i >= kept) for i in range(n)]
         name = {n: "reconstructed", 0: "all from the prior"}.get(kept, f"kept: {kept} of {n} latents")
         rows.append((name, purifier.purify(images, noise, alphas).images))
-    figure = Figure(figsize=(IMAGES, 1.25 * len(rows)), layout="constrained")
+    side = max(1.0, images.shape[-1] / DPI)  # of an image in inches: at least a dot for each pixel
+    figure = Figure(figsize=(IMAGES * side, (side + 0.25) * len(rows)), layout="constrained")
     for axes, (name, row) in zip(figure.subplots(len(rows)), rows, strict=True):
         axes.imshow(torch.cat(tuple(row.clamp(0, 1)), dim=2).permute(1, 2, 0).cpu(), interpolation="nearest")
         axes.set_title(name, loc="left", fontsize=9)
         axes.axis("off")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=90)
+    figure.savefig(file, dpi=DPI)
 
 
 def draw_curve(log: Path, file: Path) -> None:
@@ -54,4 +55,4 @@ def draw_curve(log: Path, file: Path) -> None:
     for axes, (key, title) in zip(others, lines.items(), strict=True):
         axes.plot(steps, [report[key] for report in reports])
         axes.set(title=title, xlabel="step", yscale="log" if key == "validation_mse" else "linear")
-    figure.savefig(file, dpi=90)
+    figure.savefig(file, dpi=DPI)

@@ -28,6 +28,8 @@ DATA = (
     "evaluation/signs/14-stop.png",
     "export/recipes/road-signs.yaml",
     "mlvgm/py.typed",
+    "mlvgm/training/card.md.template",
+    "mlvgm/training/recipe.yaml.template",
     "model_store/road-signs/classifier.safetensors",
     "model_store/road-signs/nvae.safetensors",
 )

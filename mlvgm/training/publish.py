@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import save_file
@@ -52,28 +53,9 @@ def publish(
 
 def _recipe(name: str, network: NVAE, classes: Sequence[str]) -> str:
     n = len(network.config.latents())
-    content = {
-        "name": name,
-        "family": "nvae",
-        "image_size": network.config.resolution,
-        "n_latents": n,
-        "purifier": WEIGHTS,
-        "temperature": TEMPERATURE,
-        "classifier": {"architecture": "onnx"},
-        "schedule": "fine",
-        "alphas": {"fine": default_alphas(n)},
-        "samples": {"default": "auto", "max": 32},
-        "batch": {"min": 1, "opt": 16, "max": 32},
-        "classes": list(classes) if classes else 2,
-    }
-    head = (
-        "# Export with: mlvgm export --recipe recipe.yaml --classifier FILE.onnx\n"
-        "# classifier: takes RGB images in [0, 1]; give its mean and std here if it wants them normalised, or name a\n"
-        "# published architecture or a callable module:function instead of onnx.\n"
-        "# classes: names in the order of the logits, or their number.\n"
-        "# alphas: a default; `mlvgm tune` finds better ones.\n"
-    )
-    return head + yaml.safe_dump(content, sort_keys=False)
+    given = {"name": name, "image_size": network.config.resolution, "temperature": TEMPERATURE}
+    recipe = _filled("recipe.yaml", **given, n=n, alphas=default_alphas(n))
+    return recipe + yaml.safe_dump({"classes": list(classes) or 2})
 
 
 def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, command: str, last: dict[str, object]) -> str:
@@ -84,32 +66,12 @@ def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, comman
         name_and_value = f"of `{settings.classifier}`, last batch | {last['answer_divergence']:.4f} nats an image"
         answers = f"\n| divergence of the answers {name_and_value} |"
     left_out = f"; {unreadable} files could not be read and were left out" if unreadable else ""
-    return f"""# Model card: {name}
+    parameters = sum(p.numel() for p in network.parameters())
+    given = {"name": name, "command": command, "config": config, "settings": settings, "images": images, "last": last}
+    return _filled("card.md", **given, latents=latents, parameters=parameters, left_out=left_out, answers=answers)
 
-An NVAE that purifies RGB images of {config.resolution}x{config.resolution} pixels in front of a classifier.
 
-| | |
-| --- | --- |
-| latents, coarse to fine | {latents}; {config.latent_channels} channels each |
-| parameters | {sum(p.numel() for p in network.parameters()):,} |
-| images | {len(images.train):,} for training and {len(images.validation):,} held out, from {images.source}{left_out} |
-| digest of the images | {images.digest[:16]} |
-| steps | {settings.steps:,} of {settings.batch} images; {last["skipped"]} skipped for gradients that were not finite |
-| log likelihood, last batch | {last["log_likelihood"]:.4f} nats per value |{answers}
-| squared error of held-out reconstructions | {last["validation_mse"]:.5f} |
-
-![curve]({CURVE})
-
-Made by
-
-    {command}
-
-with the settings in [{SETTINGS}]({SETTINGS}). The training objective is the evidence lower bound under randomly
-interpolated latents, so that the coarse latents hold what an image shows and the fine ones may be resampled: in the
-picture, from top to bottom, ever more of them are.
-
-![latents](latents.png)
-
-How well this defends depends on the classifier behind it: measure it there with `mlvgm attack`, and choose the weights
-of the interpolation with `mlvgm tune`.
-"""
+def _filled(file: str, **values: Any) -> str:
+    """The template of a file, which lies beside this one, with its fields replaced as `str.format` does."""
+    template = Path(__file__).with_name(f"{file}.template")
+    return template.read_text(encoding="utf-8").format(**values)

@@ -49,10 +49,6 @@ class Technique:
     runtime: str
     precision: str = "fp32"
 
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.runtime}, {self.precision}"
-
 
 @dataclass(frozen=True)
 class ModelUnderTest:
@@ -99,7 +95,8 @@ class Measured:
 def techniques() -> list[Technique]:
     """The techniques that this machine can run, from the published operators to the fastest."""
     found = [Technique(PUBLISHED, "eager"), Technique(REWRITTEN, "eager")]
-    found += [Technique(EXPORTED, name) for name in runtimes.installed() if _runs(name)]
+    usable = runtimes.installed() if torch.cuda.is_available() else runtimes.ON_CPU
+    found += [Technique(EXPORTED, name) for name in runtimes.installed() if name in usable]
     if "openvino" in runtimes.installed() and _has_bf16():
         found.append(Technique(EXPORTED, "openvino", "bf16"))
     return found
@@ -136,9 +133,10 @@ def measure(
     ]
     counted: dict[tuple[str, int], float | None] = {}
     for technique in chosen or techniques():
-        say(f"{model.recipe}: {technique.label}")
+        say(f"{model.recipe}: {technique.name}, {technique.runtime}, {technique.precision}")
         try:
-            peak, results = _apart(_run, model, technique, images, loads, seconds, threads)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                peak, results = pool.submit(_run, model, technique, images, loads, seconds, threads).result()
         except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
             say(f"  not measured: {error}")
             continue
@@ -185,12 +183,6 @@ def matmul_gflops(precision: str) -> float:
         matrix @ matrix
         times.append(time.perf_counter() - begun)
     return 2 * size**3 / min(times) / 1e9
-
-
-def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Result of ``function(*arguments)``, run in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def _run(
@@ -298,10 +290,6 @@ def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
             os.link(file, folder / file.name)
     replace(manifest, precision=precision).write(folder)
     return folder
-
-
-def _runs(runtime: str) -> bool:
-    return runtime in runtimes.ON_CPU or torch.cuda.is_available()
 
 
 def _has_bf16() -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluation import report
 from handlers.errors import MlvgmError
-from handlers.manifest import Batch, Manifest, StageSpec
+from handlers.manifest import Manifest, StageSpec
 
 PROGRAM = "trtexec"
 
@@ -37,11 +37,13 @@ def measure(bundle: Path, work: Path, say: Callable[[str], None] = lambda _: Non
     """
     manifest = Manifest.read(bundle)
     sizes = manifest.batch
+    profile = {"--minShapes": sizes.min, "--optShapes": sizes.opt, "--maxShapes": sizes.max}
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for stage in manifest.stages:
         # Built before the first measurement: an engine that lies there may be another bundle's.
-        build = [f"--onnx={bundle / stage.file}", "--stronglyTyped", *_profile(stage, sizes)]
+        build = [f"--onnx={bundle / stage.file}", "--stronglyTyped"]
+        build += [f"{option}={_shapes(stage, rows)}" for option, rows in profile.items()]
         build += [f"--saveEngine={work / stage.name}.engine", f"--timingCacheFile={work / 'timing.cache'}"]
         for batch in sorted({sizes.min, sizes.opt, sizes.max}):
             times = work / f"{stage.name}-{batch}.json"
@@ -54,11 +56,6 @@ def measure(bundle: Path, work: Path, say: Callable[[str], None] = lambda _: Non
                 row |= _run(line, times, batch)
             rows.append(row)
     return rows
-
-
-def _profile(stage: StageSpec, batch: Batch) -> list[str]:
-    sizes = {"--minShapes": batch.min, "--optShapes": batch.opt, "--maxShapes": batch.max}
-    return [f"{option}={_shapes(stage, rows)}" for option, rows in sizes.items()]
 
 
 def _shapes(stage: StageSpec, rows: int) -> str:

@@ -58,8 +58,9 @@ def _serve(args: argparse.Namespace, archives: list[Path]) -> int:
     workers, threads = chosen(args.workers, args.threads, sizes_of(archives), gpus_for(archives))
     server.start(archives, workers, args.timeout, threads, say)
     say(f"ready after {time.monotonic() - started:.1f} s; log: {server.log}")
+    key = server.client().key("inference")
     for model in server.models:
-        print(_curl(server, model), flush=True)
+        print(f"curl -T IMAGE.png -H 'Authorization: Bearer {key}' {server.url}/predictions/{model}", flush=True)
     return 0 if args.detach else _stay(server)
 
 
@@ -75,12 +76,6 @@ def _archives(store: Path, names: list[str] | None) -> list[Path]:
         held = ", ".join(path.name for path in found) or "none; build one with mlvgm archive BUNDLE"
         raise CliError(f"{store}: say with --models which archives to serve (there: {held})")
     return found
-
-
-def _curl(server: Server, model: str) -> str:
-    """What to type."""
-    key = server.client().key("inference")
-    return f"curl -T IMAGE.png -H 'Authorization: Bearer {key}' {server.url}/predictions/{model}"
 
 
 def _stay(server: TorchServe) -> int:

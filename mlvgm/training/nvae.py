@@ -5,7 +5,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -225,7 +224,7 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
     )
     seen = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
     alphas = random_schedules(batch, len(network.config.latents()), settings.whole, images.device)
-    with _half(images.device):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         bound = evidence_lower_bound(network, clean, seen, alphas)
         answers = None if state.classifier is None else answer_divergence(state.classifier, clean, bound.reconstruction)
     divergence = torch.stack(bound.divergence).sum(dim=0)
@@ -235,10 +234,6 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
     state.optimizer.zero_grad()
     loss.backward()
     return bound, answers, torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
-
-
-def _half(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()

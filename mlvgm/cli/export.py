@@ -19,8 +19,8 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add_models(parser, help="name of a built-in recipe, or a YAML file")
     add("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
-    stored = "in what large weights are stored, instead of the recipe's: fp16 and bf16 halve the archive, and graphs "
-    add("--weights", choices=("fp32", "fp16", "bf16"), help=f"{stored}compute as before")
+    stored = "of large weights in the files, instead of the recipe's: fp16 and bf16 halve the archive"
+    add("--weights", choices=("fp32", "fp16", "bf16"), help=f"{stored}; graphs compute as before")
     add("--blur", action="store_true", help="blur the input first, as the paper's blur variant does")
     add("--input-noise", type=float, metavar="L2", help="add noise of this L2 norm to the input")
     add(

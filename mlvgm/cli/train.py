@@ -31,6 +31,8 @@ def add_options(parser: Parser) -> None:
     add("--image-size", type=int, metavar="PIXELS", help="side, a multiple of 8 from 32 to 256")
     add("--steps", type=int, help="of the optimiser, instead of the settings'")
     add("--batch", type=int, help="images a step, instead of the settings'")
+    add("--noise", type=float, help="largest deviation of the noise the encoder learns to leave out")
+    add("--whole", type=float, metavar="SHARE", help="images trained with nothing resampled")
     add("--classifier", metavar="NAME", help="whose answers to keep: module:function, or the name of a shipped recipe")
     add("--start", type=Path, metavar="WEIGHTS", help="safetensors of the same shape to go on from")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -87,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> "Settings":
     from mlvgm.training.settings import TrainingError, named_settings, read_settings
 
-    changes = {name: value for name in ("steps", "batch", "classifier") if (value := getattr(args, name)) is not None}
+    names = ("steps", "batch", "noise", "whole", "classifier")
+    changes = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.settings is None:
         if args.image_size is None:
             raise TrainingError("give --image-size PIXELS (and --size), or --settings YAML")

@@ -162,6 +162,8 @@ def test_the_served_answer(folder: Path, bundle: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["photos", "--out", "x", "--image-size", "32", "--noise", "-1"], "noise is -1.0"),
+        (["photos", "--out", "x", "--image-size", "32", "--whole", "2"], "whole is 2.0"),
         (["photos", "--out", "m"], "give --image-size"),
         (["photos", "--out", "m", "--image-size", "50"], "multiple of 8"),
         (["photos", "--out", "m", "--settings", "tiny.yaml", "--size", "small"], "leave out --size"),

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from deploy.errors import CliError
-from export.archive import QUEUED_CALLS, Settings, build_archive
+from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
 from mlvgm.cli.options import Parser, add_engines, whole
 
 _NUMBERS = (  # option, field of the settings, unit, help
@@ -32,6 +32,7 @@ def add_options(parser: Parser) -> None:
     add("bundle", type=Path, help="the folder that mlvgm export wrote")
     formats = ("torchserve", "triton", "ovms", "kserve")
     add("--format", choices=formats, default="torchserve", help="ovms is OpenVINO Model Server (default: %(default)s)")
+    add("--archive-format", choices=FORMATS, default="zip-store", help="of TorchServe's archive (%(default)s)")
     add("--out", type=Path, help="folder for it (model_store, or model_repository for other servers)")
     add("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
     add("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "torchserve":
         if args.instances > 1 or args.storage_uri:
             raise CliError("--instances and --storage-uri are for --format triton, ovms or kserve")
-        print(build_archive(args.bundle, args.out or Path("model_store"), settings))
+        print(build_archive(args.bundle, args.out or Path("model_store"), settings, args.archive_format))
         return 0
     from export.repository import build_repository
 

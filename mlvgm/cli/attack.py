@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from handlers.image import ImageError, decode
 from mlvgm.cli.bulk import Bulk, Outcome, Row, print_row
 from mlvgm.cli.options import Parser, add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
 from mlvgm.cli.purify import Purifier
-from mlvgm.files import shown
+from mlvgm.files import read_file, shown
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
 
 _BATCH = 32
+_PICTURED = 24  # images, on one sheet
 
 
 def add_options(parser: Parser) -> None:
@@ -38,6 +40,7 @@ def add_options(parser: Parser) -> None:
     add_pipeline(parser, help="purify the attacked images with this bundle")
     add_request(parser)
     add_rows(parser)
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         for row in job.run(lambda images: _attack(images, recipe, classifier, args.method, purifier)):
             print_row(row, args.json, _text)
             rows.append(row)
-    attacked = [row for row in rows if "error" not in row]
+        attacked = [row for row in rows if "error" not in row]
+        if args.picture and attacked:
+            _draw(attacked[:_PICTURED], recipe, purifier, args.picture)
     if attacked:
         print(_totals(attacked), file=sys.stderr if args.json else sys.stdout)
     return 0 if all(row.get("fooled") for row in rows) else 1
@@ -100,6 +105,24 @@ def _attack(
             row |= {"purified": answer[1]["label"]} | {key: answer[1][key] for key in ("agreement", "flagged")}
         outcomes[i] = answer if isinstance(answer, str) else (pngs[place], row)
     return outcomes
+
+
+def _draw(rows: Sequence[Row], recipe: Recipe, purifier: Purifier | None, path: Path) -> None:
+    """Each image, clean, attacked, the change between them, and purified."""
+    from evaluation.contact_sheet import CHANGE, Picture, change, save
+    from evaluation.contact_sheet import Row as Line
+
+    size = (recipe.image_size, recipe.image_size)
+    files = [read_file(Path(row["attacked"])) for row in rows]
+    purified = purifier.purify(files) if purifier else [""] * len(files)
+    lines = []
+    for row, file, outcome in zip(rows, files, purified, strict=True):
+        clean, attacked = decode(read_file(Path(row["file"])), size), decode(file, size)
+        after = decode(outcome[0], size) if isinstance(outcome, tuple) else None
+        pictures = [Picture(clean, row["before"]), Picture(attacked, row["after"]), change(clean, attacked)]
+        lines.append(Line(row["before"], [*pictures, Picture(after, row.get("purified", ""))]))
+    method = rows[0]["settings"]["method"]
+    save(lines, ("clean", "attacked", CHANGE, "purified"), f"{recipe.name}: {method}", path)
 
 
 def _totals(rows: Sequence[Row]) -> str:

@@ -110,10 +110,14 @@ def test_purifies_with_a_bundle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(models, "recipe_classifier", lambda _recipe, _file: of_bundle(nvae_bundle))
-    assert _attack(recipe, *files, "--out", tmp_path / "out", "--bundle", nvae_bundle, "--samples", 3, "--json") == 0
+    sheet = tmp_path / "sheet.png"
+    words = [*files, "--out", tmp_path / "out", "--bundle", nvae_bundle, "--samples", 3, "--picture", sheet, "--json"]
+    assert _attack(recipe, *words) == 0
     captured = capsys.readouterr()
     row = json.loads(captured.out.splitlines()[0])
     assert "of these purified to what was read before" in captured.err
+    with Image.open(sheet) as picture:
+        assert picture.width > picture.height > 100
     assert row["purified"] in ("stop", "yield", "speed limit \N{DEGREE SIGN}")
     assert 0 < row["agreement"] <= 1
 

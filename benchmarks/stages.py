@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from deploy.errors import CliError
 from evaluation import report
 from export import classifier as classify
 from export import families
@@ -38,6 +40,7 @@ from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
 
+_KILLED = "its process was ended by the system, as when memory runs out"
 _LONG = 60.0  # seconds: a call that takes longer is not repeated
 
 
@@ -122,6 +125,9 @@ def measure(
         Rows with ``recipe``, ``technique``, ``runtime``, ``precision``, ``batch``, ``samples``, ``images_per_s``,
         ``ratio``, ``stage_ms``, ``memory_mb``, ``gflops``, ``share_of_peak``, ``relative_error``, ``label_agreement``,
         ``compared`` (purified images behind the last two).
+
+    Raises:
+        CliError: the published operators need more memory than there is.
     """
     rows: list[dict[str, Any]] = []
     baseline: list[Measured] = []
@@ -139,6 +145,11 @@ def measure(
                 peak, results = pool.submit(_run, model, technique, images, loads, seconds, threads).result()
         except (runtimes.EngineError, runtimes.RuntimeMissing) as error:
             say(f"  not measured: {error}")
+            continue
+        except BrokenProcessPool:
+            if not baseline:
+                raise CliError(f"{technique.name}: {_KILLED}, so there is nothing to compare with") from None
+            say(f"  not measured: {_KILLED}")
             continue
         baseline = baseline or results
         for load, result, reference in zip(loads, results, baseline, strict=True):

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import yaml
 
 from benchmarks import stages, synthetic
+from deploy.errors import CliError
 from evaluation import report
 from export.bundle import export_bundle
 from export.models import load_models
@@ -75,6 +78,26 @@ def test_another_model_is_noticed(recipe: Path, tmp_path: Path) -> None:
     chosen = [stages.Technique(stages.PUBLISHED, "eager"), stages.Technique(stages.EXPORTED, "onnxruntime")]
     rows = stages.measure(model, images, [stages.Load(2, 1, 2)], 0, chosen=chosen)
     assert rows[1]["relative_error"] > 1e-3
+
+
+def test_what_the_system_kills_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_run", _killed_unless_published)
+    published, rewritten = (stages.Technique(name, "eager") for name in (stages.PUBLISHED, stages.REWRITTEN))
+    model, images, said = stages.ModelUnderTest("tiny", tmp_path), np.zeros((1, 2, 2, 3), np.uint8), list[str]()
+    loads = [stages.Load(1, 1, 1)]
+    rows = stages.measure(model, images, loads, chosen=[published, rewritten], say=said.append)
+    assert [row["technique"] for row in rows] == [stages.PUBLISHED]
+    assert any("not measured: its process was ended by the system" in line for line in said)
+    with pytest.raises(CliError, match="nothing to compare with"):
+        stages.measure(model, images, loads, chosen=[rewritten])
+
+
+def _killed_unless_published(_: object, technique: stages.Technique, *__: object) -> tuple[float, list]:
+    """In a process of its own, which this module is imported in."""
+    if technique.name != stages.PUBLISHED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    pixels, labels = np.zeros((1, 3, 2, 2), np.float32), np.zeros(1, np.int64)
+    return 1.0, [stages.Measured(1.0, {}, 1.0, 1.0, pixels, labels)]
 
 
 @pytest.mark.parametrize(

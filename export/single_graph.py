@@ -155,8 +155,7 @@ class _Builder:
     ) -> None:
         self.manifest, self.samples, self.images, self.drawn = manifest, samples, images, drawn
         self.stages = {spec.name: stage for spec, stage in zip(manifest.stages, stages, strict=True)}
-        opsets = {domain: version for stage in stages for domain, version in stage.opset_imports.items()}
-        self.graph = ir.Graph([], [], nodes=(), opset_imports=opsets, name=manifest.name)
+        self.graph = ir.Graph([], [], nodes=(), opset_imports=_opsets(stages), name=manifest.name)
         writer = Writer(self.graph)
         self.node, self.weight = writer.node, writer.weight
 
@@ -303,3 +302,18 @@ class _Builder:
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, *sizes: int) -> None:
         """An output with ``sizes`` behind the batch axis."""
         self.graph.outputs.append(declare(value, name, dtype, ("B", *sizes)))
+
+
+def _opsets(stages: Sequence[ir.Model]) -> dict[str, int]:
+    """Those of all stages by domain, which one graph can have in one version only.
+
+    Raises:
+        SingleGraphError: two stages have different ones.
+    """
+    versions: dict[str, int] = {}
+    for stage in stages:
+        for domain, version in stage.opset_imports.items():
+            if versions.setdefault(domain, version) != version:
+                both = f"{versions[domain]} and {version}"
+                raise SingleGraphError(f"the stages' graphs are of opsets {both}, which cannot be joined")
+    return versions

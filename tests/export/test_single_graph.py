@@ -143,3 +143,14 @@ def test_graphs_of_an_older_opset_are_raised_to_what_is_needed(tmp_path: Path) -
     add_single_graph(tmp_path / "nvae", 2)
     graph = onnx.load(tmp_path / "nvae" / FOLDER / GRAPH, load_external_data=False)
     assert [(o.domain, o.version) for o in graph.opset_import] == [("", 18)]
+
+
+def test_stages_with_two_versions_of_a_domain_are_refused(tmp_path: Path) -> None:
+    manifest = bundles.write_nvae(tmp_path / "nvae")
+    for version, stage in enumerate((manifest.stages[0], manifest.stages[-1]), 1):
+        graph = onnx.load(tmp_path / "nvae" / stage.file)
+        graph.opset_import.append(onnx.helper.make_opsetid("com.example", version))
+        onnx.save(graph, tmp_path / "nvae" / stage.file)
+    manifest.write(tmp_path / "nvae")
+    with pytest.raises(SingleGraphError, match="opsets 1 and 2, which cannot be joined"):
+        add_single_graph(tmp_path / "nvae", 2)

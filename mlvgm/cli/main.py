@@ -25,7 +25,7 @@ VERBS = {
     "certify": "answer with a proven radius",
     "evaluate": "measure a bundle under attack",
     "bench": "measure stages and servers",
-    "attack": "attack a pipeline",
+    "attack": "attack image files through a classifier",
     "tune": "learn the interpolation weights",
     "doctor": "check what serving needs, and say how to cure what fails",
 }

@@ -1,9 +1,10 @@
 """Defences: the purifier as it is served, its ablations, the classifier alone, and simple baselines.
 
 Each has two implementations: ``serve`` classifies 8-bit images with the served engines and decides the results;
-``forward`` computes the same with the PyTorch reference, for the gradients of attacks.
+``forward`` computes the same with PyTorch, for the gradients of attacks.
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from evaluation.adaptive import Forward, Trace
 from evaluation.attacks import to_bytes, to_float
+from evaluation.differentiable import Differentiable
 from evaluation.photographs import encode
 from export.fold import fast
 from handlers.client import Client
-from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import Pipeline
 from handlers.result import Result
 from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
@@ -117,11 +118,6 @@ class Subject:
     classifier: nn.Module
     blur: bool = False
     device: str = "cpu"
-
-    @cached_property
-    def fast_purifier(self) -> Purifier:
-        """`fast` of the purifier."""
-        return fast(self.purifier, self.device)
 
     @cached_property
     def fast_classifier(self) -> nn.Module:
@@ -277,27 +273,14 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
         deviation = [np.nanstd(result.purified, axis=1).mean(axis=(1, 2, 3)) for result in results]
         return Predictions.of(np.concatenate(logits), np.concatenate(before), np.concatenate(deviation))
 
+    @functools.cache
+    def differentiable() -> Differentiable:
+        return Differentiable(subject.purifier, alphas, subject.blur, l2, subject.device)
+
     def forward(images: Tensor, draws: int, seeds: Seeds = ()) -> Trace:
-        purifier, rows = subject.fast_purifier, [*seeds] * draws
-        samples = [sample for sample in range(draws) for _ in images]
-        shown = blur_images(images.to(subject.device)) if subject.blur else images.to(subject.device)
-        noise = [
-            torch.from_numpy(latent_noise(rows, samples, i, shape)).to(subject.device)
-            if seeds
-            else torch.randn(len(samples), *shape, device=subject.device)
-            for i, shape in enumerate(purifier.noise_shapes)
-        ]
-        if l2:
-            shown = shown.repeat(draws, 1, 1, 1)
-            drawn = torch.from_numpy(image_noise(rows, samples, shown.shape[2:])) if seeds else torch.randn(shown.shape)
-            shown = add_noise(shown, drawn.to(subject.device), l2)
-        encoded = purifier.encode(shown)
-        if not l2:  # all draws of an image have the same code
-            encoded = tuple(code.repeat(draws, *[1] * (code.ndim - 1)) for code in encoded)
-        purified = purifier.generate(encoded, noise, torch.tensor(alphas, device=subject.device))
-        stages = {"decode": purified.mixed, "classify": (purified.images,)}
-        logits = subject.fast_classifier(purified.images).view(draws, len(images), -1)
-        return Trace(logits.cpu(), stages)
+        purified, stages = differentiable()(images, draws, seeds)
+        logits = subject.fast_classifier(purified).view(draws, len(images), -1)
+        return Trace(logits.cpu(), {**stages, "classify": (purified,)})
 
     return Defence(name, title, serve, forward, is_random, seeded=forward)
 

@@ -128,7 +128,7 @@ def test_gradients_go_through_the_whole_purifier_with_fresh_noise() -> None:
     assert not torch.allclose(trace.logits, row.forward(images, 3).logits)
     (gradient,) = torch.autograd.grad(trace.logits.sum(), images)
     assert gradient.flatten(1).norm(dim=1).min() > 0
-    assert list(trace.stages) == ["decode", "classify"]
+    assert list(trace.stages) == ["encode", "decode", "classify"]
 
 
 def test_a_server_is_asked_image_by_image(rows: dict[str, Defence], subject: Subject) -> None:

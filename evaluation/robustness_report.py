@@ -37,9 +37,10 @@ def markdown(content: Content) -> str:
 
 def _preamble(content: Content) -> str:
     effort = content["budget"]["effort"]
+    precision = ", in bf16" if effort["bf16"] else ""
     return (
         f"{content['n']} images of {content['images']}, 8 bits each; budget {content['budget_name']}: gradients of "
-        f"{effort['steps']} steps, {effort['restarts']} starts and {effort['draws']} draws at most, on "
+        f"{effort['steps']} steps, {effort['restarts']} starts and {effort['draws']} draws at most{precision}, on "
         f"{content['few']} images. Served by {content['runtime']} in {content['precision']}; {conditions(content)}; "
         f"`{content['command']}`."
     )

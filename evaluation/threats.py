@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation import changes
-from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine
+from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine, in_precision
 from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
@@ -164,7 +164,8 @@ class Transferred(Threat):
         def compute() -> Images:
             clean, labels = to_float(target.images), torch.from_numpy(target.labels)
             best: Found | None = None
-            forward = _alone(fast(classifier, target.subject.device), target.subject.device)
+            device = target.subject.device
+            forward = in_precision(_alone(fast(classifier, device), device), self.effort, device)
             for attempt in range(self.effort.restarts):
                 found = ascend(forward, clean, labels, self.change, self.effort, attempt, target.first)
                 best = found if best is None else _better(best, found)
@@ -200,7 +201,8 @@ class White(Threat):
         for attempt, each in enumerate([*short, *[effort] * effort.restarts]):
             if not len(resisting):
                 break
-            forward, some = self.forward(target, resisting), (clean[resisting], labels[resisting])
+            forward = in_precision(self.forward(target, resisting), effort, target.subject.device)
+            some = clean[resisting], labels[resisting]
             got = ascend(forward, *some, self.change, each, attempt, target.first, penalty)
             changed = to_bytes(got.images)
             answers = target.predict(changed, 0 if self.knows_noise else attempt, resisting)
@@ -223,7 +225,8 @@ class White(Threat):
     def _flat(self, target: Target, clean: Tensor, labels: Tensor) -> tuple[Effort, Record]:
         """As many draws as make two gradients agree, but not more than the budget has; and how they look then."""
         some, truth = clean[:_EXAMINED], labels[:_EXAMINED]
-        forward, draws = self.forward(target, np.arange(len(some))), self.effort.draws if self.knows_noise else 1
+        draws = self.effort.draws if self.knows_noise else 1
+        forward = in_precision(self.forward(target, np.arange(len(some))), self.effort, target.subject.device)
         seen = examine(forward, some, truth, draws)
         while target.defence.is_random and seen.cosine < FLAT and draws < self.effort.draws:
             draws = min(2 * draws, self.effort.draws)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.adaptive import Effort, Forward, Trace, ascend, cross_entropy, examine, margin
+from evaluation.adaptive import Effort, Forward, Trace, ascend, cross_entropy, examine, in_precision, margin
 from evaluation.attacks import predict, to_float
 from evaluation.changes import L2, Linf
 from tests.evaluation.models import linear, pictures
@@ -38,6 +38,22 @@ def test_lowers_the_margin_as_far_as_a_linear_classifier_allows(attempt: int) ->
     possible = 0.3 * (classifier.weights[:, 0] - classifier.weights[:, 1]).norm()
     gained = margin(classifier(clean)[None], labels) - margin(classifier(attacked)[None], labels)
     assert (gained > 0.99 * possible).all()
+
+
+def test_gradients_in_bf16_point_where_those_in_fp32_do() -> None:
+    classifier, clean = models.classifier(), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.dtype] = []
+    classifier.register_forward_hook(lambda *taken: seen.append(taken[-1].dtype))
+    gradients = []
+    for effort in (Effort(), Effort(bf16=True)):
+        images = clean.clone().requires_grad_()
+        logits = in_precision(_alone(classifier), effort, "cpu")(images, 1).logits
+        assert logits.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(margin(logits, torch.zeros(4, dtype=torch.long)).sum(), images)
+        gradients.append(gradient.flatten(1))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert not torch.equal(*gradients)
+    assert torch.nn.functional.cosine_similarity(*gradients).min() > 0.95
 
 
 def test_the_seed_decides_the_attack() -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from deploy import model_archive
+from deploy import model_archive, unpacked
 from deploy.child import Child
 from deploy.errors import CliError
 from deploy.java import find_java
@@ -87,7 +87,8 @@ class TorchServe(Server):
         self._take_lock()
         try:
             self._prepare({name: asdict(replace(model, workers=workers)) for name, (model, _) in models.items()})
-            store = archives[0].parent
+            store = self.folder / "archives"
+            unpacked.prepare(store, archives)
             needs_torch = not all(model.on_cpu for model, _ in models.values())
             named = [f"{name}={archive.name}" for name, (_, archive) in models.items()]
             self._launch(store, named, threads, needs_torch)

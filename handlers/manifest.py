@@ -278,9 +278,7 @@ def _is_unaltered(path: Path, digest: FileDigest) -> bool:
     """Whether a file has this digest. That of a large file is computed once for all processes, until it is changed."""
     if digest.bytes < _LARGE_BYTES:
         return FileDigest.of(path) == digest
-    found = path.stat()
-    times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}  # the second is the system's own
-    state = {"path": str(path.resolve()), "device": found.st_dev, "inode": found.st_ino, **times, "is": digest.sha256}
+    state = {"path": str(path.resolve()), "state": cache.state(path), "is": digest.sha256}
     if cache.read(_CHECKED, state) is not None:
         return True
     if FileDigest.of(path) != digest:

@@ -34,11 +34,22 @@ def own_folder(name: str) -> Path | None:
         top = Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlvgm")
         folder = top / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        private = found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
+        private = is_private(folder) and os.access(folder, os.W_OK)
     except (OSError, RuntimeError, AttributeError):  # no home, one that cannot be written to, or a system without users
         return None
     return folder if private else None
+
+
+def is_private(folder: Path) -> bool:
+    """Whether ``folder`` is this user's own and others cannot write there."""
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def state(path: Path) -> list[int]:
+    """Numbers that change when the file ``path`` does, or is replaced: the last is kept by the system alone."""
+    found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def read(name: str, key: Mapping[str, Any]) -> bytes | None:

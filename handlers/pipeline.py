@@ -186,11 +186,15 @@ class Pipeline:
         """As `warm_up`, but return after the largest and the smallest size where engines can be run in several threads.
 
         The other sizes follow in a thread. Until a size is warm, batches are split into sizes that are, so no answer
-        waits for a compiler. A size that fails is never used.
+        waits for a compiler. A size that fails is never used. Where a large engine takes any size after its first run,
+        only the smallest is run: further ones would take seconds of computing each, to save hardly any.
 
         Raises:
-            EngineError: a stage cannot be run at the largest or the smallest size.
+            EngineError: a stage cannot be run at one of the sizes that are run before this returns.
         """
+        if any(getattr(engine, "takes_any_size", False) for engine in self._engines.values()):
+            self._run_once(self._classify_buckets[-1], 1)
+            return
         if not all(getattr(engine, "takes_threads", False) for engine in self._engines.values()):
             self.warm_up()
             return

@@ -124,14 +124,14 @@ class Service:
         self.probe()
 
     def probe(self) -> None:
-        """Answer one request, which the metrics do not count.
+        """Answer one request of one sample, which the metrics do not count.
 
         Raises:
             RuntimeError: its answer is not 200.
         """
         height, width = self._pipeline.manifest.image_size
         gray = encode_png(np.full((3, height, width), 0.5, np.float32))
-        (response,) = Service(self._pipeline).answer([({"body": gray}, {})])
+        (response,) = Service(self._pipeline).answer([({"body": gray}, {"X-Mlvgm-Samples": "1"})])
         if response.status != 200:
             raise RuntimeError(f"self-test failed: {response.body.decode()}")
 

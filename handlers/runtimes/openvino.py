@@ -57,8 +57,10 @@ class DynamicEngine:
 
     OpenVINO maps the external weights, and copies them into its own layouts at the first run. From then on it reads the
     copy. So pages of the file ``data`` and of the ``widened`` weights are given back while it does: else a worker would
-    hold the weights twice.
+    hold the weights twice. At the first run with more rows it lays out some of them once more, in a second or two.
     """
+
+    takes_any_size = True
 
     def __init__(self, core: ov.Core, model: ov.Model, settings: dict[str, Any], data: Path, widened: Widened) -> None:
         self._data, self._widened, self._known = data, widened, set[tuple[int, ...]]()

@@ -461,6 +461,26 @@ def test_engines_without_threads_are_warm_before_the_first_answer(tmp_path: Path
         assert pipeline._warming is None
 
 
+def test_large_engines_are_run_once_before_the_first_answer(
+    tmp_path: Path, nvae: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the smallest batch; then all sizes are used."""
+    monkeypatch.setattr("handlers.runtimes.memory.LARGE_BYTES", 0)
+    sizes, run_once = list[int](), Pipeline._run_once
+
+    def noted(pipeline: Pipeline, size: int, i: int) -> None:
+        sizes.append(size)
+        run_once(pipeline, size, i)
+
+    monkeypatch.setattr(Pipeline, "_run_once", noted)
+    bundles.write_nvae(tmp_path, batch=Batch(1, 8, 8))
+    with Pipeline.load(tmp_path, "openvino", 1) as pipeline:
+        pipeline.warm_up_behind()
+        assert (sizes, pipeline._warming, pipeline._buckets) == ([1], None, [8, 4, 2, 1])
+        result, expected = (each.run(bundles.images(7), 3, range(7)) for each in (pipeline, nvae))
+        assert np.allclose(result.sample_logits, expected.sample_logits, atol=1e-5)
+
+
 def test_warming_up_says_how_far_it_is(nvae: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         nvae.warm_up()

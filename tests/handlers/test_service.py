@@ -332,6 +332,19 @@ def test_the_self_test_passes_and_can_fail(
         service.self_test()
 
 
+def test_the_self_test_draws_one_sample(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many an image gets by default: those of a large model take a minute."""
+    drawn, run = list[object](), Pipeline.run
+
+    def spy(self: Pipeline, images: np.ndarray, samples: object, *more: object, **named: object) -> object:
+        drawn.append(samples)
+        return run(self, images, samples, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pipeline, "run", spy)
+    Service(pipeline).probe()
+    assert drawn == [1]
+
+
 @pytest.fixture(scope="module")
 def halfway(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A bundle to whose threshold half of eight images come up."""

@@ -85,6 +85,7 @@ def compare_stages(
         for i, spec in enumerate(stage.inputs):
             known.setdefault(spec.name, example(spec, largest, seed=1000 * largest + i))
         expected = run_reference(stage, known)
+        memory.release()  # what PyTorch has kept of the weights in its own layout
         options = runtimes.Options(precision=precision)
         with closing(runtimes.load(runtime, files[stage.name], options)) as engine:
             for batch in sorted(batches):

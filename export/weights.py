@@ -1,15 +1,18 @@
 """Weights stored in half precision: half the archive. The graph casts them to fp32 and computes as it did before."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 SMALL = 4096
 """Weights of fewer numbers stay in fp32, and so do vectors: biases and normalisation."""
 
+_CHUNK = 1 << 24  # numbers that are looked at together
 _BF16_OPSET = 13  # the first in which a Cast takes bf16
 
 
@@ -43,18 +46,25 @@ def halve(model: ir.Model, kind: str) -> dict[str, str]:
 
 
 def _rounded(tensor: ir.TensorProtocol, half: ir.DataType) -> ir.TensorProtocol:
+    return ir.Tensor(_cast(tensor.numpy(), half), dtype=half, name=tensor.name)
+
+
+def _cast(numbers: NDArray[Any], half: ir.DataType) -> NDArray[Any]:
     with np.errstate(over="ignore"):
-        return ir.Tensor(tensor.numpy().astype(half.numpy()), dtype=half, name=tensor.name)
+        return numbers.astype(half.numpy())
 
 
 def _objection(model: ir.Model, tensor: ir.TensorProtocol, half: ir.DataType, kind: str) -> str:
     """Why ``tensor`` cannot be stored so; "" if it can: its numbers are then rounded by half a last digit at most."""
     if kind == "bf16" and model.opset_imports.get("", _BF16_OPSET) < _BF16_OPSET:
         return f"its graph is of an opset before {_BF16_OPSET}, which cannot cast bf16"
-    exact, found = tensor.numpy(), _rounded(tensor, half).numpy().astype(np.float32)
-    if not np.isfinite(found).all():
-        return f"its largest number, {np.abs(exact).max():.1e}, is beyond {kind}"
-    error = float(np.linalg.norm(found - exact)) / max(float(np.linalg.norm(exact)), 1e-30)
+    exact, norm, error = tensor.numpy().ravel(), 1e-30, 0.0
+    for part in np.split(exact, range(_CHUNK, exact.size, _CHUNK)):
+        found = _cast(part, half).astype(np.float32)
+        if not np.isfinite(found).all():
+            return f"its largest number, {max(exact.max(), -exact.min()):.1e}, is beyond {kind}"
+        norm, error = np.hypot(norm, np.linalg.norm(part)), np.hypot(error, np.linalg.norm(found - part))
+    error /= norm
     if error > (unit := 2.0 ** -(11 if kind == "fp16" else 8)):
         return f"its numbers are too small for {kind}, which would change them by {error:.0e} instead of {unit:.0e}"
     return ""

@@ -37,19 +37,20 @@ def measure(folder: Path) -> Choice:
     names = runtimes.candidates()
     if len(names) == 1:
         return Choice(usual, "no other is installed", {})
+    counts = {"one image": 1, "a batch": max(1, _ROWS // manifest.samples.typical)}  # the same, with many samples
     found: dict[str, dict[str, float]] = {}
     logits, steady = {}, True
     for name in reversed(names):  # ONNX Runtime first
         found[name] = {}
         try:
             with Pipeline.load(folder, name) as pipeline:
-                times = {count: _times(pipeline, count) for count in (1, max(1, _ROWS // manifest.samples.typical))}
+                times = {what: _times(pipeline, count) for what, count in counts.items()}
                 logits[name] = pipeline.run(_images(manifest, 1), manifest.samples.typical, [0]).sample_logits
         except MlvgmError:
             continue
         if _error(logits[name], next(iter(logits.values()))) <= _LIMITS[manifest.precision]:
             steady &= all(statistics.median(ms) <= _STEADY * min(ms) for ms in times.values())
-            found[name] = dict(zip(("one image", "a batch"), map(min, times.values()), strict=True))
+            found[name] = {what: min(ms) for what, ms in times.items()}
     made = Choice(*_chosen(usual, found), found) if steady else Choice(usual, "the machine was busy", found)
     if steady:
         choice.keep(manifest, made)

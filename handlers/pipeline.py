@@ -23,7 +23,7 @@ from handlers.inputs import PipelineInputs, checked_images
 from handlers.manifest import Manifest
 from handlers.plan import Plan, is_noise
 from handlers.result import Result
-from handlers.runtimes import Array, Engine, Options, choice
+from handlers.runtimes import Array, Engine, Options, choice, memory
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -376,7 +376,8 @@ def _engines(
     """The engines of all files of the bundle in ``folder``, by stage; if one fails, the others are closed."""
     engines: dict[str, Engine] = {}
     try:
-        for stage, file in files.items():
+        # The largest first: while it is loaded, its weights are in memory twice.
+        for stage, file in sorted(files.items(), key=lambda item: -memory.of_weights(folder / item[1])):
             own = dataclasses.replace(options, digest=manifest.graph_digest(file))
             engines[stage] = runtimes.load(runtime, folder / file, own)
             logger.info("%s %s loaded in %s (%d of %d)", PROGRESS, file, runtime, len(engines), len(files))

@@ -1,10 +1,12 @@
 """Read checkpoint files without running pickled code; every error is one sentence that names the file and the key."""
 
+import contextlib
 import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from handlers.errors import MlvgmError
+from handlers.runtimes import memory
 
 Tensors = Mapping[Any, Any]
 
@@ -29,8 +32,32 @@ _KINDS: tuple[tuple[str, str], ...] = (  # how a file begins, and what it is the
 )
 
 
+_CHUNK = 1 << 24  # numbers that are looked at together
+_GIVEN_BACK_EVERY_S = 0.1
+_ALIGNED = 64  # bytes, as PyTorch's own tensors are and saves them: products may differ in the last digit otherwise
+
+_mapped: ContextVar[set[Path] | None] = ContextVar("mapped", default=None)
+
+
 class CheckpointError(MlvgmError, ValueError):
     """A checkpoint cannot be used: it is not a checkpoint, unsafe, of another family, or has wrong tensors."""
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Models that are read within it share their weights with the files, which must not change as long as they live.
+
+    So the weights take no memory that the system could not give to others, and pages that were read are given back
+    again and again. They cannot be written to. Weights of another type than the model's are copied, as all are
+    outside of this, and so are those that a file does not align to 64 bytes.
+    """
+    files = set[Path]()
+    token = _mapped.set(files)
+    try:
+        with memory.sparing(lambda: [memory.forget(file) for file in files.copy()], _GIVEN_BACK_EVERY_S):
+            yield
+    finally:
+        _mapped.reset(token)
 
 
 def kind_of(path: Path) -> str:
@@ -62,9 +89,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from None
     if kind == SAFETENSORS or (path.suffix == ".safetensors" and kind in ("", CHECKPOINT)):
-        return _read_safetensors(path)
-    if kind not in ("", CHECKPOINT):
+        content = _read_safetensors(path)
+    elif kind in ("", CHECKPOINT):
+        content = _read_pickled(path)
+    else:
         raise CheckpointError(f"{path}: is {kind}")
+    if (files := _mapped.get()) is not None:
+        memory.seal(path)
+        files.add(path)
+    return content
+
+
+def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -186,17 +222,18 @@ def load_tensors(module: nn.Module, tensors: Tensors, path: str | Path) -> None:
     for key in tensors:
         if key not in own:
             raise CheckpointError(f"{path}: unexpected tensor {key!r}")
-    # Copied: the tensors may be a memory map of a file that is overwritten later.
+    # Copied, unless `mapped`: the tensors may be a memory map of a file that is overwritten later.
     cast = {key: _cast(tensors[key], key, value.dtype, path) for key, value in own.items()}
     module.load_state_dict(cast, strict=True, assign=True)
 
 
 def _cast(tensor: Tensor, key: str, dtype: torch.dtype, path: str | Path) -> Tensor:
+    shared = _mapped.get() is not None and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0
     try:
-        cast = tensor.to(dtype, copy=True)
+        cast = tensor.to(dtype, copy=not shared)
     except RuntimeError as error:  # of types that PyTorch can hold but not convert
         raise CheckpointError(f"{path}: {key!r} has type {tensor.dtype}: {_first_line(error)}") from None
-    if cast.is_floating_point() and not torch.isfinite(cast).all():
+    if not all(torch.isfinite(part).all() for part in cast.reshape(-1).split(_CHUNK)):
         raise CheckpointError(f"{path}: {key!r} holds values that are NaN, infinite, or too large for {dtype}")
     return cast
 

@@ -10,7 +10,7 @@ from pathlib import Path
 LARGE_BYTES = 64_000_000
 """Graphs with more bytes of weights than this are loaded with care for memory, others for speed."""
 
-_MADV_DONTNEED, _M_MMAP_THRESHOLD = 4, -3  # of Linux, and of its C library
+_MADV_DONTNEED, _PROT_READ, _M_MMAP_THRESHOLD = 4, 1, -3  # of Linux, and of its C library
 _EVERY_S = 0.02  # a core reads 20 to 80 MB of weights in this time
 _MAPPED_BYTES = 1_000_000
 
@@ -26,12 +26,12 @@ def external(file: Path) -> Path:
 
 
 @contextlib.contextmanager
-def sparing(give_back: Callable[[], None]) -> Iterator[None]:
+def sparing(give_back: Callable[[], None], every_s: float = _EVERY_S) -> Iterator[None]:
     """Call ``give_back`` again and again, in a thread, while a library reads weights, and once more at the end."""
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(_EVERY_S):
+        while not ended.wait(every_s):
             give_back()
 
     thread = threading.Thread(target=repeat, name="give memory back", daemon=True)
@@ -59,14 +59,24 @@ def forget(file: Path) -> None:
 
     What a process may write is left alone. Only on Linux; elsewhere nothing happens.
     """
+    _each_mapping(file, "madvise", _MADV_DONTNEED, lambda rights: "w" not in rights)
+
+
+def seal(file: Path) -> None:
+    """Let this process only read where it sees ``file``, so that `forget` gives it back. To write ends the process."""
+    _each_mapping(file, "mprotect", _PROT_READ, lambda rights: rights.startswith("rw-p"))
+
+
+def _each_mapping(file: Path, call: str, argument: int, wanted: Callable[[str], bool]) -> None:
+    """The ``call`` of the system with ``argument``, for each mapping of ``file`` with ``wanted`` rights ("r--p")."""
     try:
-        advise, lines = ctypes.CDLL(None).madvise, Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        function, lines = getattr(ctypes.CDLL(None), call), Path("/proc/self/maps").read_text(errors="replace")
     except (OSError, AttributeError, TypeError):
         return
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     path = os.path.realpath(file)
-    for line in lines:
+    for line in lines.splitlines():
         fields = line.split(None, 5)
-        if len(fields) == 6 and fields[5] == path and "w" not in fields[1]:
+        if len(fields) == 6 and fields[5] == path and wanted(fields[1]):
             start, end = (int(address, 16) for address in fields[0].split("-"))
-            advise(start, end - start, _MADV_DONTNEED)
+            function(start, end - start, argument)

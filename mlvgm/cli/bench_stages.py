@@ -61,6 +61,7 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     from benchmarks.synthetic import write_checkpoints
     from export.bundle import export_bundle
     from export.models import load_models
+    from mlvgm import checkpoint
 
     recipe = Recipe.read(name)
     purifier, classifier = args.purifier, args.classifier
@@ -69,8 +70,9 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
         purifier, classifier = write_checkpoints(recipe, work / f"{recipe.name}-checkpoints")
     bundle = work / recipe.name
     if not (bundle / FILE_NAME).is_file():
-        models = load_models(recipe, purifier, classifier)
-        export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
+        with checkpoint.mapped():
+            models = load_models(recipe, purifier, classifier)
+            export_bundle(recipe, *models, bundle, progress=lambda line: print(f"{name}: {line}", flush=True))
     return ModelUnderTest(name, bundle, purifier, classifier)
 
 

@@ -59,19 +59,21 @@ def run(args: argparse.Namespace) -> int:
 
     from export.bundle import export_bundle
     from export.models import load_models
+    from mlvgm import checkpoint
 
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
-    purifier, classifier = load_models(recipe, args.purifier, args.classifier)
-    manifest = export_bundle(
-        recipe,
-        purifier,
-        classifier,
-        out,
-        progress=say,
-        with_programs=bool({"torch", "torch-tensorrt"} & set(args.engines)),
-        keep_engines=bool(set(args.engines) - {"torch"}),
-    )
+    with checkpoint.mapped():
+        purifier, classifier = load_models(recipe, args.purifier, args.classifier)
+        manifest = export_bundle(
+            recipe,
+            purifier,
+            classifier,
+            out,
+            progress=say,
+            with_programs=bool({"torch", "torch-tensorrt"} & set(args.engines)),
+            keep_engines=bool(set(args.engines) - {"torch"}),
+        )
     say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
     for stage, reason in manifest.report["parity"].get("fp32_stages", {}).items():
         say(f"{stage} stays in fp32: {reason}")

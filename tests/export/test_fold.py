@@ -64,6 +64,16 @@ def test_removing_weight_norm_leaves_the_original_usable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, purifier.encode(images), strict=True))
 
 
+def test_removing_weight_norm_copies_nothing_else() -> None:
+    network = models.purifier().network
+    given = {tensor.data_ptr() for tensor in network.state_dict().values()}
+    plain = without_weight_norm(network)
+    normed = {name.removesuffix(".parametrizations.weight.original1") for name in network.state_dict()}
+    others = {name: tensor for name, tensor in plain.state_dict().items() if name.removesuffix(".weight") not in normed}
+    assert given.issuperset(tensor.data_ptr() for tensor in others.values())
+    assert 0 < len(others) < len(plain.state_dict())
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_every_nvae_stage_computes_what_its_reference_computes(kept: int) -> None:
     for blur, input_noise_l2 in ((False, 0.0), (True, 1.0)):

@@ -1,6 +1,7 @@
 """Weights in half precision: smaller files, answers within the limit, and what half cannot hold stays fp32."""
 
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +98,27 @@ def test_small_ones_old_graphs_and_outputs_are_left_alone() -> None:
     old = chain(drawn(SIDE, SIDE), opset=12)
     assert halve(old, "bf16") == {"w0": "its graph is of an opset before 13, which cannot cast bf16"}
     assert halve(old, "fp16") == {}
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_weights_are_judged_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy of a whole one: the largest of `celeba-identities` has 2 GB."""
+    monkeypatch.setattr("export.weights._CHUNK", 1 << 14)
+    array = drawn(1024, 1024)
+    model = chain(array)
+    model.graph.initializers["w0"].const_value = ir.tensor(array)
+    tracemalloc.start()
+    try:
+        assert halve(model, kind) == {}
+        assert tracemalloc.get_traced_memory()[1] < 1024 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize(("value", "reason"), [(1e6, "beyond fp16"), (np.nan, "beyond fp16")])
+def test_every_part_is_judged(value: float, reason: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.weights._CHUNK", 1000)
+    large = drawn(SIDE, SIDE)
+    large.flat[place] = value
+    assert reason in halve(chain(large), "fp16")["w0"]

@@ -52,6 +52,13 @@ def test_really_measured(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert auto(nvae_bundle) == made.runtime
 
 
+def test_samples_that_fill_a_batch_alone(
+    nvae_bundle: Path, times: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastest, "_ROWS", 1)
+    assert fastest.measure(nvae_bundle).milliseconds["onnxruntime"] == {"one image": 1.0, "a batch": 1.0}
+
+
 @pytest.mark.parametrize("change", ["cpu", "cores", "version"])
 def test_it_holds_for_this_machine_and_these_libraries(
     nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch, change: str

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from mlvgm import checkpoint
 from mlvgm.avae import read_avae
 from mlvgm.checkpoint import CheckpointError, read_checkpoint
 from mlvgm.e4e import read_e4e
@@ -19,6 +21,7 @@ from mlvgm.nvae import read_nvae
 from mlvgm.resnet import read_resnet50, read_resnext50
 from mlvgm.style_transformer import read_style_transformer
 from mlvgm.vgg import read_vgg11
+from tests.handlers.test_memory import resident
 from tests.mlvgm import small
 
 Reader = Callable[[Path], nn.Module]
@@ -67,6 +70,30 @@ def test_the_sound_file_loads(family: str, tmp_path: Path) -> None:
     module = READERS[family][0](small.save(fresh(family), tmp_path))
     assert not module.training
     assert not any(tensor.is_meta for tensor in module.state_dict().values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("family", READERS)
+def test_mapped_weights_are_those_of_the_file_and_take_no_memory(family: str, tmp_path: Path) -> None:
+    path = small.save(fresh(family), tmp_path)
+    copied = READERS[family][0](path).state_dict()
+    assert not any(within(path, tensor) for tensor in copied.values())
+    with checkpoint.mapped():
+        shared = READERS[family][0](path).state_dict()
+    assert resident(path) == [0]
+    assert all(within(path, tensor) for name, tensor in shared.items() if name != "latent_avg")
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in copied.items())
+    assert resident(path) > [0]
+
+
+def within(path: Path, tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` lies in ``path`` as this process sees it, where it cannot be written."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, *_, name = line.split()
+        start, end = (int(address, 16) for address in place.split("-"))
+        if name == str(path) and start <= tensor.data_ptr() < end:
+            return rights == "r--p"
+    return False
 
 
 @pytest.mark.parametrize("family", READERS)

@@ -376,8 +376,9 @@ def _engines(
     """The engines of all files of the bundle in ``folder``, by stage; if one fails, the others are closed."""
     engines: dict[str, Engine] = {}
     try:
-        # The largest first: while it is loaded, its weights are in memory twice.
-        for stage, file in sorted(files.items(), key=lambda item: -memory.of_weights(folder / item[1])):
+        # Of large ones the largest first: while it is loaded, its weights may be in memory twice.
+        sizes = {stage: max(memory.of_weights(folder / file), memory.LARGE_BYTES) for stage, file in files.items()}
+        for stage, file in sorted(files.items(), key=lambda item: -sizes[item[0]]):
             own = dataclasses.replace(options, digest=manifest.graph_digest(file))
             engines[stage] = runtimes.load(runtime, folder / file, own)
             logger.info("%s %s loaded in %s (%d of %d)", PROGRESS, file, runtime, len(engines), len(files))

@@ -53,8 +53,13 @@ def mapped() -> Iterator[None]:
     """
     files = set[Path]()
     token = _mapped.set(files)
+
+    def give_back() -> None:
+        for file in files.copy():
+            memory.forget(file)
+
     try:
-        with memory.sparing(lambda: [memory.forget(file) for file in files.copy()], _GIVEN_BACK_EVERY_S):
+        with memory.sparing(give_back, _GIVEN_BACK_EVERY_S):
             yield
     finally:
         _mapped.reset(token)

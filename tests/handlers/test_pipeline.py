@@ -17,7 +17,7 @@ from handlers.inputs import PipelineInputs
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import PROGRESS, Pipeline
-from handlers.runtimes import Array, EngineError, Options
+from handlers.runtimes import Array, EngineError, Options, memory
 from tests import bundles
 from tests.devices import OnDevice
 
@@ -576,3 +576,18 @@ def test_an_engine_that_breaks_its_declaration_is_an_error(nvae_bundle: Path, tm
     Manifest.read(nvae_bundle).write(tmp_path)
     with Pipeline.load(tmp_path, "onnxruntime") as pipeline, pytest.raises(EngineError):
         pipeline.run(bundles.images(1))
+
+
+def test_the_largest_engine_is_loaded_first(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(_name: str, file: Path, _options: Options) -> Any:
+        loaded.append(file.stem)
+        return None
+
+    monkeypatch.setattr("handlers.runtimes.load", load)
+    monkeypatch.setattr(memory, "LARGE_BYTES", 0)
+    Pipeline.load(nvae_bundle, "onnxruntime")
+    sizes = [memory.of_weights(nvae_bundle / f"{stage}.onnx") for stage in loaded]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 1

@@ -2,7 +2,6 @@
 
 import io
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from handlers.errors import MlvgmError
 from handlers.image import ImageError, decode
 from mlvgm.files import image_files, read_file, shown
+from mlvgm.npz import read_npz, whole_numbers
 from mlvgm.training.data import Signs, load_signs, split_by_track
 
 
@@ -57,7 +57,7 @@ def read_labelled(
         size: (H, W) of the images.
 
     Raises:
-        PhotographError: it holds something else.
+        PhotographError, NpzError: it holds something else.
         ImageError, OSError: a file is no image, or cannot be read.
     """
     if path.suffix == ".npz" and path.is_file():
@@ -100,20 +100,13 @@ def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:
 
 
 def _read_packed(path: Path, classes: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    try:
-        with np.load(path) as packed:
-            images, labels = packed["images"], packed["labels"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise PhotographError(f"{path}: must hold the arrays images and labels ({error})") from None
-    if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
-        raise PhotographError(
-            f"{path}: images are {images.dtype} {images.shape}, must be uint8 (N, {size[0]}, {size[1]}, 3)"
-        )
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
-        raise PhotographError(f"{path}: labels are {labels.dtype} {labels.shape}, must be a whole number per image")
+    arrays = read_npz(path, "labels")
+    images, labels = arrays["images"], whole_numbers(path, arrays, "labels")
+    if images.shape[1:] != (*size, 3) or not len(images):
+        raise PhotographError(f"{path}: images are {images.shape}, must be (N, {size[0]}, {size[1]}, 3)")
     if not 0 <= labels.min() <= labels.max() < classes:
         raise PhotographError(f"{path}: has labels {labels.min()} to {labels.max()}, the bundle has {classes} classes")
-    return images, labels.astype(np.int64)
+    return images, labels
 
 
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:

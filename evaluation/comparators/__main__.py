@@ -7,17 +7,16 @@ out; the test images are not needed.
 import argparse
 import dataclasses
 import sys
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from evaluation.comparators.autoencoders import SmallAVAE, SmallNDVAE
 from evaluation.comparators.classifiers import PGD, Plain, Trades
 from evaluation.comparators.training import Comparator, ComparatorError, train
 from handlers.errors import MlvgmError
+from mlvgm.npz import read_npz, whole_numbers
 from mlvgm.training.data import SIDE, Signs, split_by_track
 
 COMPARATORS: Mapping[str, Callable[[], Comparator]] = {
@@ -33,16 +32,14 @@ def read_training(file: Path) -> tuple[Signs, Signs]:
     """Images to train on and those of held-out tracks.
 
     Raises:
-        ComparatorError: the file is not as described above.
+        NpzError, ComparatorError: the file is not as described above.
     """
-    try:
-        with np.load(file) as data:
-            images, labels, tracks = (data[name] for name in ("images", "labels", "tracks"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ComparatorError(f"{file}: must hold images, labels and tracks of training images ({error})") from None
-    if images.dtype != np.uint8 or images.shape != (len(labels), SIDE, SIDE, 3) or tracks.shape != labels.shape:
-        raise ComparatorError(f"{file}: images must be uint8 (N, {SIDE}, {SIDE}, 3), not {images.dtype} {images.shape}")
-    return split_by_track(Signs(images, labels.astype(np.int64), tracks.astype(np.int64)))
+    arrays = read_npz(file, "labels", "tracks")
+    images = arrays["images"]
+    if images.shape[1:] != (SIDE, SIDE, 3):
+        raise ComparatorError(f"{file}: images must be (N, {SIDE}, {SIDE}, 3), not {images.shape}")
+    labels, tracks = (whole_numbers(file, arrays, name) for name in ("labels", "tracks"))
+    return split_by_track(Signs(images, labels, tracks))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mlvgm.npz import read_npz, whole_numbers
 from mlvgm.training.images import hold_out
 
 SIDE = 32
@@ -44,13 +45,14 @@ def load_signs(folder: str | Path, part: str) -> Signs:
 
     Raises:
         FileNotFoundError: ``folder`` holds neither.
+        NpzError: the npz file is damaged, or holds something else.
     """
     folder = Path(folder)
     packed = folder / f"{part}.npz"
     if packed.is_file():
-        with np.load(packed) as data:
-            tracks = data["tracks"].astype(np.int64) if "tracks" in data else None
-            return Signs(data["images"], data["labels"].astype(np.int64), tracks)
+        arrays = read_npz(packed, "labels", "tracks")
+        tracks = whole_numbers(packed, arrays, "tracks") if part == "train" else None
+        return Signs(arrays["images"], whole_numbers(packed, arrays, "labels"), tracks)
     official = {"train": folder / "Final_Training" / "Images", "test": folder / "Final_Test" / "Images"}[part]
     if official.is_dir():
         return _read_training(official) if part == "train" else _read_test(official)

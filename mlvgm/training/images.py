@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from handlers.image import ImageError, decode
 from mlvgm.files import image_files, read_file
+from mlvgm.npz import read_npz, whole_numbers
 from mlvgm.training.settings import TrainingError
 
 Pixels = NDArray[np.uint8]
@@ -56,6 +56,7 @@ def read_images(source: Path, image_size: int, validation: float, cache: Path, w
         workers: processes that decode.
 
     Raises:
+        NpzError: the npz file is damaged, or holds something else.
         TrainingError: there are no images to read, or too few to hold some out.
     """
     if source.is_dir():
@@ -102,19 +103,12 @@ def hold_out(groups: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
 
 
 def _read_npz(source: Path, image_size: int) -> tuple[Pixels, NDArray[np.int64] | None, str]:
-    try:
-        with np.load(source) as data:
-            arrays = {name: data[name] for name in ("images", "groups", "labels", "tracks") if name in data.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{source}: cannot be read as an npz file of arrays ({error})") from None
-    images: Pixels = arrays.get("images", np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise TrainingError(f"{source}: must hold 'images', uint8 (N, H, W, 3)")
-    groups = arrays.get("groups")
+    arrays = read_npz(source, "groups", "labels", "tracks")
+    images: Pixels = arrays["images"]
+    groups = whole_numbers(source, arrays, "groups") if "groups" in arrays else None
     if groups is None and {"tracks", "labels"} <= arrays.keys():  # a track has its number within its class
-        groups = arrays["labels"].astype(np.int64) * 100_000 + arrays["tracks"]
-    if groups is not None and groups.shape != (len(images),):
-        raise TrainingError(f"{source}: {len(images)} images, but groups of shape {groups.shape}")
+        labels, tracks = (whole_numbers(source, arrays, name) for name in ("labels", "tracks"))
+        groups = labels * 100_000 + tracks
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     if images.shape[1:3] != (image_size, image_size):
         images = np.array([decode(np.ascontiguousarray(image), (image_size, image_size)) for image in images])

@@ -75,7 +75,7 @@ class Bulk:
         yield from rows
         if not pairs:
             raise CliError("no image among the files")
-        with _claim(self.out), ThreadPoolExecutor(_WRITERS, "writer") as pool:
+        with claim(self.out), ThreadPoolExecutor(_WRITERS, "writer") as pool:
             done = {} if self.overwrite else self._done(pairs)
             if done:
                 print(f"{len(done)} of {len(pairs)} images are there already", file=sys.stderr)
@@ -176,7 +176,7 @@ def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
     """
     try:
         if "error" in row and not as_json:
-            say(f"{row['file']}: {row['error']}", sys.stderr)
+            say(f"{row['file']}: {shown(row['error'])}", sys.stderr)
         else:
             say(json.dumps(row) if as_json else text(row))
     except OSError as error:
@@ -222,8 +222,12 @@ def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Itera
 
 
 @contextlib.contextmanager
-def _claim(out: Path) -> Iterator[None]:
-    """Have ``out`` for this process alone."""
+def claim(out: Path) -> Iterator[None]:
+    """Have ``out`` for this process alone.
+
+    Raises:
+        CliError: another process has it, or it cannot be written to.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / _LOCK).open("a")

@@ -80,7 +80,7 @@ def _in_tar(path: Path, complain: Complain) -> Iterator[Member]:
                 complain(path, "cut off or damaged: only the images before that were read")
     except OSError as error:
         complain(path, str(error.strerror))
-    except tarfile.TarError:
+    except Exception:  # tarfile raises almost anything for damaged headers
         complain(path, "not an uncompressed tar file, or damaged")
 
 
@@ -89,12 +89,14 @@ def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     assert stream is not None  # it is a regular file
     try:
         return stream.read()
-    except tarfile.TarError as error:
-        raise OSError(errno.EIO, str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:  # as above
+        raise OSError(errno.EIO, f"damaged ({error})") from None
 
 
 def _in_parquet(path: Path, complain: Complain) -> Iterator[Member]:
-    pyarrow, parquet = _pyarrow()
+    _, parquet = _pyarrow()
     try:
         file = parquet.ParquetFile(path)
         if "image" not in file.schema_arrow.names:
@@ -109,9 +111,12 @@ def _in_parquet(path: Path, complain: Complain) -> Iterator[Member]:
 
         def load(group: int, i: int) -> bytes:
             try:
-                return bytes(images(group)[i]["bytes"])
-            except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+                data = images(group)[i]["bytes"]
+            except Exception as error:  # PyArrow raises almost anything for damaged files
                 raise OSError(errno.EIO, f"holds no bytes ({error})") from None
+            if not isinstance(data, bytes):
+                raise OSError(errno.EIO, f"holds no bytes, but {type(data).__name__}")
+            return data
 
         row = 0
         for group in range(file.num_row_groups):
@@ -120,8 +125,8 @@ def _in_parquet(path: Path, complain: Complain) -> Iterator[Member]:
                 name = name.get("path") if isinstance(name, Mapping) else name
                 yield Member(path, str(name or f"{row:08d}"), 0, functools.partial(load, group, i))
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        complain(path, f"not a Parquet file, or damaged: {str(error).splitlines()[0]}")
+    except Exception as error:  # as above
+        complain(path, f"not a Parquet file, or damaged: {str(error).partition(chr(10))[0]}")
 
 
 def parts(out: Path, overwrite: bool) -> Path:

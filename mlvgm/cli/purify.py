@@ -23,7 +23,7 @@ from handlers.noise import SEED_BITS
 from handlers.pipeline import Pipeline
 from handlers.request import parse
 from handlers.service import Service
-from mlvgm.cli.bulk import Bulk, Row, print_row
+from mlvgm.cli.bulk import Bulk, Row, claim, print_row
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.containers import pack, parts
 from mlvgm.cli.options import Parser, add_files, add_pipeline, add_pngs, add_request, add_rows, request, whole
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
                     packed[str(name)], row["purified"] = None, str(args.out / name)
                 print_row(row, args.json, _text)
     if folder != args.out:
-        pack(folder, args.out, packed)
+        with claim(folder):
+            pack(folder, args.out, packed)
     return 1 if failed else 0
 
 

@@ -1,16 +1,20 @@
 """Bulk jobs from and to tar and Parquet files: the same images and seed give the same bytes wherever they lie."""
 
+import contextlib
 import io
 import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from deploy.errors import CliError
 from mlvgm.cli import containers
+from mlvgm.cli.bulk import claim
 from mlvgm.cli.main import main
 from tests import bundles
 
@@ -159,3 +163,70 @@ def test_an_image_that_is_too_large_is_no_image(
     assert small.read() == b"x" * 10
     with pytest.raises(OSError, match="larger than"):
         large.read()
+
+
+@pytest.mark.parametrize("form", [in_tar, in_parquet, in_dataset])
+def test_whatever_bytes_change_it_is_told_and_not_raised(
+    form: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path
+) -> None:
+    file, random = form(tmp_path / "images", {"a.png": b"x" * 100, "d/b.png": b"y" * 700}), Random(0)
+    content = file.read_bytes()
+    for _ in range(200):
+        changed = bytearray(content)
+        for _ in range(3):
+            changed[random.randrange(len(content))] = random.randrange(256)
+        if form is in_tar:
+            for start in (0, 1024):  # else the checksum hides what a header says
+                header = changed[start : start + 148] + b" " * 8 + changed[start + 156 : start + 512]
+                changed[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+        file.write_bytes(changed)
+        for member in containers.members(file, lambda path, reason: None):
+            with contextlib.suppress(OSError):
+                member.read()
+
+
+PAX = [
+    b"30 GNU.sparse.map=a,1,b,c,2,3\n",
+    b"12 size=-55\n",
+    b"99999999999 path=a\n",
+    b"30 size=99999999999999999999999\n",
+]
+
+
+@pytest.mark.parametrize("pax", PAX)
+def test_extended_headers_of_any_sense(pax: bytes, tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, len(pax)
+    image = tarfile.TarInfo("a.png")
+    image.size = 600
+    file, told = tmp_path / "images.tar", []
+    blocks = header.tobuf(tarfile.USTAR_FORMAT) + pax.ljust(512, b"\0") + image.tobuf(tarfile.USTAR_FORMAT)
+    file.write_bytes(blocks + bytes(4096))
+    for member in containers.members(file, lambda path, reason: told.append(reason)):
+        with contextlib.suppress(OSError):
+            member.read()
+
+
+@pytest.mark.parametrize("values", [[10**15, 4], [True, False], ["text", "b"], [[1, 2], [3]]])
+def test_a_column_of_something_else_holds_no_bytes(values: list[Any], tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs PyArrow: pip install '.[scale]'")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"image": values}), tmp_path / "images.parquet")
+    for member in containers.members(tmp_path / "images.parquet", lambda path, reason: pytest.fail(reason)):
+        with pytest.raises(OSError, match="holds no bytes"):
+            member.read()
+
+
+def test_only_who_has_the_folder_packs_it(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two jobs that end at once would write the same container."""
+    given, packed = in_tar(tmp_path / "in", {"a.png": encoded(0)}), []
+
+    def pack(folder: Path, *_: Any) -> None:
+        with pytest.raises(CliError, match="another job"), claim(folder):
+            pass
+        packed.append(folder)
+
+    monkeypatch.setattr("mlvgm.cli.purify.pack", pack)
+    assert purify(given, tmp_path / "out.tar", nvae_bundle) == 0
+    assert packed == [tmp_path / "out.tar.parts"]

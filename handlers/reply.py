@@ -26,7 +26,7 @@ def refusal(status: int, body: bytes) -> ServerError:
         content = json.loads(body)
         each = (f"image {i}: {answer['error']}" for i, answer in enumerate(content.get("answers", ())))
         reason = content.get("error") or content.get("message") or "; ".join(each)
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         reason = body.decode("utf-8", "replace")[:200]
     return ServerError(f"the server answered {status}: {reason or http.client.responses.get(status, '')}", status)
 
@@ -53,13 +53,13 @@ def read(response: httpx.Response, parse: Callable[[httpx.Response], T]) -> T:
     """
     try:
         return parse(response)
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ServerError(f"{response.url}: an answer that is not of this server", response.status_code) from None
 
 
 def answer(response: httpx.Response) -> dict[str, Any]:
     """The answer for one image."""
-    return dict(response.json())
+    return {**response.json()}
 
 
 def answers(response: httpx.Response) -> list[dict[str, Any]]:

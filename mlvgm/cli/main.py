@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from handlers.errors import MlvgmError
 from mlvgm.cli.options import add_verb
+from mlvgm.files import shown
 
 VERBS = {
     "demo": "export, serve and attack the shipped road-sign model",
@@ -35,6 +37,7 @@ _OWN_PACKAGES = ("mlvgm", "export", "handlers", "deploy", "evaluation", "benchma
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code: 0 done, 1 the verb's own "no", 2 for the user to mend, 130 interrupted."""
+    _open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(words)
     if not words:
@@ -56,8 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = cure
     except (MlvgmError, OSError) as error:  # the system's are about files and ports
         line = " ".join(str(error).split()) or type(error).__name__
-    print(f"mlvgm {words[0]}: {line}", file=sys.stderr)
+    print(f"mlvgm {words[0]}: {shown(line)}", file=sys.stderr)
     return 2
+
+
+def _open_streams() -> None:
+    """Have all three standard streams, and print any name: what the encoding of the output lacks is escaped.
+
+    A file that is opened while one of them is closed would take its number, and get what libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- for the whole process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for path, target in files:
         try:
             row = {"file": str(path), **_ask(client, model, path, target, args)}
+            if not args.json:
+                _text(row, width)  # which another server's answer may not fit
         except (ServerError, OSError) as error:
             if isinstance(error, ServerError) and error.status in _HOPELESS:
                 raise
@@ -116,9 +118,17 @@ def _with_targets(given: Sequence[Path], folder: Path | None) -> list[tuple[Path
 
 
 def _text(row: Row, width: int) -> str:
-    before = f"{row['unpurified']['label']} {row['unpurified']['confidence']:.0%}"
-    text = f"{shown(row['file']):{width}}  {row['label']:30}  {row['confidence']:10.1%}  {row['agreement']:9.0%}  "
-    text += f"{before:34}  {'yes' if row['flagged'] else 'no'}"
-    for entry in row.get("top_k", [])[1:]:
-        text += f"\n{'':{width}}  {entry['label']:30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
+    """Lines of a table.
+
+    Raises:
+        ServerError: the answer is not of this server.
+    """
+    try:
+        before = f"{shown(row['unpurified']['label'])} {row['unpurified']['confidence']:.0%}"
+        text = f"{shown(row['file']):{width}}  {shown(row['label']):30}  {row['confidence']:10.1%}  "
+        text += f"{row['agreement']:9.0%}  {before:34}  {'yes' if row['flagged'] else 'no'}"
+        for entry in row.get("top_k", [])[1:]:
+            text += f"\n{'':{width}}  {shown(entry['label']):30}  {entry['confidence']:10.1%}  {entry['votes']:4} votes"
+    except (KeyError, TypeError, ValueError):
+        raise ServerError("an answer that is not of this server") from None
     return text

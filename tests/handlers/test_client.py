@@ -161,6 +161,9 @@ def test_it_gives_up_in_the_end(fake_server: FakeServer, pauses: list[float]) ->
     [
         ((200, {}, b"<html>Please log in</html>"), "not of this server"),
         ((200, {}, b"[1"), "not of this server"),
+        ((200, {}, b"[]"), "not of this server"),
+        ((200, {}, b"[" * 100_000), "not of this server"),
+        ((400, {}, b'{"error":' * 100_000), "answered 400: "),
         ((302, {"Location": "https://elsewhere/"}, b""), "answered 302: look at https://elsewhere/"),
         ((500, {}, b""), "answered 500: Internal Server Error"),
         ((502, {}, b"\xff\xfe<html>"), "answered 502: "),

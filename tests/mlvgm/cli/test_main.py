@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -125,3 +126,24 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_with(CliError("two\nlines"), monkeypatch) == 2
     assert run_with(FileNotFoundError(2, "No such file", "x"), monkeypatch) == 2
     assert run_with(KeyboardInterrupt(), monkeypatch) == 130
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_standard_stream_that_is_closed_is_no_file_of_ours(closed: int, tmp_path: Path) -> None:
+    """A file would take its number, and get what is printed."""
+    code = "import os, sys; from mlvgm.cli.main import main; main([]); "
+    code += f"number = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_RDWR); assert number > 2, number; "
+    code += "print('é\u0394'); print('said', file=sys.stderr)"
+    command = f'"{sys.executable}" -c "$0" {closed}>&-'
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command, code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert closed == 1 or done.stdout.endswith("\\xe9\\u0394\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_control_characters_of_others_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with(CliError("a server said \033[2J\a"), monkeypatch) == 2
+    assert capsys.readouterr().err == "mlvgm doctor: a server said \\x1b[2J\\x07\n"

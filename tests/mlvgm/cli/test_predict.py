@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlvgm.cli.main import main
-from tests.handlers.fake_server import FakeServer
+from tests.handlers.fake_server import ANSWER, FakeServer
 
 
 @pytest.fixture
@@ -93,3 +93,31 @@ def test_an_empty_folder(words: list[str], tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "empty").mkdir()
     assert main(["predict", str(tmp_path / "empty"), *words]) == 2
     assert "no image to ask about" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((200, {}, b"{}"), "not of this server"),
+        ((200, {}, json.dumps(ANSWER | {"unpurified": 1}).encode()), "not of this server"),
+        ((200, {}, json.dumps(ANSWER | {"confidence": "high"}).encode()), "not of this server"),
+        ((200, {}, json.dumps(ANSWER | {"top_k": [1, 2]}).encode()), "not of this server"),
+        ((200, {}, json.dumps(ANSWER | {"label": "\033[2J"}).encode()), r"\x1b[2J"),
+        ((400, {}, json.dumps({"error": "\033[2J\a\nno"}).encode()), r"\x1b[2J\x07\nno"),
+        ((401, {}, b"\033[2J"), r"\x1b[2J"),
+    ],
+)
+def test_nothing_that_a_server_says_reaches_the_terminal_as_it_is(
+    answer: tuple[int, dict[str, str], bytes],
+    said: str,
+    words: list[str],
+    signs: Path,
+    https_server: tuple[FakeServer, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server, _ = https_server
+    server.first = [answer]
+    assert main(["predict", str(signs / "a.png"), *words]) < 3
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+    assert "\033" not in captured.out + captured.err

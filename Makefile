@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 DATA ?= ../shared/data/gtsrb
 FUZZ_SECONDS ?= 60
+# Processes that run tests. Each computes with one thread: more would wait for one another.
+TESTERS ?= 2
 # Of the training of each comparator; without a GPU, give it hours.
 SECONDS_EACH ?= 240
 
@@ -46,7 +48,7 @@ lint: $(VENV)/.installed-for-tests
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup
 
 test-full: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest -m "full or not full"

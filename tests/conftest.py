@@ -24,6 +24,14 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one process of pytest-xdist takes: a file, or all that starts or kills servers."""
+    servers, here = {item.path for item in items if item.get_closest_marker("server")}, Path(__file__).parent
+    for item in items:
+        apart = item.path in servers or item.path.relative_to(here).parts[0] in ("deploy", "stress")
+        item.add_marker(pytest.mark.xdist_group("servers" if apart else str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One of this run, also for the processes that tests start."""

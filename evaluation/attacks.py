@@ -5,6 +5,7 @@ decision boundary that rounding to 8 bits often makes it correct again. So the p
 rounded image is misclassified; if no scale achieves that, the attack has failed.
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -247,9 +248,10 @@ def cached(
         return compute()
     digest = hashlib.sha256(key.encode() + images.tobytes() + labels.tobytes()).hexdigest()
     file = folder / f"{digest[:32]}.npy"
-    if file.is_file():
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
         stored: NDArray[np.uint8] = np.load(file)
-        return stored
+        if (stored.shape, stored.dtype) == (images.shape, images.dtype):
+            return stored
     result = compute()
     folder.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(f".{os.getpid()}.draft.npy")  # another process may be about to write the same

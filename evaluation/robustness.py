@@ -40,13 +40,13 @@ class Log:
     path: Path
 
     def read(self) -> dict[str, Record]:
-        """The cells by their keys; a line that was cut off is left out."""
+        """The cells by their keys; a line that was cut off or is no cell is left out."""
         cells = {}
         for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
             try:
                 cell = json.loads(line)
                 cells[cell["key"]] = cell["record"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return cells
 
@@ -95,12 +95,12 @@ def measure(
                 target = target.only(np.flatnonzero(resisting))
             what = (identity, start, defence.name, defence.title, defence.digest, threat)
             key = _key(what, target)
-            if key not in known and len(target.images):
+            if not _fits(known.get(key), len(target.images)) and len(target.images):
                 begun = time.monotonic()
                 record = threat.run(target)
                 known[key] = {**record, "seconds": round(time.monotonic() - begun, 3)}
                 log.append(key=key, defence=defence.name, threat=name, first=start, record=known[key])
-            record = known.get(key, {"seconds": 0.0})
+            record = known[key] if len(target.images) else {"seconds": 0.0}
             cells[defence.name, name].append(_spread(record, resisting) if is_spared else record)
             if worst is not None and (threat.knows or name == "clean"):
                 resisting &= _withstood(cells[defence.name, name][-1], name, worst)
@@ -111,6 +111,16 @@ def measure(
 def _key(what: object, target: Target) -> str:
     parts = (target.images, target.labels, *(() if target.rows is None else (target.rows,)))
     return hashlib.sha256(repr(what).encode() + b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+def _fits(record: Any, count: int) -> bool:
+    """Whether this is a record of so many images: a log may have been edited, or be of another version."""
+    try:
+        columns = ("right", "radius") if "radius" in record else COLUMNS
+        numbers = [np.array(record[name], np.float64) for name in columns]
+        return float(record["seconds"]) >= 0 and all(column.shape == (count,) for column in numbers)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _spread(record: Record, met: NDArray[np.bool_]) -> Record:

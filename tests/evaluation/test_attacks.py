@@ -160,3 +160,15 @@ def test_a_draft_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(np, "save", meanwhile)
     assert np.array_equal(cached(tmp_path, "key", images, labels, lambda: images), images)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("left", [0, 50, 200])
+def test_a_stored_result_that_is_damaged_is_made_anew(left: int, tmp_path: Path) -> None:
+    images, labels = pictures(2), np.zeros(2, np.int64)
+    cached(tmp_path, "key", images, labels, lambda: images)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:left])
+    assert np.array_equal(cached(tmp_path, "key", images, labels, lambda: images), images)
+    assert np.array_equal(cached(tmp_path, "key", images, labels, lambda: pytest.fail("made again")), images)
+    np.save(file, images[:1])
+    assert np.array_equal(cached(tmp_path, "key", images, labels, lambda: images), images)

@@ -169,6 +169,13 @@ def test_work_goes_on_where_it_was_cut_off(
     log.path.write_bytes(torn[:-20])  # the last line is cut off
     assert again() == (1, first)
     assert again() == (0, first)
+    cells = [
+        json.loads(line) for line in log.path.read_bytes().splitlines() if line.startswith(b"{") and line.endswith(b"}")
+    ]
+    for record in (None, [1], {"seconds": 1}, *({**cells[0]["record"], name: 1} for name in ("right", "score"))):
+        edited = [json.dumps({**cells[0], "record": record}), *map(json.dumps, cells[1:]), "[" * 100_000, "null"]
+        log.path.write_text("\n".join(edited), encoding="utf-8")
+        assert again() == (1, first)
     assert again(labels=np.roll(labels, 1))[0] == 6  # other labels
     assert again(clean=Counting("clean", 0.1))[0] == 6  # other settings
     assert again() == (0, first)

@@ -98,7 +98,8 @@ def _make_room(folder: Path, needed: int) -> None:
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # removed by another process
             status = path.stat()
-            found.append((status.st_mtime, status.st_size, path))
+            if path.is_file():
+                found.append((status.st_mtime, status.st_size, path))
     total, count = needed + sum(size for _, size, _ in found), 1 + len(found)
     for _, size, path in sorted(found):
         if total <= LIMIT_BYTES and count <= LIMIT_ENTRIES:

@@ -116,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     from evaluation import report, robustness_report
     from evaluation.gate import Gate
 
+    if args.json.suffix in (".jsonl", ".md", ".png"):
+        raise CliError(f"--json {args.json}: what goes beside the report has that name; name it {args.json.stem}.json")
     gate = Gate.read(args.gate) if args.gate else None
     with Pipeline.load(args.bundle, args.runtime, args.threads) as pipeline:
         content = _measure(args, pipeline)

@@ -69,6 +69,16 @@ def test_what_was_not_used_for_longest_makes_room(folder: Path, monkeypatch: pyt
     assert [i for i in range(5) if cache.read("x", {"i": i})] == [0, 2, 3], "what is too large replaces nothing"
 
 
+def test_a_folder_among_the_entries_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT_ENTRIES", 1)
+    cache.write("x", {"i": 0}, b"")
+    (folder / "mine").mkdir()
+    os.utime(folder / "mine", (0, 0))
+    cache.write("x", {"i": 1}, b"")
+    assert [i for i in range(2) if cache.read("x", {"i": i}) is not None] == [1]
+    assert (folder / "mine").is_dir()
+
+
 def test_entries_are_few(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "LIMIT_ENTRIES", 2)
     for i in range(5):

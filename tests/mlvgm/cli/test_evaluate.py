@@ -195,6 +195,7 @@ def test_the_worst_alone_takes_costly_attacks_to_all_images(made: Path, tmp_path
     given = ["--images", made / "images", "--recipe", made / "recipe.yaml", "--json", tmp_path / "report.json"]
     words = [
         "--worst",
+        "--bf16",
         "--limit",
         6,
         "--threat",
@@ -209,12 +210,18 @@ def test_the_worst_alone_takes_costly_attacks_to_all_images(made: Path, tmp_path
     words += ["--l2", 2, "--steps", 3, "--restarts", 2, "--draws", 1, "--threads", 1, "--cache", tmp_path / "cache"]
     assert main(["evaluate", str(made / "bundle"), *map(str, (*given, *words))]) == 0
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["budget"]["effort"] == {"steps": 3, "restarts": 2, "draws": 1}
+    assert content["budget"]["effort"] == {"steps": 3, "restarts": 2, "draws": 1, "bf16": True}
     for row in ("none", "served"):
         accuracy = content["accuracy"][row]
         assert accuracy["white"] == content["worst"][row]
         assert accuracy["white"]["n"] == 6
         assert content["skipped"][row]["white"] == 6 - accuracy["apgd"]["count"]
+
+
+@pytest.mark.parametrize("name", ["report.jsonl", "report.md"])
+def test_no_report_takes_the_name_of_its_log_or_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "bundle", "--images", "images", "--json", name]) != 0
+    assert "name it report.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("made", ["callable"], indirect=True)

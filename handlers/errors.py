@@ -4,6 +4,7 @@ MlvgmError                  the base; `mlvgm` prints such an error in a line and
     FieldError              a field of a YAML or JSON file is unknown, missing, or has a wrong value
     RecipeError             no such recipe, or a field of it is wrong
     CheckpointError         a checkpoint cannot be used
+    NpzError                an .npz file is damaged, or lacks what is needed
     ModelError              no model can be made of a family, architecture or callable
     TrainingError           a model cannot be trained with these settings or on these images
     ClassifierError         a pipeline cannot use a classifier

@@ -24,6 +24,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one process of pytest-xdist takes: a file, or all that starts or kills servers."""
     servers, here = {item.path for item in items if item.get_closest_marker("server")}, Path(__file__).parent

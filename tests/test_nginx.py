@@ -322,6 +322,7 @@ def test_slow_clients_are_cut_off_and_keep_nobody_waiting(pair: Pair) -> None:
 def test_the_log_names_clients_and_holds_no_key(pair: Pair) -> None:
     pair.predict()
     pair.predict({"X-Api-Key": "guessed"})
+    until(lambda: {200, 401} <= {line["status"] for line in pair.requests()})  # written after the answers
     last = {line["status"]: line for line in pair.requests()}  # slow clients of other tests may end at any time
     assert (last[200]["client"], last[200]["request"]) == ("tester", "POST /predictions/tiny")
     assert min(last[200]["seconds"], float(last[200]["torchserve_seconds"])) > 0

@@ -119,7 +119,7 @@ def test_its_metrics_have_the_names_of_the_others(port: int) -> None:
     rare = (metrics.FALLBACKS, metrics.SUSPICIOUS, metrics.FLAGGED, metrics.DISAGREED)
     wanted = {f"\nray_{measure.name}" for measure in set(metrics.MEASURES) - set(rare)}
     wanted |= {"\nray_mlvgm_rejected_total{", 'reason="image"', 'ModelName="tiny"'}
-    assert ask(port, encoded(1)[:60])[0] == 400
+    assert (ask(port, encoded(1))[0], ask(port, encoded(1)[:60])[0]) == (200, 400)
     for _ in range(120):
         text = ""
         for node in ray.nodes():

@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-for-tests
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 test-full: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest -m "full or not full"

@@ -4,6 +4,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,13 +25,18 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one process of pytest-xdist takes: a file, or all that starts or kills servers."""
-    servers, here = {item.path for item in items if item.get_closest_marker("server")}, Path(__file__).parent
-    for item in items:
-        apart = item.path in servers or item.path.relative_to(here).parts[0] in ("deploy", "stress")
-        item.add_marker(pytest.mark.xdist_group("servers" if apart else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process takes whole files; one of them takes all that start or kill servers, one after the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # not "loadgroup", which pytest 9.2 makes of no effect (xdist 3.8)
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            servers = file.startswith(("tests/deploy/", "tests/stress/"))
+            return "servers" if servers or "mark.server" in (config.rootpath / file).read_text() else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,10 +23,14 @@ Inputs = dict[str, tuple[Tensor, ...]]
 class Differentiable:
     """Images (B, 3, H, W) to S purified ones each, (S * B, 3, H, W); all that S samples have in common runs once.
 
-    Attributes:
-        alphas: the schedule, of all latents.
-        blur, input_noise_l2: what is done to images first.
+    Args:
+        purifier: of a family that can be exported (`export.families.stages`).
+        alphas: the schedule, one for each latent; the first ones that are 0 are what samples have in common.
+        blur, input_noise_l2: whether images are blurred first, and the L2 norm of the noise that is added to them.
         device: where all of it runs; images come from the CPU.
+
+    Raises:
+        ValueError: no family knows how to export this purifier.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.child import Child, kill_group
 from deploy.errors import CliError
@@ -14,6 +15,9 @@ from deploy.readiness import Readiness
 from deploy.server import DEPLOY, Server
 from deploy.signals import pause
 from handlers.request import MAX_BODY
+
+if TYPE_CHECKING:
+    import psutil  # type: ignore[import-untyped]
 
 UPSTREAM = (DEPLOY / "upstream.conf").read_text()
 
@@ -61,7 +65,7 @@ class Nginx:
         Raises:
             CliError: nginx rejects its configuration. It keeps forwarding to the former server.
         """
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         assert self._process
         former, self._server = self._server, server
@@ -71,15 +75,19 @@ class Nginx:
         fault = self._fault()
         if not fault:
             self._process.send(signal.SIGHUP)
-            self._readiness.follow(server)
+            is_followed = False
             for _ in range(int(timeout * 10)):
-                if not any(worker.is_running() for worker in workers):
+                workers = {worker for worker in workers if worker.is_running()}
+                # Not before: what these accept goes to the former server, which may be dead.
+                if not is_followed and not any(map(_listens, workers)):
+                    self._readiness.follow(server)
+                    is_followed = True
+                if not workers:
                     return
                 pause(0.1)
-            if set(master.children()) - workers:
+            if is_followed:
                 return
         self._server = former
-        self._readiness.follow(former)
         self.reload_if_changed()
         raise CliError(f"nginx rejects its configuration: {fault}")
 
@@ -146,6 +154,15 @@ class Nginx:
         changed = (upstream, seen) != (self._upstream, self._seen)
         self._upstream, self._seen = upstream, seen
         return changed
+
+
+def _listens(process: "psutil.Process") -> bool:
+    import psutil
+
+    try:
+        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def fair_share(server: Server) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from deploy.server import port_is_taken
+from deploy.server import PORTS, port_is_taken
 from handlers.manifest import Manifest
 from tests.deploy.pair import WAIT, Pair, needs_both, tiny_store, until
 
@@ -281,14 +281,29 @@ def test_a_torchserve_that_hangs_is_started_again(store: Path, tmp_path_factory:
     pair = Pair(tmp_path_factory.mktemp("p"))
     try:
         pair.start(store, "--hang-timeout", "5")
+        assert pair.process
+        children = psutil.Process(pair.process.pid).children()
+        nginx = next(process for process in children if process.name() == "nginx")
+        nginx.suspend()  # so it takes no new configuration for now, but its workers go on
         named(pair, "java").suspend()
-        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 503)
-        until(lambda: pair.ask("GET", "/v2/health/ready", headers={})[0] == 200, WAIT)
+        until(lambda: ready(pair) == 503)
+        upstream = pair.state / "upstream.conf"
+        until(lambda: f"127.0.0.1:{pair.server.port + PORTS} " in upstream.read_text(), WAIT)
+        # The new TorchServe answers, but nginx still asks the former one.
+        for _ in range(30):
+            assert ready(pair) == 503
+            time.sleep(0.1)
+        nginx.resume()
+        until(lambda: ready(pair) == 200, WAIT)
         assert pair.predict()[0] == 200
         assert "it is started again" in pair.log()
         assert [process.name() for process in family_of(pair)].count("java") == 1
     finally:
         assert pair.stop() == 0
+
+
+def ready(pair: Pair) -> int:
+    return pair.ask("GET", "/v2/health/ready", headers={})[0]
 
 
 def test_a_folder_belongs_to_one_pair(pair: Pair, store: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.single_graph is not None:
         _add_single_graph(out, args, say)
     if manifest.runtime == "auto":
+        say("measuring which runtime is the fastest here")
         say(f"the runtime here is {fastest.measure(out)}")
     print(f"Next: mlvgm archive {out}")
     return 0

@@ -26,7 +26,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     """Milliseconds of each run, by runtime; to be changed."""
     times = {"openvino": [3.0, 2.0, 2.0], "onnxruntime": [1.0, 1.0]}
-    monkeypatch.setattr(fastest, "_times", lambda pipeline, _: times[pipeline.runtime])
+    monkeypatch.setattr(fastest, "_times", lambda pipeline, *_: times[pipeline.runtime])
     return times
 
 
@@ -131,5 +131,20 @@ def test_times_are_those_of_runs_after_the_first(tmp_path: Path, monkeypatch: py
     run = Pipeline.run
     monkeypatch.setattr(Pipeline, "run", lambda *given: counts.append(np.shape(given[1])[0]) or run(*given))
     with Pipeline.load(tmp_path, "onnxruntime", 1) as pipeline:
-        assert len(fastest._times(pipeline, 3)) == 2
+        assert len(fastest._times(pipeline, 3, 2)) == 2
     assert counts == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("seconds", "is_long"), [(1e9, False), (0, True)])
+def test_a_long_answer_is_measured_with_one_sample(
+    nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, is_long: bool
+) -> None:
+    monkeypatch.setattr(fastest, "_ANSWER_SECONDS", seconds)
+    monkeypatch.setattr(fastest, "_SECONDS", 0)
+    samples = []
+    run = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", lambda *given: samples.append(given[2]) or run(*given))
+    typical = Manifest.read(nvae_bundle).samples.typical
+    fastest.measure(nvae_bundle)
+    assert typical > 1
+    assert set(samples[2:]) == {1 if is_long else typical}

@@ -29,7 +29,7 @@ def test_the_runtime_of_a_bundle_is_measured_once(
     nvae_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("handlers.fastest._times", lambda pipeline, count: [2.0 if "vino" in pipeline.runtime else 1.0])
+    monkeypatch.setattr("handlers.fastest._times", lambda pipeline, *_: [2.0 if "vino" in pipeline.runtime else 1.0])
 
     def line(bundle: Path = nvae_bundle) -> str:
         main(["doctor", "--port", str(free_port()), "--model-store", str(tmp_path), "--bundle", str(bundle)])

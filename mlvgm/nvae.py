@@ -21,6 +21,18 @@ from mlvgm.nvae_cells import (
 )
 from mlvgm.purifier import Purified, Purifier
 
+_PUBLISHED_NAMES = {
+    "cells_per_group": "num_cells_per_group",
+    "latent_channels": "num_latent_per_group",
+    "channels": "initial_channels",
+    "blocks": "num_pre-post_process_blocks",
+    "cells_per_block": "num_pre-post_process_cells",
+    "mixtures": "num_logistic_mixtures",
+    "expansion": "expansion",
+    "kernel": "kernel",
+}
+"""Of the sizes of an `NVAEConfig` in the entry ``configuration`` of a checkpoint."""
+
 
 @dataclass(frozen=True)
 class NVAEConfig:
@@ -46,25 +58,15 @@ class NVAEConfig:
 
     @classmethod
     def from_checkpoint(cls, configuration: Mapping[str, Any]) -> "NVAEConfig":
-        autoencoder = configuration["autoencoder"]
+        autoencoder = {"expansion": cls.expansion, "kernel": cls.kernel, **configuration["autoencoder"]}
         scales, count = int(autoencoder["num_scales"]), int(autoencoder["num_groups_per_scale"])
         groups = [count] * scales
         if autoencoder["is_adaptive"]:
             smallest = int(autoencoder["min_groups_per_scale"])
             groups = [max(count >> (scales - 1 - s), smallest) for s in range(scales)]
-        return cls(
-            resolution=int(configuration["resolution"][1]),
-            groups=tuple(groups),
-            cells_per_group=int(autoencoder["num_cells_per_group"]),
-            latent_channels=int(autoencoder["num_latent_per_group"]),
-            flow_cells=int(autoencoder["num_nf_cells"] or 0),
-            channels=int(autoencoder["initial_channels"]),
-            blocks=int(autoencoder["num_pre-post_process_blocks"]),
-            cells_per_block=int(autoencoder["num_pre-post_process_cells"]),
-            mixtures=int(autoencoder["num_logistic_mixtures"]),
-            expansion=int(autoencoder.get("expansion", 6)),
-            kernel=int(autoencoder.get("kernel", 5)),
-        )
+        sizes = {name: int(autoencoder[published]) for name, published in _PUBLISHED_NAMES.items()}
+        flow_cells = int(autoencoder["num_nf_cells"] or 0)
+        return cls(int(configuration["resolution"][1]), tuple(groups), flow_cells=flow_cells, **sizes)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The entry ``configuration`` of a checkpoint with this shape (groups: equal, or halving coarse-wards)."""
@@ -73,15 +75,8 @@ class NVAEConfig:
             "num_groups_per_scale": self.groups[-1],
             "is_adaptive": len(set(self.groups)) > 1,
             "min_groups_per_scale": self.groups[0],
-            "num_cells_per_group": self.cells_per_group,
-            "num_latent_per_group": self.latent_channels,
             "num_nf_cells": self.flow_cells or None,
-            "initial_channels": self.channels,
-            "num_pre-post_process_blocks": self.blocks,
-            "num_pre-post_process_cells": self.cells_per_block,
-            "num_logistic_mixtures": self.mixtures,
-            "expansion": self.expansion,
-            "kernel": self.kernel,
+            **{published: getattr(self, name) for name, published in _PUBLISHED_NAMES.items()},
         }
         return {"resolution": [3, self.resolution, self.resolution], "autoencoder": autoencoder}
 

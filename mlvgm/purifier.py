@@ -71,21 +71,15 @@ class Purifier(nn.Module, ABC):
         Raises:
             InputError: an argument has the wrong shape or count.
         """
-        self._check(images, noise, alphas)
+        check_batch(images, self.image_size, noise, self.noise_shapes)
+        if len(alphas) != self.n_latents:
+            raise InputError(f"this purifier has {self.n_latents} latents; got {len(alphas)} alphas")
         if blur:
             images = blur_images(images)
         if input_noise is not None:
             images = add_noise(images, input_noise, input_noise_l2)
         weights = torch.as_tensor(alphas, dtype=images.dtype, device=images.device)
         return self.generate(self.encode(images), noise, weights)
-
-    def _check(self, images: Tensor, noise: Sequence[Tensor], alphas: Tensor | Sequence[float]) -> None:
-        check_images(images, self.image_size)
-        if len(noise) != self.n_latents or len(alphas) != self.n_latents:
-            raise InputError(
-                f"this purifier has {self.n_latents} latents; got {len(noise)} noise tensors and {len(alphas)} alphas"
-            )
-        check_noise(noise, self.noise_shapes, len(images))
 
 
 class Autoencoder(nn.Module, ABC):
@@ -116,19 +110,16 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             InputError: an argument has the wrong shape or count.
         """
-        check_images(images, self.image_size)
-        if len(noise) != len(self.noise_shapes):
-            raise InputError(f"this purifier takes {len(self.noise_shapes)} noise tensors, not {len(noise)}")
-        check_noise(noise, self.noise_shapes, len(images))
+        check_batch(images, self.image_size, noise, self.noise_shapes)
         return self.reconstruct(images, noise)
 
 
-def check_images(images: Tensor, size: int) -> None:
+def check_batch(images: Tensor, size: int, noise: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raises InputError unless images are (B, 3, size, size), and the noise one (B, *shape) for each of ``shapes``."""
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
         raise InputError(f"images must be (B, 3, {size}, {size}), not {tuple(images.shape)}")
-
-
-def check_noise(noise: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], batch: int) -> None:
+    if len(noise) != len(shapes):
+        raise InputError(f"this purifier takes {len(shapes)} noise tensors, not {len(noise)}")
     for i, (tensor, shape) in enumerate(zip(noise, shapes, strict=True)):
-        if tuple(tensor.shape) != (batch, *shape):
-            raise InputError(f"noise[{i}] must be {(batch, *shape)}, not {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != (len(images), *shape):
+            raise InputError(f"noise[{i}] must be {(len(images), *shape)}, not {tuple(tensor.shape)}")

@@ -1,21 +1,19 @@
 """A purifier in PyTorch, for gradients through it: the stages that are exported, each run as seldom as it may be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import families
 from export.stage import as_tuple
-from handlers.manifest import StageSpec
+from handlers.manifest import StageSpec, TensorSpec
 from handlers.noise import image_noise, latent_noise
 from handlers.plan import Plan, is_noise
 from mlvgm.purifier import Purifier
 
-Floats = NDArray[np.float32]
 Inputs = dict[str, tuple[Tensor, ...]]
 """What each stage takes, by its name, in the order in which they run; without noise and alphas."""
 
@@ -43,7 +41,6 @@ class Differentiable:
         modules = [cast(nn.Module, stage.module()).eval().requires_grad_(False) for stage in self.stages]
         self.modules = [m.to(device, memory_format=torch.channels_last) for m in modules]  # type: ignore[call-overload]
         self.alphas, self.device = torch.tensor(alphas, device=device), device
-        self.noise_shapes, self.size = purifier.noise_shapes, purifier.image_size
 
     def __call__(self, images: Tensor, samples: int, seeds: Sequence[int] = ()) -> tuple[Tensor, Inputs]:
         """Purified images, the first samples of all before the second ones, and what the stages took.
@@ -54,9 +51,10 @@ class Differentiable:
         values, inputs = {"images": images.to(self.device), "alphas": self.alphas}, {}
         for stage, module in zip(self.stages, self.modules, strict=True):
             times, taken = 1 if stage.name in self.per_image else samples, {}
-            for name in (tensor.name for tensor in stage.inputs):
+            for spec in stage.inputs:
+                name = spec.name
                 if is_noise(name):
-                    taken[name] = self._noise(name, len(images), times, seeds)
+                    taken[name] = self._noise(spec, len(images), times, seeds)
                 elif name == "alphas" or len(values[name]) == times * len(images):
                     taken[name] = values[name]
                 else:
@@ -66,21 +64,16 @@ class Differentiable:
             values |= {tensor.name: value for tensor, value in zip(stage.outputs, made, strict=True)}
         return values["images"], inputs
 
-    def _noise(self, name: str, count: int, samples: int, seeds: Sequence[int]) -> Tensor:
-        """The noise input ``name`` of a stage, for so many images and samples of each."""
-        drawn = [sample for sample in range(samples) for _ in range(count)]
-
-        def normal(shape: tuple[int, ...], seeded: Callable[[Sequence[int], Sequence[int]], Floats]) -> Tensor:
-            made = torch.from_numpy(seeded([*seeds] * samples, drawn)) if seeds else torch.randn(len(drawn), *shape)
-            return made.to(self.device)
-
-        def latent(i: int) -> Tensor:
-            shape = self.noise_shapes[i]
-            return normal(shape, lambda rows, samples: latent_noise(rows, samples, i, shape))
-
-        if name == "input_noise":
-            shape = (3, self.size, self.size)
-            return normal(shape, lambda rows, samples: image_noise(rows, samples, shape[1:]))
-        if name == "noise":
-            return torch.stack([latent(i) for i in range(len(self.noise_shapes))], dim=1)
-        return latent(int(name.removeprefix("noise_")))
+    def _noise(self, spec: TensorSpec, count: int, samples: int, seeds: Sequence[int]) -> Tensor:
+        """The noise that a stage takes as ``spec``, for so many images and samples of each."""
+        shape = [int(size) for size in spec.shape[1:]]
+        if not seeds:
+            return torch.randn(samples * count, *shape).to(self.device)
+        rows, drawn = [*seeds] * samples, np.repeat(np.arange(samples), count).tolist()
+        if spec.name == "input_noise":
+            noise = image_noise(rows, drawn, shape[1:])
+        elif spec.name == "noise":  # (n, d): of all latents
+            noise = np.stack([latent_noise(rows, drawn, i, shape[1:]) for i in range(shape[0])], axis=1)
+        else:
+            noise = latent_noise(rows, drawn, int(spec.name.removeprefix("noise_")), shape)
+        return torch.from_numpy(noise).to(self.device)

@@ -4,7 +4,7 @@ The loss is the cross-entropy of one purified sample, the mean over clean images
 search is the mean of both accuracies. It sees how far from wrong an answer is; a search sees the votes that count.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from evaluation.attacks import to_float
-from evaluation.defences import Images, Labels
-from evaluation.tuning import STEP, Weights, schedules
+from evaluation.tuning import STEP, Sets, Weights, schedules
 from export.fold import fast
 from mlvgm.purifier import Purifier
 from mlvgm.training.loop import cosine_rate, shuffled
@@ -32,9 +31,7 @@ def starts(n: int, own: Weights) -> dict[str, Weights]:
 def learn(
     purifier: Purifier,
     classifier: nn.Module,
-    clean: Images,
-    attacked: Mapping[str, Images],
-    labels: Labels,
+    sets: Sets,
     start: Weights,
     steps: int = 60,
     batch: int = 32,
@@ -45,8 +42,6 @@ def learn(
     """The alphas after ``steps`` steps of Adam from ``start``, rounded to `evaluation.tuning.STEP`.
 
     Args:
-        clean, attacked: uint8 (N, H, W, 3) each; the same images in the same order.
-        labels: (N,), their true classes.
         batch: images per step, half of them attacked.
         blur, input_noise_l2: as the bundle purifies.
     """
@@ -54,14 +49,14 @@ def learn(
     alphas = torch.tensor(start, requires_grad=True)
     descent = torch.optim.Adam([alphas], RATE)
     generator = torch.Generator().manual_seed(seed)
-    rows, names = _batches(len(clean), max(1, batch // 2), seed), list(attacked)
+    rows, attacked = _batches(len(sets.labels), max(1, batch // 2), seed), list(sets.attacked.values())
     for step in range(steps):
         chosen = next(rows)
-        images = to_float(np.concatenate([clean[chosen], attacked[names[step % len(names)]][chosen]]))
+        images = to_float(np.concatenate([sets.clean[chosen], attacked[step % len(attacked)][chosen]]))
         noise = [torch.randn(len(images), *shape, generator=generator) for shape in purifier.noise_shapes]
         added = torch.randn(images.shape, generator=generator) if input_noise_l2 else None
         purified = purifier.purify(images, noise, alphas, blur, added, input_noise_l2).images
-        loss = F.cross_entropy(classifier(purified), torch.from_numpy(np.tile(labels[chosen], 2)))
+        loss = F.cross_entropy(classifier(purified), torch.from_numpy(np.tile(sets.labels[chosen], 2)))
         descent.zero_grad()
         loss.backward()
         descent.param_groups[0]["lr"] = RATE * cosine_rate(step, steps)

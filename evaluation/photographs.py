@@ -20,36 +20,25 @@ class PhotographError(MlvgmError):
     """Images or labels cannot be used."""
 
 
-def read_photographs(
-    folder: Path, part: str, classes: Sequence[str], size: tuple[int, int], limit: int | None = None
-) -> Signs:
-    """The first ``limit`` photographs in a fixed random order.
+def read_validation(folder: Path, classes: Sequence[str], size: tuple[int, int], limit: int | None = None) -> Signs:
+    """The first ``limit`` validation images in a fixed random order.
 
     Args:
-        folder: GTSRB as `mlvgm.training.data.load_signs` takes it, or images as PART/CLASS/IMAGE, where CLASS is a name
-            of ``classes`` or its number.
-        part: "test" or "validation"; for GTSRB the latter are the tracks that its training never saw.
+        folder: GTSRB as `mlvgm.training.data.load_signs` takes it, of which these are the tracks that its training
+            never saw; or images as validation/CLASS/IMAGE, where CLASS is a name of ``classes`` or its number.
         size: (H, W) of the images.
 
     Raises:
         FileNotFoundError: ``folder`` holds neither.
         PhotographError: a file is no image, or a folder no class.
     """
-    own = folder / part
-    if own.is_dir():
-        signs = _read_folders(own, classes, size)
-    elif part == "test":
-        signs = load_signs(folder, "test")
-    else:
-        signs = split_by_track(load_signs(folder, "train"))[1]
-    order = np.random.default_rng(0).permutation(len(signs))[:limit]
-    return Signs(signs.images[order], signs.labels[order])
+    own = folder / "validation"
+    signs = _read_folders(own, classes, size) if own.is_dir() else split_by_track(load_signs(folder, "train"))[1]
+    return _first(signs, limit)
 
 
-def read_labelled(
-    path: Path, classes: Sequence[str], size: tuple[int, int], limit: int | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first ``limit`` labelled images in a fixed random order: uint8 (N, H, W, 3), and their classes (N,).
+def read_labelled(path: Path, classes: Sequence[str], size: tuple[int, int], limit: int | None = None) -> Signs:
+    """The first ``limit`` labelled images in a fixed random order.
 
     Args:
         path: a folder with images as CLASS/IMAGE, where CLASS is a name of ``classes`` or its number; or an .npz file
@@ -60,13 +49,8 @@ def read_labelled(
         PhotographError, NpzError: it holds something else.
         ImageError, OSError: a file is no image, or cannot be read.
     """
-    if path.suffix == ".npz" and path.is_file():
-        images, labels = _read_packed(path, len(classes), size)
-    else:
-        signs = _read_folders(path, classes, size)
-        images, labels = signs.images, signs.labels
-    order = np.random.default_rng(0).permutation(len(images))[:limit]
-    return images[order], labels[order]
+    is_packed = path.suffix == ".npz" and path.is_file()
+    return _first(_read_packed(path, len(classes), size) if is_packed else _read_folders(path, classes, size), limit)
 
 
 def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -99,14 +83,19 @@ def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def _read_packed(path: Path, classes: int, size: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _first(signs: Signs, limit: int | None) -> Signs:
+    order = np.random.default_rng(0).permutation(len(signs))[:limit]
+    return Signs(signs.images[order], signs.labels[order])
+
+
+def _read_packed(path: Path, classes: int, size: tuple[int, int]) -> Signs:
     arrays = read_npz(path, "labels")
     images, labels = arrays["images"], whole_numbers(path, arrays, "labels")
     if images.shape[1:] != (*size, 3) or not len(images):
         raise PhotographError(f"{path}: images are {images.shape}, must be (N, {size[0]}, {size[1]}, 3)")
     if not 0 <= labels.min() <= labels.max() < classes:
         raise PhotographError(f"{path}: has labels {labels.min()} to {labels.max()}, the bundle has {classes} classes")
-    return images, labels
+    return Signs(images, labels)
 
 
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:

@@ -63,14 +63,32 @@ class Gain:
         return self.low > 0
 
 
+@dataclass(frozen=True)
+class Sets:
+    """Images that alphas are compared on: the same ones clean and under each attack, and their true classes.
+
+    Attributes:
+        clean, attacked: uint8 (N, H, W, 3) each.
+        labels: (N,).
+    """
+
+    clean: Images
+    attacked: Mapping[str, Images]
+    labels: Labels
+
+    def part(self, rows: slice) -> "Sets":
+        """Only these ``rows``."""
+        return Sets(self.clean[rows], {name: i[rows] for name, i in self.attacked.items()}, self.labels[rows])
+
+
 Objective = Callable[[Weights, str], Trial]
+"""Takes weights and their origin, and scores them."""
 
 
-def objective(
-    pipeline: Pipeline, clean: Images, attacked: Mapping[str, Images], labels: Labels, samples: int, seed: int = 0
-) -> Objective:
-    """Scores weights by purifying ``clean`` and each set of ``attacked`` images, (N, H, W, 3), with a vote of
-    ``samples`` samples. The noise is the same for all weights, so that they are compared and not their luck.
+def objective(pipeline: Pipeline, sets: Sets, samples: int, seed: int = 0) -> Objective:
+    """Scores weights by purifying all of ``sets`` with a vote of ``samples`` samples.
+
+    The noise is the same for all weights, so that they are compared and not their luck.
     """
 
     def right(images: Images, weights: Weights) -> NDArray[np.float64]:
@@ -79,12 +97,12 @@ def objective(
             part = images[start : start + _CHUNK]
             seeds = range(seed + start, seed + start + len(part))
             result = pipeline.run(part, samples=samples, seeds=seeds, alphas=list(weights))
-            parts.append(result.labels == labels[start : start + _CHUNK])
+            parts.append(result.labels == sets.labels[start : start + _CHUNK])
         return np.concatenate(parts).astype(np.float64)
 
     def score(weights: Weights, origin: str) -> Trial:
-        on_attacked = np.mean([right(images, weights) for images in attacked.values()], axis=0)
-        on_clean = right(clean, weights)
+        on_attacked = np.mean([right(images, weights) for images in sets.attacked.values()], axis=0)
+        on_clean = right(sets.clean, weights)
         scores = (on_clean + on_attacked) / 2
         return Trial(weights, origin, float(on_clean.mean()), float(on_attacked.mean()), scores)
 

@@ -28,28 +28,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, None]:
     """Attack and measure; returns the content of the report and its page."""
     from benchmarks import vote
     from evaluation.attacks import attack
-    from evaluation.photographs import read_photographs
+    from evaluation.photographs import read_validation
     from export.models import recipe_classifier
 
     with load_pipeline(args) as pipeline:
         manifest = pipeline.manifest
-        photographs = read_photographs(args.data, "validation", manifest.classes, manifest.image_size, args.images)
-        sets = {"clean": photographs.images}
+        signs = read_validation(args.data, manifest.classes, manifest.image_size, args.images)
+        sets = {"clean": signs.images}
         if args.attacks:
             classifier = recipe_classifier(read_recipe(args, manifest), args.classifier)
             for name in args.attacks:
                 cache = Path("build/attacks")
-                sets[name] = attack(classifier, photographs.images, photographs.labels, name, cache).images
+                sets[name] = attack(classifier, signs.images, signs.labels, name, cache).images
         pipeline.warm_up()
         content = {
             "bundle": f"{manifest.name} {manifest.version}",
-            "images": len(photographs),
+            "images": len(signs),
             "batch": args.batch,
             "maximum": manifest.samples.max,
             "runtime": pipeline.runtime,
             "precision": manifest.precision,
-            "sets": {
-                name: vote.measure(pipeline, images, photographs.labels, args.batch) for name, images in sets.items()
-            },
+            "sets": {name: vote.measure(pipeline, images, signs.labels, args.batch) for name, images in sets.items()},
         }
     return content, vote.markdown, None

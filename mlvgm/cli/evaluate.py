@@ -140,16 +140,16 @@ def _measure(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     budget = _budget(args)
     subject = _subject(args, pipeline)
     rows, columns = _rows(args, subject), _columns(args, budget)
-    images, labels = read_labelled(args.images, manifest.classes, manifest.image_size, budget.images)
+    signs = read_labelled(args.images, manifest.classes, manifest.image_size, budget.images)
     log = robustness.Log(args.json.with_suffix(".jsonl"))
     worst = args.l2 if args.worst else None
-    cells = robustness.measure(subject, rows, columns, images, labels, budget, log, args.cache, worst)
+    cells = robustness.measure(subject, rows, columns, signs.images, signs.labels, budget, log, args.cache, worst)
     content = robustness.summarise(cells, rows, columns, args.l2) | {
         "model": f"{manifest.name} {manifest.version}",
         "images": str(args.images),
-        "n": len(images),
+        "n": len(signs),
         "l2": args.l2,
-        "few": min(budget.few, len(images)),
+        "few": min(budget.few, len(signs)),
         "budget_name": args.budget,
         "budget": dataclasses.asdict(budget),
         "command": shlex.join(["mlvgm", *sys.argv[1:]]),

@@ -20,15 +20,14 @@ import numpy as np
 
 from deploy.errors import CliError
 from evaluation.progress import bar, say, track
+from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
 from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from evaluation.tuning import Gain, Objective, Trial
-    from mlvgm.training.data import Signs
-
+    from evaluation.tuning import Gain, Objective, Sets, Trial
 
 _CHUNK = 64
 _GRADIENT = "gradient from "
@@ -59,63 +58,31 @@ def add_options(parser: Parser) -> None:
     add("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Attack, search, compare the finalists, and write and print the winner."""
-    if arguments.score is not None:
-        return _set_threshold(arguments)
+    if args.score is not None:
+        return _set_threshold(args)
     from evaluation import tuning
-    from evaluation.attacks import attack
-    from evaluation.photographs import read_photographs
-    from export.models import recipe_classifier
 
-    with load_pipeline(arguments) as pipeline:
-        manifest = pipeline.manifest
-        recipe = read_recipe(arguments, manifest)
-        classifier = recipe_classifier(recipe, arguments.classifier)
-        count = arguments.images + arguments.check
-        signs = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size, count)
-        if len(signs) <= arguments.images:
-            raise CliError(f"{arguments.data}: {len(signs)} validation images, too few for --images {arguments.images}")
-        say(f"attacking {len(signs)} validation images", sys.stderr)
-        cache = Path("build/attacks")
-        attacked = {
-            name: attack(classifier, signs.images, signs.labels, name, cache).images for name in arguments.attacks
-        }
-
-        def objective(part: slice) -> tuning.Objective:
-            sets = {name: images[part] for name, images in attacked.items()}
-            return tuning.objective(pipeline, signs.images[part], sets, signs.labels[part], arguments.samples)
-
-        seen, unseen = slice(0, arguments.images), slice(arguments.images, None)
-        trials: list[Trial] = []
-        if arguments.method != "gradient":
-            trials += _search(arguments, objective(seen), manifest.n_latents)
-        if arguments.method != "bayesian":
-            sets = {name: images[seen] for name, images in attacked.items()}
-            trials += _learn(arguments, pipeline, recipe, objective(seen), signs, sets)
-        say(f"comparing the best on {len(signs) - arguments.images} other images", sys.stderr)
-        score = objective(unseen)
-        trials = tuning.ranked(trials)
-        chosen = _finalists(trials, arguments.finalists)
-        finalists = tuning.ranked(score(trial.weights, trial.origin) for trial in chosen)
-        as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
+    with load_pipeline(args) as pipeline:
+        recipe = read_recipe(args, pipeline.manifest)
+        trials, finalists, as_it_is = _measure(args, pipeline, recipe)
     best = finalists[0]
     gain = tuning.gain(best, as_it_is, len(finalists))
-    given = ("images", "check", "samples", "attacks", "method")
     content = {
-        "model": manifest.name,
+        "model": pipeline.manifest.name,
         "alphas": (best if gain.is_certain else as_it_is).weights,
         "gain": {**dataclasses.asdict(gain), "is_certain": gain.is_certain},
         "finalists": [_entry(trial) for trial in finalists],
         "as_it_is": _entry(as_it_is),
         "trials": [_entry(trial) for trial in trials],
-        **{name: getattr(arguments, name) for name in given},
+        **{name: getattr(args, name) for name in ("images", "check", "samples", "attacks", "method")},
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for trial in [*finalists, as_it_is]:
         print(f"{trial.origin:28} {tuning.describe(trial)}")
-    if arguments.method == "both":
+    if args.method == "both":
         print(_compared(finalists))
     if not gain.is_certain:
         print(f"no difference: the best scores {_interval(gain)} against the bundle's own weights; keep these")
@@ -127,39 +94,68 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _search(arguments: argparse.Namespace, score: "Objective", n: int) -> "list[Trial]":
+def _measure(args: argparse.Namespace, pipeline: Pipeline, recipe: Recipe) -> "tuple[list[Trial], list[Trial], Trial]":
+    """All trials; the best of them on images that the search has not seen; and there the bundle's own weights."""
     from evaluation import tuning
 
-    with bar(arguments.trials, "searching", "trial") as shown:
+    manifest, sets = pipeline.manifest, _attacked(args, pipeline.manifest, recipe)
+    seen, unseen = sets.part(slice(args.images)), sets.part(slice(args.images, None))
+    score = tuning.objective(pipeline, seen, args.samples)
+    trials: list[Trial] = []
+    if args.method != "gradient":
+        trials += _search(args, score, manifest.n_latents)
+    if args.method != "bayesian":
+        trials += _learn(args, pipeline, recipe, score, seen)
+    say(f"comparing the best on {len(unseen.labels)} other images", sys.stderr)
+    score, trials = tuning.objective(pipeline, unseen, args.samples), tuning.ranked(trials)
+    finalists = [score(trial.weights, trial.origin) for trial in _finalists(trials, args.finalists)]
+    as_it_is = score(manifest.alphas[manifest.default_alphas], f"the bundle's own, {manifest.default_alphas}")
+    return trials, tuning.ranked(finalists), as_it_is
+
+
+def _attacked(args: argparse.Namespace, manifest: Manifest, recipe: Recipe) -> "Sets":
+    """The validation images, for the search and for the comparison after it."""
+    from evaluation.attacks import attack
+    from evaluation.photographs import read_validation
+    from evaluation.tuning import Sets
+    from export.models import recipe_classifier
+
+    classifier = recipe_classifier(recipe, args.classifier)
+    signs = read_validation(args.data, manifest.classes, manifest.image_size, args.images + args.check)
+    if len(signs) <= args.images:
+        raise CliError(f"{args.data}: {len(signs)} validation images, too few for --images {args.images}")
+    say(f"attacking {len(signs)} validation images", sys.stderr)
+    cache = Path("build/attacks")
+    attacked = {name: attack(classifier, signs.images, signs.labels, name, cache).images for name in args.attacks}
+    return Sets(signs.images, attacked, signs.labels)
+
+
+def _search(args: argparse.Namespace, score: "Objective", n: int) -> "list[Trial]":
+    from evaluation import tuning
+
+    with bar(args.trials, "searching", "trial") as shown:
 
         def tell(trial: "Trial") -> None:
             shown.update()
             say(tuning.describe(trial), sys.stderr)
 
-        return tuning.search(score, n, arguments.trials, tell)
+        return tuning.search(score, n, args.trials, tell)
 
 
 def _learn(
-    arguments: argparse.Namespace,
-    pipeline: Pipeline,
-    recipe: Recipe,
-    score: "Objective",
-    signs: "Signs",
-    attacked: "dict[str, Any]",
+    args: argparse.Namespace, pipeline: Pipeline, recipe: Recipe, score: "Objective", sets: "Sets"
 ) -> "list[Trial]":
     from evaluation import learning, tuning
     from export.classifier import stage
     from export.models import load_models
 
-    manifest = pipeline.manifest
-    purifier, classifier = load_models(recipe, arguments.purifier, arguments.classifier)
+    manifest, trials = pipeline.manifest, []
+    purifier, classifier = load_models(recipe, args.purifier, args.classifier)
     adapted: Any = stage(classifier, recipe.image_size, len(recipe.classes)).reference
-    n, trials = arguments.images, []
-    given = {"steps": arguments.steps, "blur": recipe.blur, "input_noise_l2": manifest.input_noise_l2}
+    given = {"steps": args.steps, "blur": recipe.blur, "input_noise_l2": manifest.input_noise_l2}
     starts = learning.starts(manifest.n_latents, manifest.alphas[manifest.default_alphas])
     for name, start in track(list(starts.items()), "descending", "start"):
-        weights = learning.learn(purifier, adapted, signs.images[:n], attacked, signs.labels[:n], start, **given)
-        trials.append(score(weights, f"{_GRADIENT}{name}"))
+        trials.append(score(learning.learn(purifier, adapted, sets, start, **given), f"{_GRADIENT}{name}"))
         say(tuning.describe(trials[-1]), sys.stderr)
     return trials
 
@@ -191,23 +187,23 @@ def _interval(gain: "Gain") -> str:
     return f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
 
 
-def _set_threshold(arguments: argparse.Namespace) -> int:
+def _set_threshold(args: argparse.Namespace) -> int:
     """Score clean images as they are served, and write the threshold into the bundle's manifest."""
-    from evaluation.photographs import read_photographs
+    from evaluation.photographs import read_validation
 
-    with load_pipeline(arguments) as pipeline:
+    with load_pipeline(args) as pipeline:
         manifest = pipeline.manifest
-        images = read_photographs(arguments.data, "validation", manifest.classes, manifest.image_size).images
-        ScoreThreshold.of(np.zeros(len(images)), arguments.score)  # refuses too few before the work
+        images = read_validation(args.data, manifest.classes, manifest.image_size).images
+        ScoreThreshold.of(np.zeros(len(images)), args.score)  # refuses too few before the work
         chunks = np.split(np.arange(len(images)), range(_CHUNK, len(images), _CHUNK))
         scores = [
             pipeline.run(images[rows], seeds=rows.tolist()).scores
             for rows in track(chunks, "scoring", f"x{_CHUNK} image")
         ]
-    found = ScoreThreshold.of(np.concatenate(scores), arguments.score)
-    dataclasses.replace(manifest, score=found).write(arguments.bundle)
+    found = ScoreThreshold.of(np.concatenate(scores), args.score)
+    dataclasses.replace(manifest, score=found).write(args.bundle)
     print(
-        f"{arguments.bundle}: a score above {found.threshold:.4g} is suspicious. Of {len(images)} clean images "
+        f"{args.bundle}: a score above {found.threshold:.4g} is suspicious. Of {len(images)} clean images "
         f"{(np.concatenate(scores) > found.threshold).sum()} are; of further ones {found.low:.2%} to {found.high:.2%} "
         "will be (95 %)"
     )

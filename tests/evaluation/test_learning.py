@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.learning import learn, starts
+from evaluation.tuning import Sets
 from mlvgm.purifier import Purified, Purifier
 
 SIDE = 8
@@ -45,7 +46,7 @@ def _images(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("start", [(0.5, 0.5), (0.0, 0.0)])
 def test_what_is_attacked_is_resampled_and_what_is_needed_is_kept(start: tuple[float, float]) -> None:
     clean, attacked, labels = _images(40)
-    found = learn(Halves(), Brightness(), clean, {"a": attacked}, labels, start, steps=80, batch=16)
+    found = learn(Halves(), Brightness(), Sets(clean, {"a": attacked}, labels), start, steps=80, batch=16)
     assert found[0] < 0.1
     assert found[1] > 0.8
     assert all(0 <= alpha <= 1 and round(alpha / 0.005) * 0.005 == pytest.approx(alpha) for alpha in found)
@@ -55,7 +56,7 @@ def test_the_same_seed_learns_the_same() -> None:
     clean, attacked, labels = _images(10)
 
     def run(seed: int) -> tuple[float, ...]:
-        return learn(Halves(), Brightness(), clean, {"a": attacked}, labels, (0.5, 0.5), 5, 4, True, 0.5, seed)
+        return learn(Halves(), Brightness(), Sets(clean, {"a": attacked}, labels), (0.5, 0.5), 5, 4, True, 0.5, seed)
 
     assert run(0) == run(0)
 

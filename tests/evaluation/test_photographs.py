@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.photographs import PhotographError, read_labelled, read_photographs
+from evaluation.photographs import PhotographError, read_labelled, read_validation
 from mlvgm.npz import NpzError
 
 CLASSES = ("stop", "give way", "danger")
@@ -16,11 +16,11 @@ def _save(path: Path, shade: int) -> None:
 
 
 def test_folders_named_like_classes_or_by_their_numbers(tmp_path: Path) -> None:
-    _save(tmp_path / "test" / "stop" / "a.png", 10)
-    _save(tmp_path / "test" / "give way" / "deep" / "b.PNG", 20)
-    _save(tmp_path / "test" / "2" / "c.bmp", 30)
-    (tmp_path / "test" / "2" / "notes.txt").write_text("no image")
-    signs = read_photographs(tmp_path, "test", CLASSES, (8, 8))
+    _save(tmp_path / "validation" / "stop" / "a.png", 10)
+    _save(tmp_path / "validation" / "give way" / "deep" / "b.PNG", 20)
+    _save(tmp_path / "validation" / "2" / "c.bmp", 30)
+    (tmp_path / "validation" / "2" / "notes.txt").write_text("no image")
+    signs = read_validation(tmp_path, CLASSES, (8, 8))
     assert signs.images.shape == (3, 8, 8, 3)
     assert {int(label): int(image[0, 0, 0]) for label, image in zip(signs.labels, signs.images, strict=True)} == {
         0: 10,
@@ -32,32 +32,29 @@ def test_folders_named_like_classes_or_by_their_numbers(tmp_path: Path) -> None:
 def test_gtsrb_and_a_fixed_order(tmp_path: Path) -> None:
     images = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
     labels = (np.arange(40) % 3).astype(np.uint8)
-    np.savez(tmp_path / "test.npz", images=images, labels=labels)
     np.savez(tmp_path / "train.npz", images=images, labels=labels, tracks=np.arange(40).astype(np.uint16))
-    some = read_photographs(tmp_path, "test", CLASSES, (32, 32), 10)
-    more = read_photographs(tmp_path, "test", CLASSES, (32, 32), 20)
-    assert np.array_equal(more.images[:10], some.images)
-    assert (some.labels == some.images[:, 0, 0, 0] % 3).all()
-    assert len(read_photographs(tmp_path, "validation", CLASSES, (32, 32))) == 4
+    some, whole = read_validation(tmp_path, CLASSES, (32, 32), 2), read_validation(tmp_path, CLASSES, (32, 32))
+    assert len(whole) == 4
+    assert np.array_equal(whole.images[:2], some.images)
+    assert (whole.labels == whole.images[:, 0, 0, 0] % 3).all()
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    (tmp_path / "test").mkdir()
-    with pytest.raises(PhotographError, match="classes"):
-        read_photographs(tmp_path, "test", CLASSES, (8, 8))
     with pytest.raises(FileNotFoundError):
-        read_photographs(tmp_path, "validation", CLASSES, (8, 8))
+        read_validation(tmp_path, CLASSES, (8, 8))
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(PhotographError, match="classes"):
+        read_validation(tmp_path, CLASSES, (8, 8))
 
 
 def test_labelled_folders_and_a_packed_file(tmp_path: Path) -> None:
     _save(tmp_path / "set" / "give way" / "a.png", 10)
     _save(tmp_path / "set" / "00002" / "b.png", 20)
-    images, labels = read_labelled(tmp_path / "set", CLASSES, (8, 8))
-    assert sorted(zip(labels.tolist(), images[:, 0, 0, 0].tolist(), strict=True)) == [(1, 10), (2, 20)]
-    np.savez(tmp_path / "set.npz", images=images, labels=labels.astype(np.uint8))
-    packed = read_labelled(tmp_path / "set.npz", CLASSES, (8, 8))
-    assert sorted(packed[1].tolist()) == [1, 2]
-    assert len(read_labelled(tmp_path / "set.npz", CLASSES, (8, 8), 1)[0]) == 1
+    signs = read_labelled(tmp_path / "set", CLASSES, (8, 8))
+    assert sorted(zip(signs.labels.tolist(), signs.images[:, 0, 0, 0].tolist(), strict=True)) == [(1, 10), (2, 20)]
+    np.savez(tmp_path / "set.npz", images=signs.images, labels=signs.labels.astype(np.uint8))
+    assert sorted(read_labelled(tmp_path / "set.npz", CLASSES, (8, 8)).labels.tolist()) == [1, 2]
+    assert len(read_labelled(tmp_path / "set.npz", CLASSES, (8, 8), 1)) == 1
 
 
 def test_what_is_no_class_and_no_image_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from evaluation.tuning import Trial, Weights, gain, objective, ranked, schedules, search
+from evaluation.tuning import Sets, Trial, Weights, gain, objective, ranked, schedules, search
 from handlers.pipeline import Pipeline
 from tests import bundles
 
@@ -54,7 +54,7 @@ def test_the_score_is_the_mean_of_clean_and_attacked(nvae_bundle: Path) -> None:
         weights = (0.0, 0.0)
         labels = pipeline.run(images, samples=1, seeds=range(6), alphas=list(weights)).labels
         wrong = pipeline.run(other, samples=1, seeds=range(6), alphas=list(weights)).labels
-        trial = objective(pipeline, images, {"a": images, "b": other}, labels, samples=2)(weights, "none")
+        trial = objective(pipeline, Sets(images, {"a": images, "b": other}, labels), samples=2)(weights, "none")
     assert trial.clean == 1.0
     assert trial.attacked == pytest.approx((1.0 + (wrong == labels).mean()) / 2)
     assert trial.score == (trial.clean + trial.attacked) / 2

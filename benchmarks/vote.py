@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import report
-from evaluation.defences import share
 from evaluation.progress import track
+from evaluation.shares import percent, share
 from handlers.pipeline import Pipeline
 
 
@@ -56,9 +56,9 @@ def markdown(content: Mapping[str, Any]) -> str:
     rows = [
         {
             "images": name,
-            "equal labels": report.share(found["equal"]),
-            "accuracy: auto": report.share(found["right_auto"]),
-            "accuracy: maximum": report.share(found["right_maximum"]),
+            "equal labels": percent(found["equal"]),
+            "accuracy: auto": percent(found["right_auto"]),
+            "accuracy: maximum": percent(found["right_maximum"]),
             "mean samples": f"{found['mean_samples']:.2f}",
             "images/s": f"{found['images_per_s_auto']:.1f}",
             "speedup of auto": f"{found['speed_ratio']:.2f}",

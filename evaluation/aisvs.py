@@ -8,7 +8,7 @@ has these figures, but no requirement of 1.0 to put them under.
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.report import share
+from evaluation.shares import percent
 
 TITLE = "Requirements of OWASP AISVS 1.0, chapter C11 (Adversarial Robustness), that these figures answer:"
 
@@ -25,16 +25,16 @@ def answers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     attacks = [column for column, knows in content["knows"].items() if knows and column in content["accuracy"][row]]
     if attacks:
         names = "; ".join(content["threats"][column] for column in attacks)
-        said = f"{share(worst[row])} withstand all of: {names}" if row in worst else f"accuracy under: {names}"
+        said = f"{percent(worst[row])} withstand all of: {names}" if row in worst else f"accuracy under: {names}"
         rows.append(("v1.0-C11.1.3", "evaluation against known attack techniques", said))
     if row in worst and "none" in worst:
-        said = f"worst of all attacks: {share(worst[row])}, without the defence {share(worst['none'])}"
+        said = f"worst of all attacks: {percent(worst[row])}, without the defence {percent(worst['none'])}"
         rows.append(("v1.0-C11.1.4", "hardening against adversarial inputs", said))
     found = {
         name: entry["found"]["0.01"] for name, entry in content["detection"].get(row, {}).items() if "found" in entry
     }
     if found:
-        said = "; ".join(f"{content['threats'][name]} {share(entry)}" for name, entry in found.items())
+        said = "; ".join(f"{content['threats'][name]} {percent(entry)}" for name, entry in found.items())
         said = f"found by the attack score at 1 % false alarms: {said}"
         rows.append(("v1.0-C11.4.1", "detection of anomalous inputs before they are acted on", said))
     return rows

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from evaluation.robustness import NEAREST, Cells, overlap
+from evaluation.robustness import NEAREST, Cells
+from evaluation.shares import overlap
 from evaluation.threats import FLAT
 
 ENOUGH = 200

@@ -6,7 +6,6 @@ Each has two implementations: ``serve`` classifies 8-bit images with the served 
 
 import functools
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,23 +122,6 @@ class Subject:
     def fast_classifier(self) -> nn.Module:
         """`fast` of the classifier."""
         return fast(self.classifier, self.device)
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share of ``count`` among ``n`` (Wilson, JASA 1927); (0, 1) where n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, count / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """The share of True with its interval, for a report."""
-    count, n = int(mask.sum()), int(mask.size)
-    low, high = wilson(count, n)
-    return {"share": count / n if n else None, "low": low, "high": high, "count": count, "n": n}
 
 
 def defences(subject: Subject, samples: int | str | None = None, served: str | None = None) -> dict[str, Defence]:

@@ -42,13 +42,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def share(entry: Mapping[str, Any]) -> str:
-    """A share with its interval, as `evaluation.defences.share` gives it."""
-    if entry["share"] is None:
-        return "none"
-    return f"{entry['share']:.1%} ({100 * entry['low']:.1f}-{100 * entry['high']:.1f})"
-
-
 def digits(value: float | None) -> str:
     """Three significant digits; nothing for None."""
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

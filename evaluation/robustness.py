@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from evaluation.attacks import fingerprint
 from evaluation.budgets import Budget
-from evaluation.defences import Defence, Images, Labels, Subject, share
+from evaluation.defences import Defence, Images, Labels, Subject
 from evaluation.progress import bar
+from evaluation.shares import overlap, percent, share
 from evaluation.threats import COLUMNS, Record, Target, Threat
 
 CHUNK = 50
@@ -31,6 +32,9 @@ NEAREST = ("deepfool", "cw", "hopskipjump")
 
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 """What was found for a defence under a threat, chunk after chunk."""
+
+Found = Mapping[tuple[str, str], dict[str, NDArray[Any]]]
+"""The same, with each list joined over the chunks."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +195,7 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
         "within": {
             column: [{"l2": bound, **_within(found, rows, column, bound)} for bound in BOUNDS]
             for column in NEAREST
-            if column in columns
-            and "clean" in columns
-            and not any("met" in found.get((row, column), ()) for row in rows)
+            if {column, "clean"} <= columns.keys() and not any("met" in found.get((row, column), ()) for row in rows)
         },
         "certified": {
             row: {str(radius): share(cell["radius"] > radius) for radius in RADII}
@@ -215,35 +217,26 @@ def conclusion(content: Mapping[str, Any]) -> str:
     others = {row: entry for row, entry in worst.items() if row in ("blur", "noise", "jpeg", "bits", "kept")}
     if served is None:
         return "No attack was measured on the purifier as served."
-    said = f"Of {worst[served]['n']} images, {_percent(worst[served])} withstand every attack behind the purifier"
+    said = f"Of {worst[served]['n']} images, {percent(worst[served], 0)} withstand every attack behind the purifier"
     trained = [row for row in content.get("trained", ()) if row in worst]
     last = ""
     if trained:
         most = max(trained, key=lambda row: worst[row]["share"])
-        last = f" Of what was trained to compare with, {titles[most]} withstands most: {_percent(worst[most])}."
+        last = f" Of what was trained to compare with, {titles[most]} withstands most: {percent(worst[most], 0)}."
     if not others:
         return f"{said}.{last}"
     best = max(others, key=lambda row: others[row]["share"])
-    said += f", {_percent(others[best])} behind {titles[best]}"
+    said += f", {percent(others[best], 0)} behind {titles[best]}"
     gain = 100 * (worst[served]["share"] - others[best]["share"])
     if overlap(worst[served], others[best]):
         return f"{said}: no difference.{last}"
     return f"{said}: the purifier is {abs(gain):.0f} points {'better' if gain > 0 else 'WORSE'}.{last}"
 
 
-def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the intervals of two shares have a part in common: then there is no difference to speak of."""
-    return bool(one["low"] <= other["high"] and other["low"] <= one["high"])
-
-
 def auroc(clean: NDArray[Any], attacked: NDArray[Any]) -> float:
     """The probability that an attacked image scores above a clean one, equal scores counting half."""
     above = (attacked[:, None] > clean).mean() + (attacked[:, None] == clean).mean() / 2
     return round(float(above), 4)
-
-
-def _percent(entry: Mapping[str, Any]) -> str:
-    return f"{entry['share']:.0%} ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
 
 
 def _joined(records: Sequence[Record]) -> dict[str, NDArray[Any]]:
@@ -253,9 +246,7 @@ def _joined(records: Sequence[Record]) -> dict[str, NDArray[Any]]:
 
 
 def _by_place(
-    found: Mapping[tuple[str, str], dict[str, NDArray[Any]]],
-    entry: Callable[[dict[str, NDArray[Any]]], Any],
-    needs: str = "right",
+    found: Found, entry: Callable[[dict[str, NDArray[Any]]], Any], needs: str = "right"
 ) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for (row, column), cell in found.items():
@@ -264,24 +255,26 @@ def _by_place(
     return table
 
 
-def _worst(
-    found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence[str], l2: float
-) -> NDArray[np.bool_] | None:
+def _worst(found: Found, row: str, attacks: Sequence[str], l2: float) -> NDArray[np.bool_] | None:
     """(N,), whether an image is classified correctly under all attacks; of the images that met all.
 
     A misclassified clean image counts as misclassified under attack. None if an attack is missing.
     """
     if not attacks or any((row, column) not in found for column in ("clean", *attacks)):
         return None
-    clean = found[row, "clean"]["right"] > 0
-    columns = [clean]
-    for column in attacks:
-        right = found[row, column]["right"] > 0
-        if column in NEAREST:
-            right = np.where(found[row, column]["l2"] <= l2, right, clean[: len(right)])
-        columns.append(right)
+    columns = [_right(found, row, column, l2) for column in ("clean", *attacks)]
     count = min(map(len, columns))
     return np.logical_and.reduce([column[:count] for column in columns])
+
+
+def _right(found: Found, row: str, column: str, bound: float) -> NDArray[np.bool_]:
+    """(N,), whether an image is classified correctly; an attack of `NEAREST` sends the clean one beyond ``bound``."""
+    cell = found[row, column]
+    right: NDArray[np.bool_] = cell["right"] > 0
+    if column in NEAREST:
+        clean = found[row, "clean"]["right"][: len(right)] > 0
+        right = np.where(cell["l2"] <= bound, right, clean)
+    return right
 
 
 def _milliseconds(records: Sequence[Record]) -> float:
@@ -290,7 +283,7 @@ def _milliseconds(records: Sequence[Record]) -> float:
     return round(1000 * sum(r["seconds"] for r in counted) / sum(len(r["right"]) for r in counted), 3)
 
 
-def _detection(found: Mapping[tuple[str, str], Any], row: str, attacks: Sequence[str]) -> dict[str, Any]:
+def _detection(found: Found, row: str, attacks: Sequence[str]) -> dict[str, Any]:
     """How well scores and flags tell the images that attacks have changed from clean ones."""
     clean = found[row, "clean"]
     table: dict[str, Any] = {"clean": {"flagged": share(clean["flagged"] > 0), "agreement": _mean(clean["agreement"])}}
@@ -314,11 +307,7 @@ def _mean(column: NDArray[Any]) -> float:
     return round(float(column.mean()), 4)
 
 
-def _within(found: Mapping[tuple[str, str], Any], rows: Mapping[str, Defence], column: str, bound: float) -> Record:
-    """Accuracy against an attacker who may make changes up to ``bound`` only, and sends the clean image otherwise."""
-    table = {}
-    for row in rows:
-        if (row, column) in found and (row, "clean") in found:
-            cell, clean = found[row, column], found[row, "clean"]["right"]
-            table[row] = share(np.where(cell["l2"] <= bound, cell["right"], clean[: len(cell["right"])]) > 0)
-    return table
+def _within(found: Found, rows: Collection[str], column: str, bound: float) -> Record:
+    """Accuracy against an attacker who may make changes up to ``bound`` only, by defence."""
+    measured = [row for row in rows if (row, column) in found and (row, "clean") in found]
+    return {row: share(_right(found, row, column, bound)) for row in measured}

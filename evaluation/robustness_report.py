@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import aisvs
-from evaluation.report import Content, conditions, figure, share, table
+from evaluation.report import Content, conditions, figure, table
+from evaluation.shares import percent
 
 
 def markdown(content: Content) -> str:
@@ -52,7 +53,7 @@ def _accuracy(content: Content) -> list[str]:
         [
             content["defences"][name],
             *_shares(entries, columns),
-            f"**{share(content['worst'][name])}**" if name in content["worst"] else "",
+            f"**{percent(content['worst'][name])}**" if name in content["worst"] else "",
         ]
         for name, entries in content["accuracy"].items()
     ]
@@ -85,11 +86,11 @@ def _detection(content: Content) -> list[str]:
                     content["defences"][name],
                     content["threats"][column],
                     content["knows"][column],
-                    share(entry["flagged"]),
+                    percent(entry["flagged"]),
                     f"{entry['agreement']:.1%}",
                     f"{entry['auroc']:.3f}" if "auroc" in entry else "",
-                    *(share(found[rate]) if rate in found else "" for rate in ("0.01", "0.05")),
-                    share(unnoticed["0.01"]) if unnoticed else "",
+                    *(percent(found[rate]) if rate in found else "" for rate in ("0.01", "0.05")),
+                    percent(unnoticed["0.01"]) if unnoticed else "",
                 ]
             )
     head = ["defence", "images", "attacker knows", "flagged", "mean agreement", "AUROC of score"]
@@ -108,7 +109,7 @@ def _within(content: Content) -> list[str]:
 
 def _certified(content: Content) -> list[str]:
     radii = next(iter(content["certified"].values()))
-    rows = [[content["defences"][name], *map(share, row.values())] for name, row in content["certified"].items()]
+    rows = [[content["defences"][name], *map(percent, row.values())] for name, row in content["certified"].items()]
     return table(["defence", *radii], rows)
 
 
@@ -131,7 +132,7 @@ def _training(content: Content) -> list[str]:
 
 def _shares(entries: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """A cell for each of ``names``; nothing in it where that was not measured."""
-    return [share(entries[name]) if name in entries else "" for name in names]
+    return [percent(entries[name]) if name in entries else "" for name in names]
 
 
 def _number(entries: Mapping[str, float], name: str) -> str:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         job = Bulk(args.files, args.out, "attacked", settings, _BATCH, args.overwrite)
         rows = []
         for row in job.run(lambda images: _attack(images, recipe, classifier, args.method, purifier)):
-            print_row(row, args.json, _text)
+            print_row(row, args.json, "" if "error" in row else _text(row))
             rows.append(row)
         attacked = [row for row in rows if "error" not in row]
         if args.picture and attacked:
@@ -127,7 +127,7 @@ def _draw(rows: Sequence[Row], recipe: Recipe, purifier: Purifier | None, path: 
 
 def _totals(rows: Sequence[Row]) -> str:
     """How many were fooled and, with a bundle, how many of these purification restored and flagged; 95 % intervals."""
-    from evaluation.defences import wilson
+    from evaluation.shares import wilson
 
     def share(what: str, mask: list[bool]) -> str:
         low, high = wilson(sum(mask), len(mask))

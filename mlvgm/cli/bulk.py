@@ -168,8 +168,8 @@ Submit = Callable[[Sequence[bytes]], Callable[[], Sequence[Outcome]]]
 """Begins the work on images, and gives the call that waits for it."""
 
 
-def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
-    """One line: JSON, or ``text`` of it, or on the error stream what is wrong with the file.
+def print_row(row: Row, as_json: bool, text: str) -> None:
+    """One line: JSON, or ``text``, or on the error stream what is wrong with the file.
 
     Raises:
         CliError: standard output takes no more.
@@ -178,7 +178,7 @@ def print_row(row: Row, as_json: bool, text: Callable[[Row], str]) -> None:
         if "error" in row and not as_json:
             say(f"{row['file']}: {shown(row['error'])}", sys.stderr)
         else:
-            say(json.dumps(row) if as_json else text(row))
+            say(json.dumps(row) if as_json else text)
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise

@@ -55,16 +55,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'file':{width}}  {'label':30}  {'confidence':>10}  {'agreement':>9}  {'unpurified':34}  flagged")
     refused = 0
     for path, target in files:
+        text = ""
         try:
             row = {"file": str(path), **_ask(client, model, path, target, args)}
             if not args.json:
-                _text(row, width)  # which another server's answer may not fit
+                text = _text(row, width)
         except (ServerError, OSError) as error:
             if isinstance(error, ServerError) and error.status in _HOPELESS:
                 raise
             refused += 1
             row = {"file": shown(path), "error": error.strerror if isinstance(error, OSError) else str(error)}
-        print_row(row, args.json, lambda row: _text(row, width))
+        print_row(row, args.json, text)
     return 1 if refused else 0
 
 

@@ -60,12 +60,14 @@ def run(args: argparse.Namespace) -> int:
             failed = 0
             for row in rows:
                 failed += "error" in row
+                text = ""
                 if "error" in row:
                     packed[row["file"]] = row["error"]
                 else:
                     name = Path(row["purified"]).relative_to(folder)
                     packed[str(name)], row["purified"] = None, str(args.out / name)
-                print_row(row, args.json, _text)
+                    text = _text(row)
+                print_row(row, args.json, text)
     if folder != args.out:
         with claim(folder):
             pack(folder, args.out, packed)

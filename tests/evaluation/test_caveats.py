@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.caveats import caveats
-from evaluation.defences import share
+from evaluation.shares import share
 
 
 def _of(count: int, n: int = 1000) -> dict[str, Any]:

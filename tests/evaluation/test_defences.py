@@ -12,20 +12,6 @@ from tests import bundles
 from tests.evaluation.models import of_bundle, shipped
 
 
-def test_wilson_interval() -> None:
-    """Against the worked values of Newcombe, Statistics in Medicine 1998, table I."""
-    assert defences.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert defences.wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert defences.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert defences.wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
-    assert defences.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_share_of_nothing_is_none() -> None:
-    assert defences.share(np.zeros(0, np.bool_))["share"] is None
-    assert defences.share(np.array([True, False, True, True]))["share"] == 0.75
-
-
 def test_the_rows_and_their_order(rows: dict[str, Defence], subject: Subject) -> None:
     assert list(rows) == ["none", "blur", "noise", "jpeg", "bits", "kept", "one", "served"]
     assert "vote of 5" in rows["served"].title

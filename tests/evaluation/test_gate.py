@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.defences import share
 from evaluation.gate import Gate
+from evaluation.shares import share
 from handlers.fields import FieldError
 
 

@@ -10,8 +10,9 @@ from evaluation.adaptive import Effort
 from evaluation.attacks import predict
 from evaluation.budgets import Budget, threats
 from evaluation.caveats import caveats
-from evaluation.defences import Subject, share
+from evaluation.defences import Subject
 from evaluation.robustness import Log, measure, summarise
+from evaluation.shares import percent, share
 from evaluation.threats import COLUMNS, Clean, Record, Target, Threat
 from handlers.pipeline import Pipeline
 from tests import bundles
@@ -256,7 +257,7 @@ def test_figures_are_put_under_the_requirements_that_they_answer(content: dict) 
     answers = {item: said for item, _, said in aisvs.answers(content)}
     assert list(answers) == ["v1.0-C11.1.3", "v1.0-C11.1.4", "v1.0-C11.4.1"]
     assert "DeepFool" in answers["v1.0-C11.1.3"]
-    assert robustness_report.share(content["worst"]["none"]) in answers["v1.0-C11.1.4"]
+    assert percent(content["worst"]["none"]) in answers["v1.0-C11.1.4"]
     assert aisvs.TITLE in robustness_report.markdown(content)
     only = {**content, "accuracy": {"none": content["accuracy"]["none"]}}
     assert aisvs.answers(only) == []

@@ -121,7 +121,7 @@ def test_names_stay_on_their_line(folder: Path, capsys: pytest.CaptureFixture[st
     assert {row.get("shade") for row in found} == {0, 1, 2, 3, 4, 9, None}
     for row in found:
         for as_json in (False, True):
-            print_row(row, as_json, lambda row: bulk.shown(row["made"]))
+            print_row(row, as_json, bulk.shown(row.get("made", "")))
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2 * len(found) - 1
     assert captured.err.count("\n") == 1

@@ -153,35 +153,41 @@ def measure(
             continue
         baseline = baseline or results
         for load, result, reference in zip(loads, results, baseline, strict=True):
-            whole = baseline[first[load.samples]]
-            compared = min(len(result.labels), len(whole.labels))
             # An exported stage has the operations of its module, which PyTorch counts.
             kind = PUBLISHED if technique.name == PUBLISHED else REWRITTEN
             gflops = counted.setdefault((kind, load.samples), result.gflops)
-            per_second = load.batch / result.seconds
-            row = {
-                "recipe": model.recipe,
-                "technique": technique.name,
-                "runtime": technique.runtime,
-                "precision": technique.precision,
-                "batch": load.batch,
-                "samples": load.samples,
-                "images_per_s": per_second,
-                "ratio": reference.seconds / result.seconds,
-                "stage_ms": result.stage_ms,
-                "memory_mb": result.memory_mb,
-                "gflops": gflops,
-                "share_of_peak": gflops * per_second / peak if gflops else None,
-                "relative_error": relative_error(result.purified[:compared], whole.purified[:compared]),
-                "label_agreement": float(np.mean(result.labels[:compared] == whole.labels[:compared])),
-                "compared": compared,
-            }
+            row = _row(load, replace(result, gflops=gflops), reference, baseline[first[load.samples]], peak)
             say(
-                f"  batch {load.batch}, {load.samples} samples: {per_second:.3g} images/s, {row['ratio']:.1f}x, "
-                f"error {row['relative_error']:.1e}"
+                f"  batch {load.batch}, {load.samples} samples: {row['images_per_s']:.3g} images/s, "
+                f"{row['ratio']:.1f}x, error {row['relative_error']:.1e}"
             )
-            rows.append(row)
+            named = {"recipe": model.recipe, "technique": technique.name}
+            rows.append({**named, "runtime": technique.runtime, "precision": technique.precision, **row})
     return rows
+
+
+def _row(load: Load, result: Measured, reference: Measured, whole: Measured, peak: float) -> dict[str, Any]:
+    """What `measure` says of a technique's ``result``.
+
+    Args:
+        reference: the published operators under this load.
+        whole: those under the load with as many samples that purified all images.
+        peak: of the machine, in GFLOP/s.
+    """
+    per_second, compared = load.batch / result.seconds, min(len(result.labels), len(whole.labels))
+    return {
+        "batch": load.batch,
+        "samples": load.samples,
+        "images_per_s": per_second,
+        "ratio": reference.seconds / result.seconds,
+        "stage_ms": result.stage_ms,
+        "memory_mb": result.memory_mb,
+        "gflops": result.gflops,
+        "share_of_peak": result.gflops * per_second / peak if result.gflops else None,
+        "relative_error": relative_error(result.purified[:compared], whole.purified[:compared]),
+        "label_agreement": float(np.mean(result.labels[:compared] == whole.labels[:compared])),
+        "compared": compared,
+    }
 
 
 def matmul_gflops(precision: str) -> float:
@@ -338,13 +344,14 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """One bar chart per recipe and load: images per second of each technique, with its ratio."""
-    groups = list(dict.fromkeys((row["recipe"], row["batch"], row["samples"]) for row in rows))
+    groups: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], row["batch"], row["samples"]), []).append(row)
     columns = min(len(groups), 3)
     lines = math.ceil(len(groups) / columns)
     figure = report.figure(5 * columns, 0.6 + 2.2 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel, (recipe, batch, samples) in zip(axes, groups, strict=False):
-        chosen = [row for row in rows if (row["recipe"], row["batch"], row["samples"]) == (recipe, batch, samples)]
+    for panel, ((recipe, batch, samples), chosen) in zip(axes, groups.items(), strict=False):
         names = [f"{row['technique']}\n{row['runtime']}, {row['precision']}" for row in chosen]
         bars = panel.barh(names, [row["images_per_s"] for row in chosen], color="#4878a8")
         panel.bar_label(bars, [f"{row['ratio']:.1f}x" for row in chosen], padding=3)

@@ -36,7 +36,7 @@ def add_options(parser: Parser) -> None:
     add("--out", type=Path, help="folder for it (model_store, or model_repository for other servers)")
     add("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
     add("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
-    add_engines(parser, help="CPU threads per worker (default: every core)")
+    add_engines(parser, "CPU threads per worker (default: every core)")
     defaults = Settings()
     for option, name, unit, text in _NUMBERS:
         default = getattr(defaults, name)

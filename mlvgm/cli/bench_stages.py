@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deploy.errors import CliError
 from evaluation.progress import say
 from handlers.manifest import FILE_NAME, Manifest
-from mlvgm.cli.options import Parser, add_models, number, positive, whole
+from mlvgm.cli.options import Parser, add_models, add_threads, number, positive
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_options(parser: Parser) -> None:
     add("--images", type=Path, metavar="FOLDER", help="photographs (default: random soft pictures)")
     add("--compare", type=positive, default=8, metavar="N", help="purified images to compare (%(default)s)")
     add("--seconds", type=number, default=10, help="to measure each row for, at least (%(default)s)")
-    add("--threads", type=whole(0, 1024), default=0, help="CPU threads (default: every core)")
+    add_threads(parser)
     add("--work", type=Path, metavar="FOLDER", help="keep checkpoints and bundles, and reuse bundles")
 
 

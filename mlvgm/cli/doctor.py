@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     packages = {"torchserve": ("0.12", INSTALL), "torch-model-archiver": ("0.12", INSTALL)}
     packages |= {name: (oldest, f"pip install '{name}>={oldest}'") for name, oldest in _NEEDED.items()}
     checks: list[Callable[[], Finding]] = [
-        _python,
+        partial(Finding, "Python", f"{platform.python_version()} ({sys.executable})"),
         _java,
         *(partial(_package, name, *needed) for name, needed in packages.items()),
         _runtimes,
@@ -74,11 +74,6 @@ def run(args: argparse.Namespace) -> int:
         if finding.cure:
             print(f"{'':26}  -> {finding.cure}")
     return 1 if failed else 0
-
-
-def _python() -> Finding:
-    found = f"{platform.python_version()} ({sys.executable})"
-    return Finding("Python", found, "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer")
 
 
 def _java() -> Finding:

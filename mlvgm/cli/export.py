@@ -4,8 +4,9 @@ Example: mlvgm export --recipe road-signs --out build/road-signs
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deploy.errors import CliError
 from evaluation.progress import clocked
@@ -16,6 +17,7 @@ from mlvgm.recipe import Recipe
 
 
 def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     add = parser.add_argument
     add_models(parser, help="name of a built-in recipe, or a YAML file")
     add("--precision", choices=("fp32", "fp16", "bf16"), help="instead of the recipe's")
@@ -46,6 +48,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Export a recipe and what else was asked for, or add a single graph to a bundle; say how exact all of it is."""
     say = clocked()
     if args.bundle:
         _add_single_graph(args.bundle, args, say)
@@ -75,16 +78,8 @@ def run(args: argparse.Namespace) -> int:
             keep_engines=bool(set(args.engines) - {"torch"}),
         )
     say(f"wrote {out}: {', '.join(s.name for s in manifest.stages)}")
-    for stage, reason in manifest.report["parity"].get("fp32_stages", {}).items():
-        say(f"{stage} stays in fp32: {reason}")
-    for stage, kept in manifest.report["parity"].get("fp32_weights", {}).items():
-        for name, reason in kept.items():
-            say(f"{stage}: the weight {name} is stored in fp32: {reason}")
-    for report in manifest.report.values():
-        worst = max(entry["relative_error"] for entry in report["worst"])
-        equal = min(entry["equal_labels"] for entry in report["worst"] if entry["equal_labels"] is not None)
-        where = f"in {report['precision']} with {report['runtime']}"
-        say(f"worst relative error {where}: {worst:.1e}; equal labels: {equal:.0%}")
+    for line in _compared(manifest.report):
+        say(line)
     for name in args.engines:
         if name != "torch":
             built = _build(name, out, args.target, say).report[name]
@@ -98,6 +93,20 @@ def run(args: argparse.Namespace) -> int:
         say(f"the runtime here is {fastest.measure(out)}")
     print(f"Next: mlvgm archive {out}")
     return 0
+
+
+def _compared(reports: Mapping[str, Any]) -> Iterator[str]:
+    """What stays in fp32 and why, and how far the stages are from the reference, in words."""
+    for stage, reason in reports["parity"].get("fp32_stages", {}).items():
+        yield f"{stage} stays in fp32: {reason}"
+    for stage, kept in reports["parity"].get("fp32_weights", {}).items():
+        for name, reason in kept.items():
+            yield f"{stage}: the weight {name} is stored in fp32: {reason}"
+    for report in reports.values():
+        worst = max(entry["relative_error"] for entry in report["worst"])
+        equal = min(entry["equal_labels"] for entry in report["worst"] if entry["equal_labels"] is not None)
+        where = f"in {report['precision']} with {report['runtime']}"
+        yield f"worst relative error {where}: {worst:.1e}; equal labels: {equal:.0%}"
 
 
 def _add_single_graph(bundle: Path, args: argparse.Namespace, say: Callable[[str], None]) -> None:

@@ -76,11 +76,15 @@ def add_pipeline(parser: Parser, **bundle: Any) -> None:
     add_engines(parser)
 
 
-def add_engines(parser: Parser, **threads: Any) -> None:
+def add_engines(parser: Parser, threads: str = "CPU threads of the engines (default: every core)") -> None:
     """--runtime and --threads."""
     parser.add_argument("--runtime", choices=runtimes.NAMES, default="auto", help="(default: %(default)s)")
-    help_threads = {"help": "CPU threads of the engines (default: every core)", **threads}
-    parser.add_argument("--threads", type=whole(0, 1024), default=0, **help_threads)
+    add_threads(parser, threads)
+
+
+def add_threads(parser: Parser, text: str = "CPU threads (default: every core)") -> None:
+    """--threads; 0 where it is not given."""
+    parser.add_argument("--threads", type=whole(0, 1024), default=0, help=text)
 
 
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":

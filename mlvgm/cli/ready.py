@@ -13,21 +13,21 @@ from mlvgm.cli.options import Parser, add_port, number
 
 
 def add_options(parser: Parser) -> None:
-    """Declare the arguments."""
+    """Declare the args."""
     parser.add_argument("--model", help="which model (default: all that are served)")
     add_port(parser, "of the server")
     parser.add_argument("--timeout", type=number, default=15, metavar="S", help="to wait for an answer (%(default)s)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print a line for each model; 1 unless all are ready."""
-    server = Server(arguments.port)
-    models = [arguments.model] if arguments.model else server.models
+    server = Server(args.port)
+    models = [args.model] if args.model else server.models
     if not models:
         print(f"no server of mlvgm serve is running on port {server.port}")
     found = []
     for model in models:
-        finding = check(server, model, arguments.timeout)
+        finding = check(server, model, args.timeout)
         print(f"{model}: {finding.words}")
         found.append(finding.ready)
     return 0 if found and all(found) else 1

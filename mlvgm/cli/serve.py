@@ -15,7 +15,7 @@ from deploy.server import Server
 from deploy.signals import Stopped, noted, pause
 from deploy.torchserve import TorchServe
 from deploy.workers import chosen, gpus_for, sizes_of
-from mlvgm.cli.options import Parser, add_port, add_store, number, positive, whole
+from mlvgm.cli.options import Parser, add_port, add_store, add_threads, number, positive
 
 
 def add_options(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def add_options(parser: Parser) -> None:
     add("--models", nargs="+", metavar="NAME.mar", help="archives in the store to serve (default: the only one there)")
     add_port(parser, "of inference; the four after it are taken as well")
     add("--workers", type=positive, help="per model, each with a copy of it (default: by cores, memory and its size)")
-    add("--threads", type=whole(0, 1024), default=0, help="of each worker (default: its share of the cores)")
+    add_threads(parser, "of each worker (default: its share of the cores)")
     add("--timeout", type=number, default=600, metavar="S", help="to wait for an answer (%(default)s)")
     add("--detach", action="store_true", help="return once the server answers")
     add("--stop", action="store_true", help="stop the server of this port")

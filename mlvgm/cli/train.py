@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlvgm.cli.options import Parser
+from mlvgm.cli.options import Parser, add_threads
 
 if TYPE_CHECKING:
     from mlvgm.training.settings import Settings
 
 
 def add_options(parser: Parser) -> None:
+    """Declare the arguments."""
     add = parser.add_argument
     add("images", type=Path, help="folder of pictures at any depth, or an npz file with 'images'")
     add("--out", type=Path, required=True, help="folder for the model")
@@ -36,11 +37,12 @@ def add_options(parser: Parser) -> None:
     add("--classifier", metavar="NAME", help="whose answers to keep: module:function, or the name of a shipped recipe")
     add("--start", type=Path, metavar="WEIGHTS", help="safetensors of the same shape to go on from")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    add_threads(parser)
     add("--workers", type=int, default=os.cpu_count(), help="processes that read pictures")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Read the images, train or go on, and write the model; says beforehand how long a step takes."""
     import torch
 
     from mlvgm.training.images import read_images, to_tensor

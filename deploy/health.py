@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from deploy import api
 from deploy.errors import CliError
 from deploy.model_archive import ServedModel
 from deploy.readiness import Readiness
@@ -71,7 +72,8 @@ class Health:
 def protocol_answer(path: str, served: Mapping[str, ServedModel], ready: Mapping[str, bool]) -> Answer:
     """Status and content for a path of the protocol, where ``ready`` says whether a model is."""
     if path in ("/v2", "/v2/"):
-        return 200, {"name": "mlvgm-serve", "version": "0.12.0", "extensions": ["binary_tensor_data"]}
+        info = api.document()["info"]
+        return 200, {"name": info["title"], "version": info["version"], "extensions": ["binary_tensor_data"]}
     if path == "/v2/health/live":
         return 200, {"live": True}
     if path == "/v2/health/ready":

@@ -1,8 +1,9 @@
 """The German Traffic Sign Recognition Benchmark (Stallkamp et al., Neural Networks 2012) at 32x32.
 
-python -m mlvgm.training.data GTSRB    # packs the official folders as train.npz and test.npz, beside them
+python -m mlvgm.training.data GTSRB packs the official folders as train.npz and test.npz, beside them.
 """
 
+import argparse
 import csv
 import sys
 from dataclasses import dataclass
@@ -78,9 +79,11 @@ def _read_training(folder: Path) -> Signs:
 
 
 def _read_test(folder: Path) -> Signs:
-    listing = next(iter(sorted(folder.glob("GT-*.csv")) + sorted(folder.parent.glob("GT-*.csv"))), None)
+    # Not GT-final_test.test.csv, which lies beside the official images and has no labels.
+    listings = [place / "GT-final_test.csv" for place in (folder, *folder.parents[:2])]
+    listing = next((file for file in listings if file.is_file()), None)
     if listing is None:
-        raise FileNotFoundError(f"{folder}: the list of labels, GT-final_test.csv, is missing")
+        raise FileNotFoundError(f"{folder}: the list of labels, GT-final_test.csv, is missing: put it here")
     with listing.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter=";"))
     images = np.stack([_read(folder / row["Filename"]) for row in rows])
@@ -93,9 +96,14 @@ def _read(file: Path) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="mlvgm.training.data", description="Pack GTSRB as train.npz and test.npz.")
+    parser.add_argument("folder", type=Path, help="holds Final_Training/Images, Final_Test/Images, GT-final_test.csv")
+    folder = parser.parse_args().folder
     for part in ("train", "test"):
-        signs = load_signs(folder, part)
+        try:
+            signs = load_signs(folder, part)
+        except FileNotFoundError as error:
+            sys.exit(f"mlvgm.training.data: {error}")
         arrays = {"images": signs.images, "labels": signs.labels, "tracks": signs.tracks}
         np.savez_compressed(folder / f"{part}.npz", **{k: v for k, v in arrays.items() if v is not None})  # type: ignore[arg-type]
         print(f"{folder / part}.npz: {len(signs)} images")

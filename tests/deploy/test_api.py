@@ -1,5 +1,6 @@
 """The OpenAPI document says what the server answers, and its page shows all of it."""
 
+import configparser
 import html
 import json
 import re
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 
 from deploy import api
 from deploy.dev_server import application
+from deploy.server import PROJECT
 from handlers.pipeline import Pipeline
 from handlers.request import MAX_BODY, MOST_IMAGES, OPTIONS
 from handlers.service import Service
@@ -49,6 +51,13 @@ def check(response: Any, path: str, method: str) -> None:
     assert kind in found.get("content", {kind: None})
     if kind == "application/json" and "content" in found:
         Draft202012Validator({**api.document(), **found["content"][kind]["schema"]}).validate(response.json())
+
+
+def test_the_version_is_that_of_the_package(client: Any) -> None:
+    config = configparser.ConfigParser()
+    config.read(PROJECT / "setup.cfg")
+    version = config["metadata"]["version"]
+    assert api.document()["info"]["version"] == client.get("/v2").json()["version"] == version
 
 
 def test_the_document_is_valid() -> None:

@@ -65,6 +65,7 @@ def test_official_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "Final_Test" / "Images").mkdir(parents=True)
     Image.new("RGB", (30, 30), (0, 200, 0)).save(tmp_path / "Final_Test" / "Images" / "00000.ppm")
     (tmp_path / "Final_Test" / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;16\n")
+    (tmp_path / "Final_Test" / "Images" / "GT-final_test.test.csv").write_text("Filename;Width\n00000.ppm;40\n")
     train, test = load_signs(tmp_path, "train"), load_signs(tmp_path, "test")
     assert (train.labels.tolist(), train.tracks.tolist() if train.tracks is not None else None) == ([14], [3])
     assert train.images[0, 16, 16].tolist() == [200, 0, 0]

@@ -21,6 +21,9 @@ class RequestError(MlvgmError, ValueError):
     """A request is malformed, or has a wrong option; the message is ASCII, and is sent to the client."""
 
 
+_NAMES = {bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+
+
 def json_object(body: Any) -> dict[str, Any]:
     """The JSON object in a body, which the server may have parsed already, without entries that are null.
 
@@ -82,9 +85,9 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def quoted(text: Any) -> str:
-    """A client's text for an error message, shortened and in ASCII."""
+    """A client's text for an error message, shortened and in ASCII; of anything else, what JSON calls it."""
     if not isinstance(text, str):
-        return f"a {type(text).__name__}"
+        return "null" if text is None else _NAMES.get(type(text), f"a {type(text).__name__}")
     return ascii(text[: 40 if text.isascii() else 10])
 
 

@@ -170,7 +170,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"content-type": "application/x-www-form-urlencoded"},
     ),
     "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
-    "an image in JSON must be a text in base64 under 'image', not a NoneType": ({"body": b"{}"}, {}),
+    "an image in JSON must be a text in base64 under 'image', not null": ({"body": b"{}"}, {}),
     "image: not valid base64": ({"body": {"image": "%"}}, {}),
     "image: this is an address, and images are not fetched from anywhere: send its bytes in base64": (
         {"body": {"image": "https://example.com/sign.png"}},
@@ -205,6 +205,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "samples must be a whole number from 1 to 16, or 'auto'": ({"body": SIGN}, {"X-Mlvgm-Samples": "17"}),
     "seed: this server does not let clients choose the noise": ({"body": SIGN}, {"X-Mlvgm-Seed": "1"}),
+    "certify: this server certifies no answers, or none to so many images at once": (
+        {"body": SIGN},
+        {"X-Mlvgm-Certify": "100"},
+    ),
     "images must be a list of 1 to 16 images in base64": ({"body": {"images": []}}, {}),
     "images times samples may be 64 at most": ({"body": {"images": [IMAGE] * 5, "samples": 16}}, {}),
     "return: a purified image comes for one image a request, as 'image'": (

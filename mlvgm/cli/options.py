@@ -122,14 +122,19 @@ def read_recipe(args: argparse.Namespace, manifest: "Manifest") -> "Recipe":
     """The recipe of ``--recipe``, or the built-in one that a bundle was made from.
 
     Raises:
-        CliError: the bundle does not say which, or the recipe is another one.
+        CliError: the bundle does not say which, or names one that is not built in, or the recipe is another one.
     """
-    from mlvgm.recipe import Recipe
+    from mlvgm.recipe import Recipe, RecipeError
 
     name = args.recipe or manifest.source.get("recipe")
     if name is None:
         raise CliError(f"the bundle {manifest.name} does not say what recipe it was made from: name it with --recipe")
-    recipe = Recipe.read(str(name))
+    try:
+        recipe = Recipe.read(str(name))
+    except RecipeError as error:
+        if args.recipe:
+            raise
+        raise CliError(f"the bundle was made from the recipe {name}: name its file with --recipe FILE") from error
     made = (*manifest.image_size, manifest.n_latents, len(manifest.classes))
     if made != (recipe.image_size, recipe.image_size, recipe.n_latents, len(recipe.classes)):
         raise CliError(

@@ -150,7 +150,7 @@ def test_tensors_that_do_not_fit_are_refused(manifest: Manifest, changes: dict[s
         ({"inputs": [BYTES], "outputs": "label"}, "outputs"),
         ({"inputs": [BYTES], "outputs": [{"name": "logits"}]}, "unpurified_label"),
         ({"inputs": [BYTES], "outputs": [{"name": ["label"]}]}, "a list"),
-        ({"inputs": [BYTES], "outputs": [{}]}, "a NoneType"),
+        ({"inputs": [BYTES], "outputs": [{}]}, "called null"),
     ],
 )
 def test_envelopes_that_do_not_fit_are_refused(manifest: Manifest, entries: dict[str, Any], said: str) -> None:

@@ -106,4 +106,10 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
 def test_clients_words_are_shortened() -> None:
     assert quoted("x" * 100) == "'" + "x" * 40 + "'"
     assert quoted("\N{SNOWMAN}" * 100) == "'" + "\\u2603" * 10 + "'"
-    assert quoted([]) == "a list"
+    assert [quoted(value) for value in ([], {}, None, 1.5, True)] == [
+        "a list",
+        "an object",
+        "null",
+        "a number",
+        "true or false",
+    ]

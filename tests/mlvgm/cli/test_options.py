@@ -1,9 +1,12 @@
 """Options that verbs share: what cannot be is refused while the words are read, before anything is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deploy.errors import CliError
+from handlers.manifest import Manifest
 from mlvgm.cli import options
 from mlvgm.cli.main import main
 
@@ -30,6 +33,12 @@ def test_a_pipeline_is_made_of_its_options(nvae_bundle: Path) -> None:
     words = ["a", "--bundle", str(nvae_bundle), "--runtime", "onnxruntime", "--threads", "1"]
     with options.load_pipeline(parser().parse_args(words)) as pipeline:
         assert (pipeline.runtime, pipeline.manifest.name) == ("onnxruntime", "tiny")
+
+
+def test_a_bundle_of_a_recipe_that_is_not_built_in_asks_for_its_file(nvae_bundle: Path) -> None:
+    manifest = replace(Manifest.read(nvae_bundle), source={"recipe": "my-signs"})
+    with pytest.raises(CliError, match="made from the recipe my-signs: name its file with --recipe FILE"):
+        options.read_recipe(parser().parse_args(["a", "--bundle", str(nvae_bundle)]), manifest)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ rounded image is misclassified; if no scale achieves that, the attack has failed
 import contextlib
 import hashlib
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from evaluation.progress import track
 from export.fold import fast
 from handlers.errors import MlvgmError
 from mlvgm.checkpoint import weights_digest
+from mlvgm.npz import NpzError, read_npz, write_npz
 
 OVERSHOOTS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 """Factors by which a perturbation is scaled, in turn, until it survives rounding."""
@@ -247,14 +247,12 @@ def cached(
     if folder is None:
         return compute()
     digest = hashlib.sha256(key.encode() + images.tobytes() + labels.tobytes()).hexdigest()
-    file = folder / f"{digest[:32]}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
-        stored: NDArray[np.uint8] = np.load(file)
-        if (stored.shape, stored.dtype) == (images.shape, images.dtype):
+    file = folder / f"{digest[:32]}.npz"
+    with contextlib.suppress(NpzError):  # not there, or damaged
+        stored: NDArray[np.uint8] = read_npz(file)["images"]
+        if stored.shape == images.shape:
             return stored
     result = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}.draft.npy")  # another process may be about to write the same
-    np.save(draft, result)
-    draft.replace(file)  # an interrupted run must not leave an incomplete file
+    with contextlib.suppress(BlockingIOError):  # another process is writing the same
+        write_npz(file, images=result)
     return result

@@ -1,10 +1,13 @@
-"""Find image files in folders, and read them with a size limit."""
+"""Find image files in folders, read files with a size limit, and write them whole or not at all."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_BYTES = 256 * 2**20
@@ -52,16 +55,67 @@ def read_file(path: Path) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`.
 
     Raises:
-        OSError: with the reason as its ``strerror``. Only regular files are opened: others could block.
+        OSError: with the reason as its ``strerror``.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    # Without blocking, in case it has become a pipe by now.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open_file(path) as file:
         data = file.read(MAX_BYTES + 1) if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
     if data is None or len(data) > MAX_BYTES:
         raise OSError(errno.EFBIG, f"larger than {MAX_BYTES >> 20} MiB", str(path))
     return data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, to read; others could block.
+
+    Raises:
+        OSError: with the reason as its ``strerror``.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # Without blocking, in case it has become a pipe by now.
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Have the file ``path``, which is made where it is missing, for this process alone; gives its descriptor.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who had it until now may have removed or renamed it: then this is no longer the file of that name.
+        if not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has just had it", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A draft to write, which takes the place of ``file`` at the end, or is removed where something fails.
+
+    So whoever reads ``file`` finds the old content or the new one, whole. A process that is killed leaves its draft to
+    the next one that writes ``file``.
+
+    Raises:
+        BlockingIOError: another process is writing ``file``.
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.part")
+    with locked(draft) as descriptor:
+        try:
+            yield draft
+            os.fsync(descriptor)
+            draft.replace(file)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def shown(path: Path | str) -> str:

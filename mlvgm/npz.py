@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handlers.errors import MlvgmError
+from mlvgm.files import open_file, replacing
 
 
 class NpzError(MlvgmError, ValueError):
@@ -21,7 +22,7 @@ def read_npz(path: Path, *names: str) -> dict[str, NDArray[Any]]:
         NpzError: the file is no .npz file, damaged, or has other images.
     """
     try:
-        with np.load(path) as packed:
+        with open_file(path) as file, np.load(file) as packed:
             arrays = {name: packed[name] for name in ("images", *names) if name in packed.files}
         found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
     except Exception as error:  # readers of archives raise almost anything for damaged ones
@@ -30,6 +31,16 @@ def read_npz(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise NpzError(f"{path}: must hold 'images', uint8 (N, H, W, 3), but has {found or 'nothing of that name'}")
     return arrays
+
+
+def write_npz(path: Path, **arrays: NDArray[Any]) -> None:
+    """Write ``path``, whole or not at all.
+
+    Raises:
+        OSError: as `mlvgm.files.replacing`.
+    """
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def whole_numbers(path: Path, arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.int64]:

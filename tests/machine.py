@@ -1,8 +1,11 @@
-"""The machine as a test wants it: ports that are free, packages that are not installed."""
+"""The machine as a test wants it: ports that are free, packages that are not installed, processes that are killed."""
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -32,3 +35,23 @@ def uninstall(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
         return None if name in packages else find_spec(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", blind)
+
+
+def killed(job: Callable[[], object], calls: int) -> bool:
+    """Whether ``job``, in a process of its own, was killed at its n-th call of the system, as Python reports them."""
+    child = os.fork()
+    if child == 0:
+        left = [calls]
+
+        def count(event: str, _: object) -> None:
+            if event.startswith(("open", "os.", "fcntl.")):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            job()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])

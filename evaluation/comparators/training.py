@@ -7,7 +7,6 @@ stopped leaves the weights of a report, and robust overfitting (Rice, Wong and K
 
 import copy
 import json
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handlers.errors import MlvgmError
+from mlvgm.files import replacing
 from mlvgm.training.data import Signs
 from mlvgm.training.images import augment
 from mlvgm.training.loop import cosine_rate
@@ -172,12 +172,10 @@ def _said(figures: Mapping[str, float]) -> str:
 
 def _save(network: nn.Module, about: Mapping[str, Any], file: Path) -> None:
     """All of it, or the old file stays."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".part")
     # Copies: some families have one tensor under two names, which safetensors refuses to write twice.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, draft, {"about": json.dumps(about)})
-    os.replace(draft, file)
+    with replacing(file) as draft:
+        save_file(tensors, draft, {"about": json.dumps(about)})
 
 
 def _name(device: torch.device) -> str:

@@ -4,9 +4,7 @@ A PNG is written to a temporary file and then renamed, so one that exists is com
 ends, no answer is lost, and none is made twice.
 """
 
-import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -25,6 +23,7 @@ from typing import Any
 
 from deploy.errors import CliError
 from evaluation.progress import say, track
+from mlvgm.cli.claim import claim
 from mlvgm.cli.containers import Member, is_container, members
 from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, shown
 
@@ -32,7 +31,6 @@ Row = dict[str, Any]
 """The result of one file: "file" and "error", or "file", the path of its PNG, and the answer."""
 
 _KEY = "mlvgm"  # of the text in a PNG
-_LOCK = ".mlvgm-lock"
 _DRAFT = ".mlvgm-draft-"  # and the name of the thread that writes
 _WRITERS = 4  # at once: a disk confirms several files in little more time than one
 _HEADER = 33  # bytes of a PNG before which no text may stand
@@ -51,6 +49,7 @@ class Bulk:
             PNGs which were made with other settings are recognised.
         batch: images that are worked on at once.
         overwrite: work again on what is there already.
+        finish: called after the last row, while ``out`` still belongs to this job.
     """
 
     files: Sequence[Path]
@@ -59,6 +58,7 @@ class Bulk:
     settings: Mapping[str, Any]
     batch: int
     overwrite: bool = False
+    finish: Callable[[], object] = lambda: None
 
     def run(self, work: "Work") -> Iterator[Row]:
         """A row for each file, also for those that an earlier job has done; see `run_ahead`."""
@@ -76,10 +76,14 @@ class Bulk:
         if not pairs:
             raise CliError("no image among the files")
         with claim(self.out), ThreadPoolExecutor(_WRITERS, "writer") as pool:
+            for folder in {target.parent for _, target in pairs}:
+                for draft in folder.glob(f"{_DRAFT}*"):  # of a job that was killed
+                    draft.unlink()
             done = {} if self.overwrite else self._done(pairs)
             if done:
                 print(f"{len(done)} of {len(pairs)} images are there already", file=sys.stderr)
             yield from self._rows(pairs, done, submit, ahead, pool)
+            self.finish()
 
     def _done(self, pairs: Sequence[tuple["Source", Path]]) -> dict[Path, Row | None]:
         """The answers that are there, by PNG; None for a PNG without one, which no job of this kind has written."""
@@ -219,26 +223,6 @@ def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Itera
             raise CliError(f"{shown(str(file))} would be overwritten: choose another --out")
         taken[target] = file
         yield file, target
-
-
-@contextlib.contextmanager
-def claim(out: Path) -> Iterator[None]:
-    """Have ``out`` for this process alone.
-
-    Raises:
-        CliError: another process has it, or it cannot be written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("a")
-    except OSError as error:
-        raise CliError(f"{shown(out)}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CliError(f"another job is writing to {shown(out)}: wait for it, or choose another --out") from None
-        yield
 
 
 def _write(target: Path, png: bytes, answer: Row) -> None:

@@ -4,7 +4,6 @@ import errno
 import functools
 import io
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import CliError
-from mlvgm.files import MAX_BYTES, SUFFIXES, Complain, shown
+from mlvgm.cli.claim import claim, remove, was_claimed
+from mlvgm.files import MAX_BYTES, SUFFIXES, Complain, replacing, shown
 
 TAR, PARQUET = ".tar", ".parquet"
 _ROWS = 256  # of a row group that is written: a few hundred images in memory
@@ -133,15 +133,19 @@ def parts(out: Path, overwrite: bool) -> Path:
     """The folder for the PNGs of a job whose result is ``out``: itself, or one beside the container that it names.
 
     Raises:
-        CliError: the container is there already.
+        CliError: the container is there already. Then the folder is removed, in case the job was killed before it did.
     """
     if not is_container(out):
         return out
+    folder = out.with_name(f"{out.name}.parts")
     if os.path.lexists(out) and not overwrite:
+        if was_claimed(folder):
+            with claim(folder):
+                remove(folder)
         raise CliError(f"{shown(out)} is there, so its job is done: choose another --out, or --overwrite it")
     if out.suffix.lower() == PARQUET:
         _pyarrow()
-    return out.with_name(f"{out.name}.parts")
+    return folder
 
 
 def pack(folder: Path, out: Path, rows: Mapping[str, str | None]) -> None:
@@ -156,13 +160,11 @@ def pack(folder: Path, out: Path, rows: Mapping[str, str | None]) -> None:
     Raises:
         CliError: it cannot be written; the same command goes on from here.
     """
-    draft = folder / ".mlvgm-packed"
     try:
-        (_write_tar if out.suffix.lower() == TAR else _write_parquet)(folder, draft, sorted(rows.items()))
-        draft.replace(out)
-        shutil.rmtree(folder)
+        with replacing(out) as draft:
+            (_write_tar if out.suffix.lower() == TAR else _write_parquet)(folder, draft, sorted(rows.items()))
+        remove(folder)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise CliError(f"{shown(out)}: {error.strerror}; the same command goes on from here") from None
 
 

@@ -23,7 +23,7 @@ from handlers.noise import SEED_BITS
 from handlers.pipeline import Pipeline
 from handlers.request import parse
 from handlers.service import Service
-from mlvgm.cli.bulk import Bulk, Row, claim, print_row
+from mlvgm.cli.bulk import Bulk, Row, print_row
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.containers import pack, parts
 from mlvgm.cli.options import Parser, add_files, add_pipeline, add_pngs, add_request, add_rows, request, whole
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     make = {"bundle": args.bundle.resolve(), "runtime": args.runtime, "threads": threads, **request(args)}
     with Purifier(**make) as purifier:
         job = Bulk(args.files, folder, "purified", purifier.settings, purifier.batch, args.overwrite)
+        if folder != args.out:
+            job = dataclasses.replace(job, finish=functools.partial(pack, folder, args.out, packed))
         with contextlib.ExitStack() as stack:
             if args.ray:
                 rows = job.run_ahead(*stack.enter_context(workers(args.ray, threads, make, purifier.settings)))
@@ -68,9 +70,6 @@ def run(args: argparse.Namespace) -> int:
                     packed[str(name)], row["purified"] = None, str(args.out / name)
                     text = _text(row)
                 print_row(row, args.json, text)
-    if folder != args.out:
-        with claim(folder):
-            pack(folder, args.out, packed)
     return 1 if failed else 0
 
 

@@ -8,7 +8,6 @@ Example: mlvgm train photos/ --image-size 64 --size small --out models/photos
 
 import argparse
 import dataclasses
-import fcntl
 import os
 import shlex
 import sys
@@ -45,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Read the images, train or go on, and write the model; says beforehand how long a step takes."""
     import torch
 
+    from mlvgm.cli.claim import claim
     from mlvgm.training.images import read_images, to_tensor
     from mlvgm.training.nvae import train_nvae
     from mlvgm.training.picture import IMAGES, draw_latents
@@ -59,12 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     work = args.work or args.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"{work}: another run is training there; give another --work") from None
+    with claim(work):
         images = read_images(args.images, settings.image_size, settings.validation, work, args.workers)
         for line in images.unreadable[:5]:
             print(f"left out: {line}")
@@ -81,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         def draw(network: object, step: int) -> None:
             draw_latents(network, shown, TEMPERATURE, work / f"step-{step:07d}.png")  # type: ignore[arg-type]
 
-        network = train_nvae(settings, images, work, device, trial.channels_last, draw)
+        network, reports = train_nvae(settings, images, work, device, trial.channels_last, draw)
         draw_latents(network, shown.cpu(), TEMPERATURE, args.out / "latents.png")
-        publish(network, settings, images, work, args.out, images.classes, shlex.join(["mlvgm", *sys.argv[1:]]))
+        publish(network, reports, settings, images, args.out, images.classes, shlex.join(["mlvgm", *sys.argv[1:]]))
     print(f"Next: mlvgm export --recipe {args.out / RECIPE} --classifier FILE.onnx")
     return 0
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mlvgm.npz import read_npz, whole_numbers
+from mlvgm.npz import NpzError, read_npz, whole_numbers, write_npz
 from mlvgm.training.images import hold_out
 
 SIDE = 32
@@ -102,10 +102,10 @@ def main() -> None:
     for part in ("train", "test"):
         try:
             signs = load_signs(folder, part)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NpzError) as error:
             sys.exit(f"mlvgm.training.data: {error}")
-        arrays = {"images": signs.images, "labels": signs.labels, "tracks": signs.tracks}
-        np.savez_compressed(folder / f"{part}.npz", **{k: v for k, v in arrays.items() if v is not None})  # type: ignore[arg-type]
+        tracks = {} if signs.tracks is None else {"tracks": signs.tracks}
+        write_npz(folder / f"{part}.npz", images=signs.images, labels=signs.labels, **tracks)
         print(f"{folder / part}.npz: {len(signs)} images")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handlers.image import ImageError, decode
-from mlvgm.files import image_files, read_file
+from mlvgm.files import image_files, read_file, replacing
 from mlvgm.npz import read_npz, whole_numbers
 from mlvgm.training.settings import TrainingError
 
@@ -122,17 +123,28 @@ def _read_folder(source: Path, image_size: int, cache: Path, workers: int) -> tu
         raise TrainingError(f"{source}: holds no pictures")
     stamps = [f"{file.relative_to(source)} {_stamp(file)}" for file in files]
     digest = hashlib.sha256("\n".join([str(image_size), *stamps]).encode("utf-8", "surrogateescape")).hexdigest()
-    array, listing = cache / "images.npy", cache / "images.json"  # the listing is there when the array is complete
-    if listing.is_file() and (known := json.loads(listing.read_text())).get("digest") == digest:
-        unreadable = known["unreadable"]
-    else:
-        cache.mkdir(parents=True, exist_ok=True)
-        listing.unlink(missing_ok=True)
+    array, listing = cache / "images.npy", cache / "images.json"
+    if (unreadable := _known(listing, array, digest)) is None:
         unreadable = _decode_all(files, image_size, array, workers)
-        listing.write_text(json.dumps({"digest": digest, "unreadable": unreadable}))
+        with replacing(listing) as draft:
+            draft.write_text(json.dumps({"unreadable": unreadable, "sum": _sum(array, digest, unreadable)}))
     bad = {line.partition(": ")[0] for line in unreadable}
     readable = [file for file in files if str(file) not in bad]
     return np.load(array, mmap_mode="r")[: len(readable)], readable, digest, unreadable
+
+
+def _known(listing: Path, array: Path, digest: str) -> list[str] | None:
+    """What the listing says is unreadable; None where it or the array is missing, damaged, altered, or of others."""
+    try:
+        kept = json.loads(read_file(listing))
+        unreadable: list[str] = kept["unreadable"]
+        return unreadable if kept["sum"] == _sum(array, digest, unreadable) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _sum(array: Path, digest: str, unreadable: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([digest, _stamp(array), unreadable]).encode()).hexdigest()
 
 
 def _stamp(file: Path) -> str:
@@ -147,7 +159,15 @@ def _stamp(file: Path) -> str:
 def _decode_all(files: Sequence[Path], image_size: int, array: Path, workers: int) -> list[str]:
     """Write those that are pictures to the front of ``array``, which is a file and not held in memory."""
     unreadable: list[str] = []
+    array.parent.mkdir(parents=True, exist_ok=True)
+    array.unlink(missing_ok=True)
     pictures = np.lib.format.open_memmap(array, "w+", np.uint8, (len(files), image_size, image_size, 3))
+    try:
+        with array.open("rb+") as stream:  # else a full disk would kill the process
+            os.posix_fallocate(stream.fileno(), 0, array.stat().st_size)
+    except OSError as error:
+        array.unlink()
+        raise TrainingError(f"{array}: {error.strerror}; give another --work, or make room") from None
     bar = tqdm(_decoded(files, image_size, workers), "reading pictures", len(files), unit="", disable=None)
     for i, (file, picture) in enumerate(zip(files, bar, strict=True)):
         if isinstance(picture, str):
@@ -156,6 +176,7 @@ def _decode_all(files: Sequence[Path], image_size: int, array: Path, workers: in
             pictures[i - len(unreadable)] = picture
     if len(unreadable) == len(files):
         raise TrainingError(f"no picture can be read, the first because: {unreadable[0]}")
+    pictures.flush()
     return unreadable
 
 

@@ -4,8 +4,9 @@ import copy
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mlvgm.checkpoint import CheckpointError, load_tensors, read_checkpoint, weights_digest
+from mlvgm.files import open_file, replacing
 from mlvgm.load import load_callable, load_shipped_classifier
 from mlvgm.nvae import NVAE
 from mlvgm.training.bound import Bound, answer_divergence, evidence_lower_bound, random_schedules
@@ -34,9 +36,13 @@ SMALL_NOISE = 0.05
 """The most noise that images outside the settings' share ``noisy`` get."""
 
 
+Report = dict[str, Any]
+"""The figures of a step, as `train_nvae` logs them."""
+
+
 @dataclass
 class State:
-    """What a checkpoint holds: the weights, their moving average, the optimiser and how many steps were made.
+    """What a checkpoint holds: the weights, their moving average, the optimiser, the steps made, and their reports.
 
     ``classifier`` is not in it, since it is not trained; nor are ``memory_format``, that of the images and the weights,
     and ``recorded``, since no figure depends on them, but the speed does.
@@ -49,6 +55,7 @@ class State:
     memory_format: torch.memory_format
     step: int = 0
     skipped: int = 0
+    reports: list[Report] = field(default_factory=list)
     recorded: RecordedStep | None = None
 
     def save(self, file: Path, digest: str) -> None:
@@ -59,22 +66,31 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "skipped": self.skipped,
+            "reports": self.reports,
             "digest": digest,
         }
-        draft = file.with_suffix(".part")
-        torch.save(content, draft)
-        os.replace(draft, file)
+        with replacing(file) as draft:
+            torch.save(content, draft)
 
     def load(self, file: Path, digest: str) -> None:
-        content = torch.load(file, weights_only=True, map_location="cpu")
-        if content["digest"] != digest:
-            raise TrainingError(
-                f"{file} belongs to a run with other settings or images: remove it, or give another --work"
-            )
-        self.network.load_state_dict(content["network"])
-        self.average.load_state_dict(content["average"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.skipped = content["step"], content["skipped"]
+        """Raises TrainingError: it is of other settings or images, or damaged."""
+        what = "belongs to a run with other settings or images"
+        try:
+            with open_file(file) as stream:
+                if zipfile.ZipFile(stream).testzip():  # PyTorch looks at no checksum
+                    raise zipfile.BadZipFile
+                stream.seek(0)
+                content = torch.load(stream, weights_only=True, map_location="cpu")
+            is_ours = content["digest"] == digest
+            if is_ours:
+                self.network.load_state_dict(content["network"])
+                self.average.load_state_dict(content["average"])
+                self.optimizer.load_state_dict(content["optimizer"])
+                self.step, self.skipped, self.reports = content["step"], content["skipped"], content["reports"]
+        except Exception:  # a damaged file raises almost anything
+            is_ours, what = False, "is damaged, or no checkpoint of this version"
+        if not is_ours:
+            raise TrainingError(f"{file} {what}: remove it to begin anew, or give another --work")
 
 
 def train_nvae(
@@ -85,21 +101,21 @@ def train_nvae(
     channels_last: bool = True,
     draw: Callable[[NVAE, int], None] | None = None,
     draw_every: int = 1000,
-) -> NVAE:
+) -> tuple[NVAE, list[Report]]:
     """Fit an NVAE; goes on from the checkpoint in ``work`` where there is one, to the same weights as undisturbed.
 
     Args:
-        work: folder of the checkpoint, and of ``log.jsonl`` with the figures of every report.
+        work: folder of the checkpoint, and of ``log.jsonl`` with all reports, one a line, to look at meanwhile.
         device: where to train; on "cuda" convolutions run in bf16, and each step replays a CUDA graph.
         channels_last: the faster order in memory, for shapes that PyTorch can train in it (`mlvgm.training.trial`).
         draw: is given the averaged network, ready for inference, and the step, every ``draw_every`` steps.
 
     Returns:
-        The moving average of the weights on the CPU, with batch-norm statistics of its own.
+        The moving average of the weights on the CPU, with batch-norm statistics of its own; and the reports.
 
     Raises:
-        TrainingError: the images are too few for one batch, the start weights do not fit, or the checkpoint is not of
-            these settings and images.
+        TrainingError: the images are too few for one batch, the start weights do not fit, or the checkpoint is damaged
+            or not of these settings and images.
     """
     if len(images.train) < settings.batch:
         raise TrainingError(f"{len(images.train)} training images do not fill one batch of {settings.batch}")
@@ -108,9 +124,10 @@ def train_nvae(
     work.mkdir(parents=True, exist_ok=True)
     classifier = "" if state.classifier is None else weights_digest(state.classifier)
     digest = f"{settings.digest} {images.digest} {classifier}"
-    if (work / CHECKPOINT).is_file():
+    if os.path.lexists(work / CHECKPOINT):
         state.load(work / CHECKPOINT, digest)
-        _cut_log(work / LOG, state.step)
+    with replacing(work / LOG) as draft:
+        draft.write_text("".join(map(_json_line, state.reports)))
     held_out = to_tensor(images.images[images.validation[:VALIDATION_IMAGES]], device)
     begun, first = time.monotonic(), state.step
     steps = tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", disable=None)
@@ -120,8 +137,9 @@ def train_nvae(
         last = state.step == settings.steps
         if state.step % REPORT_EVERY == 0 or last:
             figures = _figures(state, bound, answers, held_out)
+            state.reports.append(figures)
             with (work / LOG).open("a") as log:
-                log.write(json.dumps(figures) + "\n")
+                log.write(_json_line(figures))
             pace = (time.monotonic() - begun) / (state.step - first)
             tqdm.write(_line(figures, settings.steps, pace))
         if state.step % SAVE_EVERY == 0 or last:
@@ -129,7 +147,7 @@ def train_nvae(
         if draw is not None and (state.step % draw_every == 0 or last):
             draw(recalibrated(state.average, images, settings, passes=8), state.step)
     steps.close()
-    return recalibrated(state.average, images, settings).to("cpu")
+    return recalibrated(state.average, images, settings).to("cpu"), state.reports
 
 
 def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: int = 60) -> NVAE:
@@ -237,7 +255,7 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
 
 
 @torch.no_grad()
-def _figures(state: State, bound: Bound, answers: Tensor | None, held_out: Tensor) -> dict[str, Any]:
+def _figures(state: State, bound: Bound, answers: Tensor | None, held_out: Tensor) -> Report:
     """What is logged: nats per value of an image, of the answers per image, for the last batch; on held-out images the
     error of reconstructions.
     """
@@ -255,7 +273,11 @@ def _figures(state: State, bound: Bound, answers: Tensor | None, held_out: Tenso
     }
 
 
-def _line(figures: dict[str, Any], steps: int, pace: float) -> str:
+def _json_line(report: Report) -> str:
+    return json.dumps(report) + "\n"
+
+
+def _line(figures: Report, steps: int, pace: float) -> str:
     left = pace * (steps - figures["step"])
     each = " ".join(f"{value:.4f}" for value in figures["divergence"])
     answers = "" if figures["answer_divergence"] is None else f"answers {figures['answer_divergence']:.4f}  "
@@ -263,12 +285,3 @@ def _line(figures: dict[str, Any], steps: int, pace: float) -> str:
         f"step {figures['step']}/{steps}  log likelihood {figures['log_likelihood']:.4f}  divergence by latent {each}  "
         f"{answers}validation MSE {figures['validation_mse']:.5f}  {left / 60:.0f} min left"
     )
-
-
-def _cut_log(log: Path, step: int) -> None:
-    """Drop the reports of steps that a killed run made after its last checkpoint: they are made again."""
-    if log.is_file():
-        lines = [
-            line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        log.write_text("".join(line + "\n" for line in lines))

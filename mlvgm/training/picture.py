@@ -1,7 +1,8 @@
 """Pictures of how far a training run is: what the latents hold, and how the figures went."""
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,9 +42,8 @@ def draw_latents(network: NVAE, images: Tensor, temperature: float, file: Path) 
     figure.savefig(file, dpi=DPI)
 
 
-def draw_curve(log: Path, file: Path) -> None:
-    """Plot what `mlvgm.training.nvae` logged: likelihood, divergence of each latent, error on held-out images."""
-    reports = [json.loads(line) for line in log.read_text().splitlines()]
+def draw_curve(reports: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Plot what `mlvgm.training.nvae` reported: likelihood, divergence of each latent, error on held-out images."""
     steps = [report["step"] for report in reports]
     lines = {"log_likelihood": "log likelihood (nats per value)", "validation_mse": "held-out images: squared error"}
     if reports[-1]["answer_divergence"] is not None:

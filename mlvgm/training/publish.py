@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mlvgm.nvae import NVAE
 from mlvgm.training.images import ImageSet
-from mlvgm.training.nvae import LOG
+from mlvgm.training.nvae import Report
 from mlvgm.training.picture import draw_curve
 from mlvgm.training.settings import Settings
 
@@ -33,22 +33,28 @@ def write_weights(network: NVAE, file: Path) -> None:
 
 
 def publish(
-    network: NVAE, settings: Settings, images: ImageSet, work: Path, out: Path, classes: Sequence[str], command: str
+    network: NVAE,
+    reports: Sequence[Report],
+    settings: Settings,
+    images: ImageSet,
+    out: Path,
+    classes: Sequence[str],
+    command: str,
 ) -> None:
     """Write the folder ``out``; the recipe names no classifier yet.
 
     Args:
+        reports: of the training, at least one.
         classes: names of the classifier's classes, as far as known.
         command: what was called, for the model card.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_weights(network, out / WEIGHTS)
     (out / SETTINGS).write_text(yaml.safe_dump(settings.as_mapping(), sort_keys=False))
-    draw_curve(work / LOG, out / CURVE)
+    draw_curve(reports, out / CURVE)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip(".-")[:64] or "model"
     (out / RECIPE).write_text(_recipe(name, network, classes))
-    last = json.loads((work / LOG).read_text().splitlines()[-1])
-    (out / CARD).write_text(_card(name, network, settings, images, command, last))
+    (out / CARD).write_text(_card(name, network, settings, images, command, reports[-1]))
 
 
 def _recipe(name: str, network: NVAE, classes: Sequence[str]) -> str:
@@ -58,7 +64,7 @@ def _recipe(name: str, network: NVAE, classes: Sequence[str]) -> str:
     return recipe + yaml.safe_dump({"classes": list(classes) or 2})
 
 
-def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, command: str, last: dict[str, object]) -> str:
+def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, command: str, last: Report) -> str:
     config, unreadable = network.config, len(images.unreadable)
     latents = ", ".join(f"{count} of {config.side(s)}x{config.side(s)}" for s, count in enumerate(config.groups))
     answers = ""

@@ -7,9 +7,7 @@ import functools
 import io
 import json
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from PIL import Image
 from deploy.errors import CliError
 from mlvgm.cli import bulk
 from mlvgm.cli.bulk import Bulk, Row, print_row
+from tests.machine import killed
 
 
 def encoded(shade: int = 0) -> bytes:
@@ -258,26 +257,6 @@ def test_no_image_at_all(tmp_path: Path) -> None:
         rows(tmp_path)
 
 
-def killed(job: Callable[[], object], calls: int) -> bool:
-    """Whether ``job``, in a process of its own, was killed at its n-th call of the system, as Python reports them."""
-    child = os.fork()
-    if child == 0:
-        left = [calls]
-
-        def count(event: str, _: object) -> None:
-            if event.startswith(("open", "os.", "fcntl.")):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        try:
-            job()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 def test_whatever_kills_it_and_when_every_image_has_one_answer(folder: Path) -> None:
     calls, cut_off = 0, True
     while cut_off:
@@ -287,4 +266,5 @@ def test_whatever_kills_it_and_when_every_image_has_one_answer(folder: Path) -> 
         for png in out.rglob("*.png"):
             assert bulk._read_answer(png) is not None
         check(folder, rows(folder, out=out))
+        assert [path.name for path in out.rglob(".*")] == [".mlvgm-lock"]
     assert calls > 20

@@ -14,9 +14,10 @@ from PIL import Image
 
 from deploy.errors import CliError
 from mlvgm.cli import containers
-from mlvgm.cli.bulk import claim
+from mlvgm.cli.claim import claim
 from mlvgm.cli.main import main
 from tests import bundles
+from tests.machine import killed
 
 NAMES = ("a.png", "deeper/b.png", "c.png", "d.png", "e.png")
 
@@ -108,7 +109,6 @@ def test_work_that_was_cut_off_goes_on(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(containers.shutil, "rmtree", full)
         patch.setattr(containers.Path, "replace", full)
         assert purify(images, out, nvae_bundle) == 2
     assert not out.exists()
@@ -216,6 +216,43 @@ def test_a_column_of_something_else_holds_no_bytes(values: list[Any], tmp_path: 
     for member in containers.members(tmp_path / "images.parquet", lambda path, reason: pytest.fail(reason)):
         with pytest.raises(OSError, match="holds no bytes"):
             member.read()
+
+
+def test_whatever_kills_it_and_when_the_container_is_whole_and_the_folder_goes(tmp_path: Path) -> None:
+    """And the next job of this name removes what is left, whether it goes on or is refused."""
+    calls, cut_off, expected = 0, True, b""
+
+    def job(out: Path) -> None:
+        folder = containers.parts(out, overwrite=False)
+        with claim(folder):
+            for name in NAMES:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(name.encode())
+            containers.pack(folder, out, dict.fromkeys(NAMES))
+
+    while cut_off:
+        calls += 1
+        out = tmp_path / str(calls) / "out.tar"
+        out.parent.mkdir()
+        cut_off = killed(lambda out=out: job(out), calls)  # type: ignore[misc]
+        is_done = out.exists()
+        with pytest.raises(CliError, match="its job is done") if is_done else contextlib.nullcontext():
+            job(out)
+        expected = expected or out.read_bytes()
+        assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == {"out.tar": expected}
+    assert calls > 20
+
+
+def test_a_folder_that_is_not_a_jobs_or_at_work_is_left_alone(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out.tar", tmp_path / "out.tar.parts"
+    out.touch()
+    folder.mkdir()
+    (folder / "own.png").touch()
+    with pytest.raises(CliError, match="its job is done"):
+        containers.parts(out, overwrite=False)
+    with claim(folder), pytest.raises(CliError, match="another job"):
+        containers.parts(out, overwrite=False)
+    assert (folder / "own.png").exists()
 
 
 def test_only_who_has_the_folder_packs_it(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

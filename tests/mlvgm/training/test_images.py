@@ -1,5 +1,9 @@
 """Reading images to train on: folders as they are in the wild, npz files, and a split that keeps groups together."""
 
+import errno
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,50 @@ def test_a_second_start_decodes_nothing(folder: Path, tmp_path: Path, monkeypatc
     monkeypatch.undo()
     next(folder.rglob("04.png")).unlink()
     assert read_images(folder, 32, 0.2, tmp_path / "cache").digest != first.digest
+
+
+def _edit(field: str, value: object) -> Callable[[Path, Path], object]:
+    return lambda _, listing: listing.write_text(json.dumps({**json.loads(listing.read_text()), field: value}))
+
+
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "the array is cut off": lambda array, _: os.truncate(array, 5000),
+    "the array is empty": lambda array, _: array.write_bytes(b""),
+    "the array has another shape": lambda array, _: np.save(array, np.zeros((41, 16, 16, 3), np.uint8)),
+    "the array has other pixels": lambda array, _: np.save(array, np.zeros((41, 32, 32, 3), np.uint8)),
+    "the array is missing": lambda array, _: array.unlink(),
+    "the array is a pipe": lambda array, _: (array.unlink(), os.mkfifo(array)),
+    "the listing is cut off": lambda _, listing: os.truncate(listing, 20),
+    "the listing is empty": lambda _, listing: listing.write_text(""),
+    "the listing is no text": lambda _, listing: listing.write_bytes(b"\xff"),
+    "the listing is a list": lambda _, listing: listing.write_text("[]"),
+    "the listing is deep": lambda _, listing: listing.write_text("[" * 100_000),
+    "the listing is a pipe": lambda _, listing: (listing.unlink(), os.mkfifo(listing)),
+    "the listing leaves a file out": _edit("unreadable", []),
+    "the listing has numbers": _edit("unreadable", [1, 2]),
+    "the listing has another sum": _edit("sum", None),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_cache_that_is_damaged_is_made_anew(name: str, folder: Path, tmp_path: Path) -> None:
+    first = read_images(folder, 32, 0.2, tmp_path / "cache")
+    pixels = first.images.copy()
+    DAMAGE[name](tmp_path / "cache" / "images.npy", tmp_path / "cache" / "images.json")
+    again = read_images(folder, 32, 0.2, tmp_path / "cache")
+    assert np.array_equal(again.images, pixels)
+    assert again.unreadable == first.unreadable
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"images.npy", "images.json"}
+
+
+def test_a_disk_that_is_full_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TrainingError, match=r"images\.npy: No space left on device"):
+        read_images(folder, 32, 0.2, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_groups_stay_on_one_side(tmp_path: Path) -> None:

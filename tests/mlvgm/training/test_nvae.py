@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlvgm.nvae import NVAE
 from mlvgm.training import trial
 from mlvgm.training.bound import answer_divergence, evidence_lower_bound
 from mlvgm.training.images import ImageSet, to_tensor
-from mlvgm.training.nvae import CHECKPOINT, LOG, train_nvae
+from mlvgm.training.nvae import CHECKPOINT, LOG, begin, train_nvae
 from mlvgm.training.publish import write_weights
 from mlvgm.training.settings import Settings, Shape, TrainingError
 from mlvgm.training.trial import Trial, try_step
@@ -38,7 +39,7 @@ def likelihoods(work: Path) -> tuple[float, float]:
     """Of held-out images, before and after training."""
     torch.manual_seed(0)
     held_out = to_tensor(images().images[images().validation])
-    trained = train_nvae(SETTINGS, images(), work)
+    trained, _ = train_nvae(SETTINGS, images(), work)
     with torch.no_grad():
         before = evidence_lower_bound(NVAE(SHAPE.config(32)), held_out).log_likelihood.mean()
         after = evidence_lower_bound(trained, held_out).log_likelihood.mean()
@@ -63,7 +64,7 @@ class Sharp(torch.nn.Module):
 
 def divergence_of_answers(settings: Settings, work: Path) -> float:
     """Of held-out images, after training."""
-    trained = train_nvae(settings, images(), work)
+    trained, _ = train_nvae(settings, images(), work)
     held_out = to_tensor(images().images[images().validation])
     torch.manual_seed(0)
     with torch.no_grad():
@@ -87,13 +88,14 @@ def weights(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
         if step == kill_at:
             os._exit(9)
 
-    return dict(train_nvae(SETTINGS, images(), work, draw=kill, draw_every=5).state_dict())
+    return dict(train_nvae(SETTINGS, images(), work, draw=kill, draw_every=5)[0].state_dict())
 
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = spawned(weights_saved_often, tmp_path / "a", 0)
     with pytest.raises(Exception, match="terminated abruptly"):
         spawned(weights_saved_often, tmp_path / "b", 15)
+    (tmp_path / "b" / LOG).write_text("edited")  # it is not read
     assert torch.load(tmp_path / "b" / CHECKPOINT, weights_only=True)["step"] == 14
     resumed = spawned(weights_saved_often, tmp_path / "b", 0)
     assert undisturbed.keys() == resumed.keys()
@@ -111,7 +113,7 @@ def weights_saved_often(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
 
 def train(settings: Settings, work: Path) -> torch.Tensor:
     """One of the trained weights; a whole network cannot travel between processes."""
-    return train_nvae(settings, images(), work).const_prior.detach()
+    return train_nvae(settings, images(), work)[0].const_prior.detach()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -119,6 +121,45 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     spawned(train, settings, tmp_path)
     with pytest.raises(TrainingError, match="other settings or images"):
         spawned(train, dataclasses.replace(settings, beta=0.5), tmp_path)
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size * 2 // 3)
+
+
+def _flip(file: Path) -> None:
+    """One bit of a weight."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut off": _cut,
+    "a bit": _flip,
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("{}"),
+    "pipe": _pipe,
+    "folder": lambda file: (file.unlink(), file.mkdir()),
+    "list": lambda file: torch.save([], file),
+    "other weights": lambda file: torch.save({"digest": "digest", "network": {"a": torch.zeros(2)}}, file),
+    "no reports": lambda file: torch.save({k: v for k, v in torch.load(file).items() if k != "reports"}, file),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
+    file, state = tmp_path / CHECKPOINT, begin(SETTINGS, torch.device("cpu"))
+    state.save(file, "digest")
+    state.load(file, "digest")
+    DAMAGE[name](file)
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged.*: remove it to begin anew"):
+        state.load(file, "digest")
 
 
 def test_training_goes_on_from_weights_of_the_same_shape(tmp_path: Path) -> None:

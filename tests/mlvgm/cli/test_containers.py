@@ -225,10 +225,10 @@ def test_whatever_kills_it_and_when_the_container_is_whole_and_the_folder_goes(t
     def job(out: Path) -> None:
         folder = containers.parts(out, overwrite=False)
         with claim(folder):
-            for name in NAMES:
+            for name in NAMES[:2]:
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(name.encode())
-            containers.pack(folder, out, dict.fromkeys(NAMES))
+            containers.pack(folder, out, dict.fromkeys(NAMES[:2]))
 
     while cut_off:
         calls += 1
@@ -240,7 +240,7 @@ def test_whatever_kills_it_and_when_the_container_is_whole_and_the_folder_goes(t
             job(out)
         expected = expected or out.read_bytes()
         assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == {"out.tar": expected}
-    assert calls > 20
+    assert calls > 10
 
 
 def test_a_folder_that_is_not_a_jobs_or_at_work_is_left_alone(tmp_path: Path) -> None:

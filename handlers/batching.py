@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from handlers.arrays import IntArray
 from handlers.manifest import Batch
-
-IntArray = npt.NDArray[np.int64]
 
 
 def buckets(batch: Batch, on_cpu: bool, *further: int) -> list[int]:

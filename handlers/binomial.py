@@ -23,9 +23,3 @@ def lower_bound(count: int, n: int, alpha: float) -> float:
         tail = np.exp(chosen + reached * np.log(middle) + (n - reached) * np.log1p(-middle)).sum()
         low, high = (middle, high) if tail <= alpha * (1 - _ROUNDING) else (low, middle)
     return low
-
-
-def interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The two-sided Clopper-Pearson interval of a probability, given ``count`` successes in ``n`` trials."""
-    alpha = (1 - confidence) / 2
-    return lower_bound(count, n, alpha), 1 - lower_bound(n - count, n, alpha)

@@ -25,15 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from handlers.arrays import BoolArray, FloatArray, IntArray
 from handlers.binomial import lower_bound
 from handlers.errors import InputError
 from handlers.noise import fresh_generator
 
 _ON_GRID = 1e-4
 """In 8-bit steps: the rounding error of a whole number in float32 is smaller."""
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Certified:
     alpha: float
 
     @property
-    def abstained(self) -> npt.NDArray[np.bool_]:
+    def abstained(self) -> BoolArray:
         """(B,): whether no class is certified."""
         return self.labels < 0
 

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 
+from handlers.arrays import IntArray
 from handlers.manifest import StageSpec
 from handlers.runtimes import Array, Engine, EngineError
-
-IntArray = npt.NDArray[np.int64]
 
 
 class NonFiniteError(EngineError):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from handlers import runtimes
+from handlers.arrays import FloatArray, Pixels
 from handlers.errors import MlvgmError
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -93,9 +94,9 @@ def _times(pipeline: Pipeline, count: int, samples: int) -> list[float]:
     return taken
 
 
-def _images(manifest: Manifest, count: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+def _images(manifest: Manifest, count: int) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (count, *manifest.image_size, 3), np.uint8)
 
 
-def _error(logits: np.ndarray, reference: np.ndarray) -> float:
+def _error(logits: FloatArray, reference: FloatArray) -> float:
     return float(np.linalg.norm(logits - reference) / max(float(np.linalg.norm(reference)), 1e-12))

@@ -11,9 +11,9 @@ import struct
 import threading
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFile
 
+from handlers.arrays import FloatArray, Pixels
 from handlers.metadata import DamagedError, ImageError, Stripped, strip_metadata
 
 __all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of", "is_costly"]
@@ -59,8 +59,6 @@ _SIGNATURES = {
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def format_of(data: bytes | bytearray) -> str | None:
@@ -120,7 +118,7 @@ def is_costly(image: bytes | Pixels, images_in_request: int = 1) -> bool:
         return False
 
 
-def encode_png(image: npt.NDArray[np.float32]) -> bytes:
+def encode_png(image: FloatArray) -> bytes:
     """A PNG of float (3, H, W); values are clipped to [0, 1]."""
     pixels = np.rint(image.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     stream = io.BytesIO()

@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers import vote
+from handlers.arrays import FloatArray, IntArray
 from handlers.errors import InputError
 from handlers.manifest import AUTO, Manifest
 from handlers.noise import SEED_BITS, fresh_seeds, image_noise, latent_noise
 
 _DRAWERS = 4  # threads, where a GPU computes meanwhile
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

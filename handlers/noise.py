@@ -8,12 +8,11 @@ import secrets
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
+
+from handlers.arrays import FloatArray
 
 SEED_BITS = 63
 _LATENT_STREAM, _INPUT_STREAM = 0, 1
-
-FloatArray = npt.NDArray[np.float32]
 
 
 def fresh_seeds(count: int) -> list[int]:

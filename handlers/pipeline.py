@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers import runtimes, vote
+from handlers.arrays import FloatArray, IntArray
 from handlers.batching import buckets, chunks
 from handlers.certify import Certified, certify
 from handlers.engine_calls import EngineCalls, NonFiniteError, check_finite, joined
@@ -24,9 +25,6 @@ from handlers.manifest import Manifest
 from handlers.plan import Plan, is_noise
 from handlers.result import Result
 from handlers.runtimes import Array, Engine, Options, choice, memory
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 PROGRESS = "getting ready:"  # `mlvgm serve` shows lines of a worker's log that contain this
 _HAVE_FALLBACKS = (*runtimes.ON_CPU, "onnxruntime-cuda", "torch")  # load the fp32 graphs, or programs of them

@@ -3,12 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from handlers.arrays import FloatArray
 from handlers.manifest import StageSpec
-
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+from handlers.arrays import BoolArray, FloatArray, IntArray
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -78,7 +76,7 @@ class Result:
         return (won / self.samples).astype(np.float32)
 
     @cached_property
-    def flagged(self) -> npt.NDArray[np.bool_]:
+    def flagged(self) -> BoolArray:
         """(B,): purification changed the label, as it does for most adversarial images."""
         return self.labels != self.unpurified_labels
 
@@ -114,7 +112,7 @@ class Result:
         return self.purified[item, first]
 
     @cached_property
-    def _is_drawn(self) -> npt.NDArray[np.bool_]:
+    def _is_drawn(self) -> BoolArray:
         return ~np.isnan(self.sample_logits[:, :, 0])
 
     @cached_property

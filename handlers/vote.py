@@ -19,8 +19,8 @@ from functools import cache
 from math import comb
 
 import numpy as np
-import numpy.typing as npt
 
+from handlers.arrays import BoolArray, FloatArray
 from handlers.result import softmax
 
 RISK = 0.001
@@ -32,15 +32,13 @@ LEAST_OPEN = 0.01
 FIRST = 2
 """Number of samples before the first decision."""
 
-FloatArray = npt.NDArray[np.float32]
-
 
 def rounds(most: int) -> list[int]:
     """Number of samples of an image after each round: 2, 4, 8 and so on, up to ``most``."""
     return [*(FIRST << i for i in range(most.bit_length()) if FIRST << i < most), most]
 
 
-def decided(sample_logits: FloatArray, most: int) -> npt.NDArray[np.bool_]:
+def decided(sample_logits: FloatArray, most: int) -> BoolArray:
     """(B,): whether ``sample_logits`` (B, t, C) determine the label of ``most`` samples, up to `RISK`."""
     count, drawn, classes = sample_logits.shape
     votes = (sample_logits.argmax(axis=2)[:, :, None] == np.arange(classes)).sum(axis=1)

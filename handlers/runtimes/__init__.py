@@ -4,11 +4,12 @@ A runtime is a module of this package with a function ``load(file, options) -> E
 share a module.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,22 @@ class RuntimeMissing(MlvgmError):
 
 class EngineError(MlvgmError):
     """An engine file cannot be loaded or run."""
+
+
+@contextlib.contextmanager
+def engine_errors(about: str, raised: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn exceptions of a library into EngineErrors, in a ``with`` statement or as the decorator of a function.
+
+    Args:
+        about: what the message begins with: the library, or a file and what is wrong with it.
+        raised: the exceptions. ONNX Runtime's share no narrower class, and PyTorch may raise anything.
+    """
+    try:
+        yield
+    except EngineError:
+        raise
+    except raised as error:
+        raise EngineError(f"{about}: {error}") from error
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handlers.runtimes import Array, EngineError
+from handlers.runtimes import Array, engine_errors
 from handlers.runtimes.device import DeviceArray
 
 Tensors = dict[str, Tensor]
@@ -63,28 +63,26 @@ class CudaGraphs:
             # One memory pool for all graphs: they run one at a time, and outputs are copied before the next run.
             self._pool = torch.cuda.graph_pool_handle()
 
+    @engine_errors("PyTorch")
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for ``inputs``, which may be on the host or the device.
 
         Raises:
             EngineError: the computation fails, or the GPU has too little memory for this batch size.
         """
-        try:
-            before = torch.cuda.current_stream(self._device)
-            with _TURN, torch.no_grad(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                self._stream.wait_stream(before)  # in which the rows of device arrays were selected
-                given = {name: _tensor(array) for name, array in inputs.items()}
-                key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
-                if key not in self._recorded:
-                    self._recorded[key] = self._record(given)
-                recorded = self._recorded[key]
-                for name, tensor in given.items():
-                    recorded.inputs[name].copy_(tensor)
-                outputs = {name: DeviceArray(tensor.clone()) for name, tensor in recorded.replay().items()}
-                self._stream.synchronize()  # so that a stage's time and errors are not attributed to the next
-                return outputs
-        except Exception as error:  # programs also raise AssertionError and ValueError for wrong inputs
-            raise error if isinstance(error, EngineError) else EngineError(f"PyTorch: {error}") from error
+        before = torch.cuda.current_stream(self._device)
+        with _TURN, torch.no_grad(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_stream(before)  # in which the rows of device arrays were selected
+            given = {name: _tensor(array) for name, array in inputs.items()}
+            key = tuple((name, tuple(tensor.shape)) for name, tensor in given.items())
+            if key not in self._recorded:
+                self._recorded[key] = self._record(given)
+            recorded = self._recorded[key]
+            for name, tensor in given.items():
+                recorded.inputs[name].copy_(tensor)
+            outputs = {name: DeviceArray(tensor.clone()) for name, tensor in recorded.replay().items()}
+            self._stream.synchronize()  # so that a stage's time and errors are not attributed to the next
+            return outputs
 
     def close(self) -> None:
         self._recorded.clear()

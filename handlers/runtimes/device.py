@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from handlers.arrays import BoolArray
+
 
 class DeviceArray:
     """A PyTorch tensor that stays on its device until ``np.asarray`` copies it to the host."""
@@ -32,7 +34,7 @@ class DeviceArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self.tensor.cpu().numpy(), dtype)
 
-    def finite(self) -> npt.NDArray[np.bool_]:
+    def finite(self) -> BoolArray:
         """(rows,): which rows have neither NaN nor infinity. Computed on the device."""
-        found: npt.NDArray[np.bool_] = self.tensor.isfinite().flatten(1).all(1).cpu().numpy()
+        found: BoolArray = self.tensor.isfinite().flatten(1).all(1).cpu().numpy()
         return found

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, EngineError, Options, memory
+from handlers.runtimes import Array, Options, engine_errors, memory
 
 
 def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
@@ -34,10 +34,8 @@ def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if memory.of_weights(file) > memory.LARGE_BYTES:
         memory.return_freed()
-    try:
+    with engine_errors(f"{file}: ONNX Runtime cannot load it"):
         return ort.InferenceSession(str(file), settings, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's own exceptions share no base class
-        raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
 
 
 class OnnxRuntimeEngine:
@@ -47,12 +45,10 @@ class OnnxRuntimeEngine:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
 
+    @engine_errors("ONNX Runtime")
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime: {error}") from error
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
 
     def close(self) -> None:
         self._session = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from handlers.runtimes import Array, Engine, EngineError, Options, RuntimeMissing
+from handlers.runtimes import Array, Engine, Options, RuntimeMissing, engine_errors
 from handlers.runtimes.device import DeviceArray
 from handlers.runtimes.onnxruntime import OnnxRuntimeEngine, session_of
 
@@ -54,23 +54,21 @@ class BoundEngine:
         self._batched = {tensor.name for tensor in session.get_inputs() if not isinstance(tensor.shape[0], int)}
         self._rows_of = {tensor.name: tuple(tensor.shape[1:]) for tensor in session.get_outputs()}
 
+    @engine_errors("ONNX Runtime")
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        try:
-            given = {name: self._to_device(array) for name, array in inputs.items()}
-            rows = next(len(tensor) for name, tensor in given.items() if name in self._batched)
-            outputs = {name: torch.empty((rows, *shape), device=self._device) for name, shape in self._rows_of.items()}
-            binding = self._session.io_binding()
-            for bind, tensors in ((binding.bind_input, given), (binding.bind_output, outputs)):
-                for name, tensor in tensors.items():
-                    place = (self._device.type, self._device.index or 0)
-                    bind(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has a stream of its own
-            self._session.run_with_iobinding(binding)  # returns when its stream is done
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise EngineError(f"ONNX Runtime: {error}") from error
+        given = {name: self._to_device(array) for name, array in inputs.items()}
+        rows = next(len(tensor) for name, tensor in given.items() if name in self._batched)
+        outputs = {name: torch.empty((rows, *shape), device=self._device) for name, shape in self._rows_of.items()}
+        binding = self._session.io_binding()
+        for bind, tensors in ((binding.bind_input, given), (binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                place = (self._device.type, self._device.index or 0)
+                bind(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has a stream of its own
+        self._session.run_with_iobinding(binding)  # returns when its stream is done
         return {name: DeviceArray(tensor) for name, tensor in outputs.items()}
 
     def close(self) -> None:

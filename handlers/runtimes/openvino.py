@@ -20,7 +20,7 @@ import numpy as np
 import openvino as ov  # type: ignore[import-untyped]
 
 from handlers import cores
-from handlers.runtimes import Array, Engine, EngineError, Options, cache, memory
+from handlers.runtimes import Array, Engine, Options, cache, engine_errors, memory
 from handlers.runtimes.widened import Widened
 
 _KEPT = "openvino"  # folder of the cache
@@ -39,7 +39,7 @@ def load(file: Path, options: Options) -> Engine:
         "INFERENCE_PRECISION_HINT": "bf16" if options.precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": options.threads or cores.usable(),
     }
-    try:
+    with engine_errors(f"{file}: OpenVINO cannot load it", RuntimeError):
         core = ov.Core()
         model = core.read_model(str(file))
         data = memory.external(file)
@@ -48,8 +48,6 @@ def load(file: Path, options: Options) -> Engine:
         if memory.of_weights(file) + widened.bytes // 2 > memory.LARGE_BYTES:
             return DynamicEngine(core, model, settings, data, widened)
         return StaticEngine(core, model, settings, options.digest)
-    except RuntimeError as error:
-        raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
 
 
 class DynamicEngine:
@@ -67,14 +65,12 @@ class DynamicEngine:
         with memory.sparing(self._give_back):
             self._model = core.compile_model(model, "CPU", {**settings, "NUM_STREAMS": 1})
 
+    @engine_errors("OpenVINO", RuntimeError)
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         rows = tuple(len(array) for array in feeds.values())
-        try:
-            with contextlib.nullcontext() if rows in self._known else memory.sparing(self._give_back):
-                outputs = self._model(feeds, share_inputs=True)
-        except RuntimeError as error:
-            raise EngineError(f"OpenVINO: {error}") from error
+        with contextlib.nullcontext() if rows in self._known else memory.sparing(self._give_back):
+            outputs = self._model(feeds, share_inputs=True)
         self._known.add(rows)
         return {name: array for port, array in outputs.items() for name in port.names}
 
@@ -143,6 +139,7 @@ class _Shares:
         self._shares = [_Share(compiled.create_infer_request()) for _ in range(count)]
         self._lock = threading.Lock()
 
+    @engine_errors("OpenVINO", (RuntimeError, ValueError, KeyError))
     def run(self, inputs: Mapping[str, Array], rows: int, batched: Container[str]) -> dict[str, Array]:
         """The outputs; the inputs that are ``batched`` have ``rows`` rows."""
         each = rows // len(self._shares)
@@ -151,12 +148,10 @@ class _Shares:
                 for i, share in enumerate(self._shares):
                     part = slice(i * each, (i + 1) * each)
                     share.start({name: array[part] if name in batched else array for name, array in inputs.items()})
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise EngineError(f"OpenVINO: {error}") from error
             finally:
                 failed = [failure for share in self._shares if (failure := share.failure())]
             if failed:
-                raise EngineError(f"OpenVINO: {failed[0]}") from failed[0]
+                raise failed[0]
             outputs: dict[str, Array] = {}
             for i, names in enumerate(self._shares[0].output_names):
                 outputs |= dict.fromkeys(names, np.concatenate([share.outputs[i] for share in self._shares]))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.export.pt2_archive._package import PT2ArchiveReader
 
-from handlers.runtimes import EngineError
+from handlers.runtimes import EngineError, engine_errors
 
 _MODEL, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
@@ -39,13 +39,9 @@ def read(path: Path) -> torch.export.ExportedProgram:
     Raises:
         EngineError: it is damaged, or has something else than operators, shapes and raw weights.
     """
-    try:
+    with engine_errors(f"{path}: PyTorch cannot load it"):
         _check(path)
         return torch.export.load(path)
-    except EngineError:
-        raise
-    except Exception as error:  # PyTorch may raise anything for a damaged file
-        raise EngineError(f"{path}: PyTorch cannot load it: {error}") from error
 
 
 def _check(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from handlers.runtimes import Array, Engine, EngineError, Options, engine_store, pt2
+from handlers.runtimes import Array, Engine, Options, engine_errors, engine_store, pt2
 from handlers.runtimes.compiled import Compiled
 from handlers.runtimes.cuda_graphs import Computation, CudaGraphs, Tensors
 
@@ -80,14 +80,12 @@ class CpuProgram:
     def __init__(self, function: Function) -> None:
         self._function = function
 
+    @engine_errors("PyTorch")
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        try:
-            with torch.no_grad():
-                # Copied, because PyTorch has no read-only tensors.
-                tensors = {name: torch.from_numpy(np.array(a, np.float32, order="C")) for name, a in inputs.items()}
-                return {name: tensor.numpy() for name, tensor in self._function(tensors).items()}
-        except Exception as error:  # programs also raise AssertionError and ValueError for wrong inputs
-            raise EngineError(f"PyTorch: {error}") from error
+        with torch.no_grad():
+            # Copied, because PyTorch has no read-only tensors.
+            tensors = {name: torch.from_numpy(np.array(a, np.float32, order="C")) for name, a in inputs.items()}
+            return {name: tensor.numpy() for name, tensor in self._function(tensors).items()}
 
     def close(self) -> None:
         del self._function

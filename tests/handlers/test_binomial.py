@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handlers.binomial import interval, lower_bound
+from handlers.binomial import lower_bound
 
 counts = st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 alphas = st.floats(1e-6, 0.5)
@@ -26,14 +26,6 @@ def test_the_bound_errs_on_the_safe_side(count: tuple[int, int], alpha: float) -
     stats = pytest.importorskip("scipy.stats")
     k, n = count
     assert stats.binom.sf(k - 1, n, lower_bound(k, n, alpha)) <= alpha * (1 + 1e-9) or k == 0
-
-
-@given(counts)
-def test_the_interval_is_that_of_clopper_and_pearson(count: tuple[int, int]) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    k, n = count
-    expected = stats.binomtest(k, n).proportion_ci(0.95, "exact")
-    assert interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
 @given(st.integers(1, 5000), alphas)

@@ -1,9 +1,11 @@
 """nginx in front of TorchServe."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from deploy.output import Output
 from deploy.readiness import Readiness
 from deploy.server import DEPLOY, Server
 from deploy.signals import pause
+from handlers.reply import ServerError
 from handlers.request import MAX_BODY
 
 if TYPE_CHECKING:
@@ -63,33 +66,39 @@ class Nginx:
             timeout: seconds to wait.
 
         Raises:
-            CliError: nginx rejects its configuration. It keeps forwarding to the former server.
+            CliError: nginx does not take its configuration. It keeps forwarding to the former server.
+            ServerError: ``server`` has no key.
         """
+        former, self._server = self._server, server
+        try:
+            self._reload(server, timeout)
+        except (CliError, ServerError):
+            self._server = former
+            with contextlib.suppress(ServerError):  # the former may be dead
+                self.reload_if_changed()
+            raise
+
+    def _reload(self, server: Server, timeout: float) -> None:
         import psutil
 
         assert self._process
-        former, self._server = self._server, server
-        master = psutil.Process(self._process.pid)
-        workers = set(master.children())
+        workers = set(psutil.Process(self._process.pid).children())
         self._changed()
-        fault = self._fault()
-        if not fault:
-            self._process.send(signal.SIGHUP)
-            is_followed = False
-            for _ in range(int(timeout * 10)):
-                workers = {worker for worker in workers if worker.is_running()}
-                # Not before: what these accept goes to the former server, which may be dead.
-                if not is_followed and not any(map(_listens, workers)):
-                    self._readiness.follow(server)
-                    is_followed = True
-                if not workers:
-                    return
-                pause(0.1)
-            if is_followed:
+        if fault := self._fault():
+            raise CliError(f"nginx rejects its configuration: {fault}")
+        self._process.send(signal.SIGHUP)
+        deadline, is_followed = time.monotonic() + timeout, False
+        while time.monotonic() < deadline:
+            workers = {worker for worker in workers if worker.is_running()}
+            # Not before: what these accept goes to the former server, which may be dead.
+            if not is_followed and not any(map(_listens, workers)):
+                self._readiness.follow(server)
+                is_followed = True
+            if not workers:
                 return
-        self._server = former
-        self.reload_if_changed()
-        raise CliError(f"nginx rejects its configuration: {fault}")
+            pause(0.1)
+        if not is_followed:
+            raise CliError(f"nginx has not taken its configuration within {timeout:.0f} s")
 
     def drain(self, timeout: float) -> None:
         """Accept no new requests and wait until all are answered, at most ``timeout`` seconds; then stop nginx."""

@@ -100,6 +100,7 @@ class Readiness:
         self._asked: dict[str, float] = {}  # when each ready model was last probed
         self._until: dict[str, float] = {}  # until when each model counts as ready
         self._stopped = threading.Event()
+        self._lock = threading.Lock()  # so that what a former server was found to be is not said of the present one
         self._progress = clock()
         self._seconds: float | None = None
 
@@ -108,18 +109,17 @@ class Readiness:
 
     def follow(self, server: Server) -> None:
         """Check the models of another or restarted server from now on, all of which have answered a probe."""
-        self._server = server
-        self._progress = self._clock()
-        self._confirm(server.models)
+        with self._lock:
+            self._server = server
+            self._confirm(server.models)
 
     def stop(self) -> None:
         """Stop checking; no model is ready from now on."""
         self._stopped.set()
-        self._until = {}
 
     def models(self) -> dict[str, bool]:
         """Whether each model is ready, by name."""
-        if self.hung_for() > HANGS_S:
+        if self._stopped.is_set() or self.hung_for() > HANGS_S:
             return dict.fromkeys(self._server.models, False)
         now, until = self._clock(), self._until
         return {model: until.get(model, 0.0) > now for model in self._server.models}
@@ -140,13 +140,17 @@ class Readiness:
         """Check every model once."""
         server = self._server
         for model in server.models:
-            is_ready = self._is_ready(server, model)
-            if server is not self._server or self._stopped.is_set():
-                return
-            if is_ready:
-                self._confirm([model])
-            else:
-                self._until.pop(model, None)
+            try:
+                is_ready = self._is_ready(server, model)
+            except Exception:  # such as a file that is being replaced
+                is_ready = False
+            with self._lock:
+                if server is not self._server:
+                    return
+                if is_ready:
+                    self._confirm([model])
+                else:
+                    self._until.pop(model, None)
 
     def _is_ready(self, server: Server, model: str) -> bool:
         asked = self._asked.pop(model, None)
@@ -162,14 +166,11 @@ class Readiness:
             self._asked[model] = asked
         return ready
 
-    def _confirm(self, models: "list[str]") -> None:
+    def _confirm(self, models: list[str]) -> None:
         now = self._clock()
         self._progress = now
         self._until |= dict.fromkeys(models, now + PREDICT_EVERY_S + self._timeout)
 
     def _look_on(self) -> None:
         while not self._stopped.wait(LOOK_EVERY_S):
-            try:
-                self.look()
-            except Exception:  # such as a file that is being replaced; readiness expires if it lasts
-                self._until = {}
+            self.look()

@@ -80,21 +80,19 @@ class Server:
         return process if is_ours and _is_alive(process) else None
 
     def worker_seconds(self) -> float | None:
-        """CPU time used by the workers, which grows while they compute.
+        """Seconds of CPU time used by the workers, which grow while they compute.
 
-        None if the processes are not visible, as those in another container.
+        None if the processes are not visible, as those in another container, or one has just ended.
         """
-        import psutil
-
         process = self.process()
         if process is None:
             return None
-        total = 0.0
-        for worker in process.children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = worker.cpu_times()
-                total += times.user + times.system
-        return total
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, or one of its workers
+            times = [worker.cpu_times() for worker in process.children()]
+            return float(sum(each.user + each.system for each in times))
+        return None
 
     def stop(self, timeout: float = 60) -> bool:
         """Stop the server and its workers, whatever process has started it; False if it does not run.

@@ -17,6 +17,7 @@ import ipaddress
 import json
 import random
 import ssl
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from http import HTTPStatus
@@ -146,6 +147,7 @@ class Client(_BaseClient):
         super().__init__(url, timeout, api_key=api_key, ca_file=ca_file, retries=retries)
         self._management = _parse(management_url) if management_url else None
         self._key_file = Path(key_file) if key_file else None
+        self._renewing = threading.Lock()
 
     def __enter__(self) -> Client:
         return self
@@ -307,9 +309,10 @@ class _Bearer(httpx.Auth):
         response = yield request
         if response.status_code not in (400, 401, 403) or b"InvalidKeyException" not in response.content:
             return
-        if self._client.key(self._kind) == key:
-            reply.check((yield self._client._renewal(self._kind)))
-        request.headers["Authorization"] = f"Bearer {self._client.key(self._kind)}"
+        with self._client._renewing:  # of the threads that are refused, one renews it: a renewal invalidates the former
+            if self._client.key(self._kind) == key:
+                reply.check((yield self._client._renewal(self._kind)))
+            request.headers["Authorization"] = f"Bearer {self._client.key(self._kind)}"
         yield request
 
 

@@ -133,6 +133,31 @@ def test_another_server_has_answered_when_it_is_followed(looked: Readiness) -> N
     assert not looked.ready()
 
 
+@pytest.mark.parametrize("error", [ServerError("no server there"), OSError("its files are being removed")])
+def test_what_a_former_server_was_found_to_be_is_not_said_of_the_present_one(
+    looked: Readiness, clock: Clock, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As when a probe is under way while nginx is switched, and the former server is then stopped."""
+
+    def ask(*_: object) -> None:
+        looked.follow(FakeServer())
+        raise error
+
+    monkeypatch.setattr(readiness, "ask", ask)
+    clock.now += PREDICT_EVERY_S
+    looked.look()
+    assert looked.models() == {"a": True, "b": True}
+
+
+def test_no_model_is_ready_again_once_it_is_stopped(
+    looked: Readiness, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "ask", lambda *_: looked.stop())
+    clock.now += PREDICT_EVERY_S
+    looked.look()
+    assert not looked.ready()
+
+
 def test_a_full_queue_is_ready_only_where_workers_compute(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.statuses["a"] = 503
     assert readiness.check(server, "a", 0.5) == Finding(False, "not ready: refused", True)

@@ -1,9 +1,11 @@
 import asyncio
 import email.utils
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from handlers import client as module
@@ -39,6 +41,22 @@ def test_an_expired_key_is_renewed(client: Client, fake_server: FakeServer) -> N
     fake_server.valid["inference"] = "expired long ago"
     assert client.predict(b"image", "m")["label"] == "stop"
     assert [path for path, _, _ in fake_server.asked] == ["/predictions/m", "/token?type=inference", "/predictions/m"]
+
+
+def test_of_two_threads_that_are_refused_one_renews_the_key(client: Client, fake_server: FakeServer) -> None:
+    """Each renewal invalidates the key before, which the other thread may be about to send."""
+    asked = [httpx.Request("POST", client._url.join(f"/predictions/{name}")) for name in "ab"]
+    flows = [module._Bearer(client, "inference").auth_flow(request) for request in asked]
+    refused = [httpx.Response(400, content=b"InvalidKeyException", request=next(flow)) for flow in flows]
+    renewal = flows[0].send(refused[0])
+    sent: list[httpx.Request] = []
+    other = threading.Thread(target=lambda: sent.append(flows[1].send(refused[1])))
+    other.start()
+    fake_server.renew("inference")
+    assert flows[0].send(httpx.Response(200, request=renewal)) is asked[0]
+    other.join()
+    assert sent == [asked[1]]
+    assert asked[0].headers["Authorization"] == asked[1].headers["Authorization"] == f"Bearer {client.key('inference')}"
 
 
 def test_a_key_that_another_client_renewed_is_read_again(

@@ -58,9 +58,11 @@ class Child:
             threading.Thread(target=self._pass_on, args=(output,), daemon=True).start()
 
     def ended(self) -> bool:
+        """Whether it has ended."""
         return self._process.poll() is not None
 
     def send(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 

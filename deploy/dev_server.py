@@ -99,6 +99,7 @@ class Batches:
         self._thread = ThreadPoolExecutor(1, "pipeline")
 
     async def ask(self, request: Fields) -> answer.Response:
+        """The answer to a request; 503 at once where too many wait."""
         future: asyncio.Future[answer.Response] = asyncio.get_running_loop().create_future()
         try:
             self._queue.put_nowait((request, future))

@@ -34,6 +34,7 @@ class Health:
         self._path, self._readiness, self._server = path, readiness, server
 
     def start(self) -> None:
+        """Answer from now on, in threads of this process."""
         answer = self.answer
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +63,7 @@ class Health:
         threading.Thread(target=SocketServer(str(self._path), Handler).serve_forever, daemon=True).start()
 
     def stop(self) -> None:
+        """Accept no further connections."""
         self._path.unlink(missing_ok=True)
 
     def answer(self, path: str) -> Answer:

@@ -16,6 +16,7 @@ from deploy.output import Output
 from deploy.readiness import Readiness
 from deploy.server import DEPLOY, Server
 from deploy.signals import pause
+from handlers.files import replace
 from handlers.reply import ServerError
 from handlers.request import MAX_BODY
 
@@ -53,9 +54,11 @@ class Nginx:
         self._process = Child([*self._command(), "-g", "daemon off;"], self._output, signal.SIGTERM)
 
     def ended(self) -> bool:
+        """Whether it was started and has ended since, by itself or killed."""
         return self._process is not None and self._process.ended()
 
     def reload_if_changed(self) -> None:
+        """Have nginx read its files again if one has changed, or the key of its server."""
         if self._changed() and self._process:
             self._process.send(signal.SIGHUP)
 
@@ -72,9 +75,9 @@ class Nginx:
         former, self._server = self._server, server
         try:
             self._reload(server, timeout)
-        except (CliError, ServerError):
+        except (CliError, ServerError, OSError):
             self._server = former
-            with contextlib.suppress(ServerError):  # the former may be dead
+            with contextlib.suppress(ServerError, OSError):  # the former may be dead
                 self.reload_if_changed()
             raise
 
@@ -139,8 +142,11 @@ class Nginx:
 
     def _changed(self) -> bool:
         """Whether a file that nginx reads has changed. Also updates ``upstream.conf``."""
-        files = [(str(path), path.stat()) for path in sorted(self._conf.parent.rglob("*")) if path.is_file()]
-        seen = [(name, state.st_mtime_ns, state.st_ino) for name, state in files]
+        seen = []
+        with contextlib.suppress(FileNotFoundError):  # something is being replaced: the next look finds all
+            for path in sorted(path for path in self._conf.parent.rglob("*") if path.is_file()):
+                state = path.stat()
+                seen.append((str(path), state.st_mtime_ns, state.st_ino))
         server = self._server
         share = fair_share(server)
         upstream = UPSTREAM % {
@@ -155,11 +161,7 @@ class Nginx:
             "most_bytes": MAX_BODY,
         }
         if upstream != self._upstream:
-            path = self._state / "upstream.conf"
-            fresh = path.with_suffix(".new")
-            fresh.touch(0o600)
-            fresh.write_text(upstream)
-            fresh.replace(path)
+            replace(self._state / "upstream.conf", upstream, 0o600)
         changed = (upstream, seen) != (self._upstream, self._seen)
         self._upstream, self._seen = upstream, seen
         return changed

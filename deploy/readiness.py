@@ -105,6 +105,7 @@ class Readiness:
         self._seconds: float | None = None
 
     def start(self) -> None:
+        """Check every `LOOK_EVERY_S` from now on, in a thread."""
         threading.Thread(target=self._look_on, daemon=True).start()
 
     def follow(self, server: Server) -> None:

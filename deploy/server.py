@@ -63,6 +63,7 @@ class Server:
             return {}
 
     def client(self, timeout: float = 120) -> Client:
+        """A client with the keys of this server that waits ``timeout`` seconds for an answer."""
         return Client(self.url, key_file=self.key_file, timeout=timeout)
 
     def process(self) -> "psutil.Process | None":

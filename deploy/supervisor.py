@@ -44,6 +44,12 @@ class Supervisor:
         self._lock: int | None = None
 
     def start(self) -> None:
+        """Start both, or the one that is asked for, and return when the models answer.
+
+        Raises:
+            CliError: something is missing, or does not start.
+            Stopped: a signal has arrived.
+        """
         options = self._options
         if options.only != "torchserve":
             self._take_lock()
@@ -152,7 +158,7 @@ class Supervisor:
         try:
             self._start(new)
             self._nginx.switch(new, self._options.drain)
-        except (CliError, ServerError) as error:
+        except (CliError, ServerError, OSError) as error:
             outcome = f"not upgraded, the old one goes on: {error}"
             old, new = new, old
         else:

@@ -111,6 +111,7 @@ class TorchServe(Server):
         return True
 
     def ended(self) -> bool:
+        """Whether it was started and has ended since, by itself or killed."""
         return self._java is not None and self._java.ended()
 
     def renew_if_due(self) -> None:
@@ -215,9 +216,9 @@ class TorchServe(Server):
 
     def _await_answer(self, model: str, workers: int, deadline: float, progress: Callable[[str], None]) -> None:
         """Wait for all ``workers`` and an answer: TorchServe's health check succeeds long before a worker is ready."""
-        said, shown, asked = "nothing", 0, 1
+        last_error, shown, asked = "nothing", 0, 1
         while time.monotonic() < deadline:
-            shown = self._tell(progress, shown)
+            shown = self._report(progress, shown)
             if self.ended():
                 raise CliError(f"TorchServe ended while starting: {self._last_words()}")
             for line in self._log_lines():
@@ -229,17 +230,17 @@ class TorchServe(Server):
                     asked = workers
                 if _patiently(lambda: self.client(5).ready_workers(model)) >= workers:
                     _patiently(lambda: ask(self, model, max(1.0, deadline - time.monotonic())))
-                    self._tell(progress, shown)
+                    self._report(progress, shown)
                     return
             except ServerError as error:
                 if error.status == 404:
                     raise CliError(f"TorchServe could not load {model}: {self._last_words()}") from None
-                said = str(error)
+                last_error = str(error)
             pause(0.25)
-        raise CliError(f"{model} has not answered in time (last: {said}){self._see_log()}")
+        raise CliError(f"{model} has not answered in time (last: {last_error}){self._see_log()}")
 
-    def _tell(self, progress: Callable[[str], None], shown: int) -> int:
-        """Report the steps in the log but the first ``shown``, which are known, and say how many it holds."""
+    def _report(self, progress: Callable[[str], None], shown: int) -> int:
+        """Report the steps in the log after the first ``shown``; returns the number of all of them."""
         steps = [line[line.index(PROGRESS) :] for line in self._log_lines() if PROGRESS in line]
         for step in steps[shown:]:
             progress(step)

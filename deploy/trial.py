@@ -41,13 +41,13 @@ def write(folder: Path, port: int, state: Path, clients: Mapping[str, str], quie
     private = folder / "private"
     private.mkdir(parents=True)
     state.mkdir(parents=True, exist_ok=True)
-    moved = {"/run/mlvgm": str(state.absolute()), "listen 8443": f"listen 127.0.0.1:{port}"}
+    replaced = {"/run/mlvgm": str(state.absolute()), "listen 8443": f"listen 127.0.0.1:{port}"}
     if quiet:
-        moved |= {"access_log /dev/stdout json": "access_log off", "error_log stderr error": "error_log stderr crit"}
+        replaced |= {"access_log /dev/stdout json": "access_log off", "error_log stderr error": "error_log stderr crit"}
     # Started by root, nginx would run as the user nobody, who may not be able to read the folder.
     user = "user root;\n" if os.geteuid() == 0 else ""
     conf = folder / "nginx.conf"
-    conf.write_text(user + moving(CONF.read_text(), moved))
+    conf.write_text(user + replacing(CONF.read_text(), replaced))
     (private / "clients.map").touch(0o600)
     (private / "clients.map").write_text("".join(f'"{key}" {name};\n' for key, name in clients.items()))
     certify(private)
@@ -70,11 +70,11 @@ def certify(private: Path) -> None:
         raise CliError(f"openssl makes no certificate: {error.stderr.strip()}") from None
 
 
-def moving(text: str, moved: Mapping[str, str]) -> str:
-    """``text`` with paths and ports replaced; each must occur."""
-    for ours, here in moved.items():
-        assert ours in text
-        text = text.replace(ours, here)
+def replacing(text: str, replaced: Mapping[str, str]) -> str:
+    """``text`` with each key of ``replaced``, which must occur, replaced by its value."""
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
     return text
 
 

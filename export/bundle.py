@@ -215,18 +215,27 @@ class _Draft:
         memory.release()
         self.progress(f"traced {stage.name} in {time.monotonic() - begun:.0f} s")
 
-    def _run(self, precision: str, runtime: str = "onnxruntime", **options: Any) -> list[compare.Comparison]:
-        """Compare the graphs, or with ``fallback`` those in fp32, with the references; ``largest`` is a batch size."""
+    def _run(
+        self, precision: str, runtime: str = "onnxruntime", largest: int = 0, fallback: bool = False
+    ) -> list[compare.Comparison]:
+        """Compare the graphs with the references.
+
+        Args:
+            largest: batch size; 0 for all that the recipe has.
+            fallback: of stages in fp16, compare the fp32 graph.
+        """
         # Where a CPU gets fewer rows than a GPU, it has no memory for all of them here either.
         batch = self.recipe.batch
-        largest = min(batch.max, options.get("largest", max(batch.cpu, _ROWS) if batch.cpu else batch.max))
+        largest = min(batch.max, largest or (max(batch.cpu, _ROWS) if batch.cpu else batch.max))
         batches = sorted({rows for rows in (1, 2, 3, 5, largest) if rows <= largest})
         files = {stage.name: self._file(stage) for stage in self.stages}
-        if options.get("fallback"):
+        if fallback:
             files |= {stage.name: file for stage in self.stages if (file := self._fallback(stage)).is_file()}
         return compare.compare_stages(self.stages, files, batches, runtime, self.progress, precision)
 
-    def _compare(self, precision: str, runtime: str = "onnxruntime", **options: Any) -> dict[str, Any]:
+    def _compare(
+        self, precision: str, runtime: str = "onnxruntime", largest: int = 0, fallback: bool = False
+    ) -> dict[str, Any]:
         """As `_run`, for the report.
 
         Raises:
@@ -234,7 +243,7 @@ class _Draft:
         """
         limit = max(LIMITS[precision], LIMITS[self.recipe.weights])
         self.progress(f"parity in {precision} with {runtime}: relative error {limit:.0e} at most")
-        found = self._run(precision, runtime, **options)
+        found = self._run(precision, runtime, largest, fallback)
         compare.check(found)
         return {"runtime": runtime, "precision": precision, "limit": limit, **compare.report(found)}
 

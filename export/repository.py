@@ -10,7 +10,6 @@ OUT/NAME-SERVER.yaml      kserve: an InferenceService for each of the servers, t
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from onnx import TensorProto
 
 from export.archive import ArchiveError, Settings, fitting_batch, fitting_queue
 from export.single_graph import FOLDER, GRAPH, REPORT
+from handlers import files
 from handlers.fields import read_strict
 from handlers.manifest import FILE_NAME, FileDigest, Manifest, Samples
 
@@ -81,14 +81,14 @@ def build_repository(
     model = out / manifest.name
     model.mkdir(parents=True, exist_ok=True)
     _copy_graph(bundle, model)
-    _write(model / CLASSES, "".join(f"{' '.join(name.split())}\n" for name in manifest.classes))
+    files.replace(model / CLASSES, "".join(f"{' '.join(name.split())}\n" for name in manifest.classes))
     if kind == "ovms":
         _list_model(out / "config.json", manifest, settings, instances)
     else:
-        _write(model / CONFIG, _triton_config(manifest, bundle, settings, instances))
+        files.replace(model / CONFIG, _triton_config(manifest, bundle, settings, instances))
     if kind == "kserve":
         for server, service in _inference_services(manifest, bundle, settings, instances, storage_uri).items():
-            _write(out / f"{manifest.name}-{server}.yaml", yaml.safe_dump(service, sort_keys=False))
+            files.replace(out / f"{manifest.name}-{server}.yaml", yaml.safe_dump(service, sort_keys=False))
     return model
 
 
@@ -198,7 +198,7 @@ def _list_model(file: Path, manifest: Manifest, settings: Settings, instances: i
         "plugin_config": _plugin_config(manifest, settings, instances),
     }
     listed = {**content, "model_config_list": [*others, {"config": config}]}
-    _write(file, json.dumps(listed, indent=2) + "\n")
+    files.replace(file, json.dumps(listed, indent=2) + "\n")
 
 
 def _inference_services(
@@ -242,9 +242,3 @@ def _inference_services(
 
 def _digest(bundle: Path) -> str:
     return FileDigest.of(bundle / FILE_NAME).sha256
-
-
-def _write(file: Path, text: str) -> None:
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)

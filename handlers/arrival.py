@@ -21,7 +21,7 @@ def queue_seconds(headers: Mapping[str, Any]) -> float | None:
     Args:
         headers: HTTP headers, in any case.
     """
-    said = next((value for name, value in headers.items() if name.lower() == HEADER), None)
-    match = _SECONDS.fullmatch(said) if isinstance(said, str) else None
+    value = next((value for name, value in headers.items() if name.lower() == HEADER), None)
+    match = _SECONDS.fullmatch(value) if isinstance(value, str) else None
     wait = time.time() - float(match[1]) if match else _LONGEST
     return max(wait, 0.0) if -1 < wait < _LONGEST else None

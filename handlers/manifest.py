@@ -6,12 +6,12 @@ A bundle is the folder that ``mlvgm export`` writes: the manifest and the graphs
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
+from handlers import files
 from handlers.errors import MlvgmError
 from handlers.fields import Length, Pattern, Range, read_strict, show
 from handlers.runtimes import cache
@@ -202,9 +202,7 @@ class Manifest:
             manifest = _parse(text)
         except ValueError as error:
             raise BundleError(f"{folder}: {error}") from None
-        draft = folder / f"{FILE_NAME}.tmp"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / FILE_NAME)  # atomically: a reader never sees an incomplete manifest
+        files.replace(folder / FILE_NAME, text)
         return manifest
 
     def graph_digest(self, file: str) -> str:
@@ -292,7 +290,7 @@ def _files_in(folder: Path) -> set[str]:
     found = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     }
-    return found - {FILE_NAME, f"{FILE_NAME}.tmp"}
+    return found - {FILE_NAME, FILE_NAME + files.DRAFT_SUFFIX}
 
 
 def _escapes(name: str) -> bool:

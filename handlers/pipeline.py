@@ -82,20 +82,17 @@ class Pipeline:
             logger.info("auto is %s", measured)
             name = measured.runtime
         name = runtimes.choose(name)
-        files = {stage.name: stage.file for stage in manifest.stages}
         usual = manifest.batch.opt, manifest.batch.max
-        options = Options(threads, device, manifest.precision, compiled=usual)
-        engines = _engines(name, folder, manifest, files, options)
+        engines = _engines(name, folder, manifest, Options(threads, device, manifest.precision, compiled=usual))
 
         def fallback() -> Pipeline:
             # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU. Nothing is compiled:
             # an image waits for the answer.
             graphs = name if name in _HAVE_FALLBACKS else runtimes.choose("auto")
-            files = {stage.name: stage.fallback or stage.file for stage in manifest.stages}
-            return cls(manifest, _engines(graphs, folder, manifest, files, Options(threads, device, "fp32")), graphs)
+            return cls(manifest, _engines(graphs, folder, manifest, Options(threads, device, "fp32"), True), graphs)
 
-        half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
-        return cls(manifest, engines, name, fallback if half else None)
+        in_half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
+        return cls(manifest, engines, name, fallback if in_half else None)
 
     @property
     def fallback(self) -> "Pipeline | None":
@@ -369,9 +366,14 @@ class Pipeline:
 
 
 def _engines(
-    runtime: str, folder: Path, manifest: Manifest, files: Mapping[str, str], options: Options
+    runtime: str, folder: Path, manifest: Manifest, options: Options, in_fp32: bool = False
 ) -> dict[str, Engine]:
-    """The engines of all files of the bundle in ``folder``, by stage; if one fails, the others are closed."""
+    """The engines of all stages of the bundle in ``folder``, by name; if one fails, the others are closed.
+
+    Args:
+        in_fp32: of stages in half precision, load the fallback.
+    """
+    files = {stage.name: (in_fp32 and stage.fallback) or stage.file for stage in manifest.stages}
     engines: dict[str, Engine] = {}
     try:
         # Of large ones the largest first: while it is loaded, its weights may be in memory twice.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.manifest import FileDigest
-from handlers.runtimes import EngineError
+from handlers.runtimes import EngineError, memory
 
 FOLDER = "engines"
 
@@ -21,7 +21,7 @@ ANY = "any"
 
 def digest(file: Path) -> str:
     """SHA-256 of a graph and its external weights."""
-    files = [path for path in (file, file.with_name(f"{file.name}.data")) if path.is_file()]
+    files = [path for path in (file, memory.external(file)) if path.is_file()]
     return hashlib.sha256(b"".join(bytes.fromhex(FileDigest.of(path).sha256) for path in files)).hexdigest()
 
 

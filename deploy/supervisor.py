@@ -145,7 +145,8 @@ class Supervisor:
         self._start(self._torchserve)
         if self._nginx:
             self._nginx.switch(self._torchserve, self._options.drain)
-        self._readiness.follow(self._torchserve)
+        else:
+            self._readiness.follow(self._torchserve)
         self._log("TorchServe answers again")
 
     def _upgrade(self) -> None:

@@ -119,7 +119,7 @@ class Pair:
         if metrics:
             conf = trial.CONF.with_name("nginx-metrics.conf").read_text()
             moved = {"listen 9145": f"listen 127.0.0.1:{self.metrics_port}"}
-            (etc / "extra" / "metrics.conf").write_text(trial.moving(conf, moved))
+            (etc / "extra" / "metrics.conf").write_text(trial.replacing(conf, moved))
 
     def certify(self) -> None:
         """Another key and certificate for nginx."""

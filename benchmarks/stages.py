@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +35,7 @@ from handlers.inputs import PipelineInputs
 from handlers.manifest import FILE_NAME, Batch, Manifest
 from handlers.pipeline import Pipeline
 from handlers.result import Result
+from mlvgm.files import scratch
 from mlvgm.recipe import Recipe
 
 PUBLISHED, REWRITTEN, EXPORTED = "published operators", "rewritten", "exported"
@@ -216,8 +216,8 @@ def _run(
         results = [_measure(eager.pipeline(load.batch), images, load, seconds, eager.gflops) for load in loads]
     else:
         with (
-            tempfile.TemporaryDirectory(dir=model.bundle.parent) as folder,
-            Pipeline.load(_in_precision(model.bundle, technique.precision, Path(folder)), technique.runtime, threads)
+            scratch(model.bundle.parent) as folder,
+            Pipeline.load(_in_precision(model.bundle, technique.precision, folder), technique.runtime, threads)
             as pipeline,
         ):  # fmt: skip
             results = [_measure(pipeline, images, load, seconds) for load in loads]

@@ -65,11 +65,11 @@ def _of_gradients(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     seen = [record["gradients"] for record in records]
     for kind, words in (("zero", "are zero"), ("broken", "are not finite")):
         for stage in seen[0][kind]:
-            mean = sum(gradients[kind][stage] for gradients in seen) / len(seen)
+            mean = sum(gradients[kind].get(stage, 0.0) for gradients in seen) / len(seen)
             if mean > 0:
                 yield f"gradients {words} for {mean:.1%} of the images at what {_TAKES.get(stage, stage)}."
     if (cosine := sum(gradients["cosine"] for gradients in seen) / len(seen)) < FLAT:
-        draws = max(record["draws"] for record in records)
+        draws = max(record.get("draws", 0) for record in records)
         yield f"two gradients of {draws} draws have a cosine of {cosine:.2f} only: more draws make attacks stronger."
 
 

@@ -4,24 +4,28 @@ Each cell, a defence under a threat on a chunk of images, is appended to a log w
 So an interrupted command resumes, and a cell is measured again if anything it depends on has changed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.adaptive import Gradients
 from evaluation.attacks import fingerprint
 from evaluation.budgets import Budget
 from evaluation.defences import Defence, Images, Labels, Subject
 from evaluation.progress import bar
 from evaluation.shares import overlap, percent, share
 from evaluation.threats import COLUMNS, Record, Target, Threat
+from handlers.fields import FieldError, Range, read_strict
+from mlvgm.files import open_file
 
 CHUNK = 50
 BOUNDS = (0.25, 0.5, 1.0, 2.0)
@@ -44,14 +48,19 @@ class Log:
     path: Path
 
     def read(self) -> dict[str, Record]:
-        """The cells by their keys; a line that was cut off or is no cell is left out."""
-        cells = {}
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            try:
-                cell = json.loads(line)
-                cells[cell["key"]] = cell["record"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
+        """The cells by their keys; a line that was cut off or is no cell is left out.
+
+        Raises:
+            OSError: it is no file, which would be found out only when the first cell is known.
+        """
+        cells = dict[str, Record]()
+        if not self.path.exists():
+            return cells
+        with open_file(self.path) as stream:
+            for line in stream:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    cell = json.loads(line)
+                    cells[cell["key"]] = cell["record"]
         return cells
 
     def append(self, **cell: Any) -> None:
@@ -99,7 +108,7 @@ def measure(
                 target = target.only(np.flatnonzero(resisting))
             what = (identity, start, defence.name, defence.title, defence.digest, threat)
             key = _key(what, target)
-            if not _fits(known.get(key), len(target.images)) and len(target.images):
+            if not _fits(known.get(key), name, len(target.images)) and len(target.images):
                 begun = time.monotonic()
                 record = threat.run(target)
                 known[key] = {**record, "seconds": round(time.monotonic() - begun, 3)}
@@ -117,14 +126,35 @@ def _key(what: object, target: Target) -> str:
     return hashlib.sha256(repr(what).encode() + b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
-def _fits(record: Any, count: int) -> bool:
+@dataclass(frozen=True)
+class _Record:
+    """What a log may have of a cell: of each image, and of all (`evaluation.threats`)."""
+
+    seconds: Annotated[float, Range(0.0)]
+    right: tuple[float, ...]
+    unanimous: tuple[float, ...] = ()
+    flagged: tuple[float, ...] = ()
+    agreement: tuple[float, ...] = ()
+    score: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+    l2: tuple[float, ...] = ()
+    agrees: tuple[float, ...] = ()
+    radius: tuple[float, ...] = ()
+    draws: int = 0
+    broken: tuple[int, ...] = ()
+    late: int = 0
+    queries: float = 0.0
+    gradients: Gradients = field(default_factory=lambda: Gradients({}, {}, 1.0))
+
+
+def _fits(record: Any, threat: str, count: int) -> bool:
     """Whether this is a record of so many images: a log may have been edited, or be of another version."""
     try:
-        columns = ("right", "radius") if "radius" in record else COLUMNS
-        numbers = [np.array(record[name], np.float64) for name in columns]
-        return float(record["seconds"]) >= 0 and all(column.shape == (count,) for column in numbers)
-    except (KeyError, TypeError, ValueError):
+        read = read_strict(_Record, record)
+    except FieldError:
         return False
+    columns = {"right", "radius"} if threat == "certify" else {*COLUMNS, *({"agrees"} & record.keys())}
+    return all(len(getattr(read, name)) == (count if name in columns else 0) for name in (*COLUMNS, "agrees", "radius"))
 
 
 def _spread(record: Record, met: NDArray[np.bool_]) -> Record:
@@ -203,7 +233,7 @@ def summarise(cells: Cells, rows: Mapping[str, Defence], columns: Mapping[str, T
             if column == "certify"
         },
     }
-    if ("none", "clean") in found:
+    if "agrees" in found.get(("none", "clean"), ()):
         content["engine_agrees"] = _mean(found["none", "clean"]["agrees"])
     return content | {"conclusion": conclusion(content)}
 
@@ -241,8 +271,8 @@ def auroc(clean: NDArray[Any], attacked: NDArray[Any]) -> float:
 
 def _joined(records: Sequence[Record]) -> dict[str, NDArray[Any]]:
     """The columns of all chunks."""
-    lists = [name for name, value in records[0].items() if isinstance(value, list) and name != "broken"]
-    return {name: np.concatenate([record[name] for record in records]) for name in lists}
+    names = [name for name in (*COLUMNS, "agrees", "radius", "met") if all(name in record for record in records)]
+    return {name: np.concatenate([record[name] for record in records]) for name in names}
 
 
 def _by_place(

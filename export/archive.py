@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from handlers.fields import Range, read_strict
 from handlers.manifest import FILE_NAME, Manifest
 from handlers.settings import HandlerSettings
 from handlers.torchserve import BUNDLE
+from mlvgm.files import scratch
 
 QUEUED_CALLS = 4
 """Length of TorchServe's queue, in full engine calls: an accepted request waits for these and the running one."""
@@ -75,8 +75,7 @@ def build_archive(
         raise ArchiveError(f"{bundle}: has no threshold of the attack score: run mlvgm tune --score 0.01 first")
     out.mkdir(parents=True, exist_ok=True)
     # The archiver first deletes $TMPDIR/<model name>: give it an empty folder of its own.
-    with tempfile.TemporaryDirectory(prefix=".archive-", dir=out) as scratch:
-        work = Path(scratch)
+    with scratch(out) as work:
         _gather(manifest, bundle, work / "content")
         (work / "model.yaml").write_text(_model_yaml(manifest, settings))
         (work / "tmp").mkdir()
@@ -85,7 +84,7 @@ def build_archive(
         name = f"{manifest.name}{FORMATS[archive_format]}"
         target = out / name
         if target.is_dir():
-            shutil.rmtree(target)
+            target.rename(work / "old")
         os.replace(work / "made" / name, target)
     return target
 

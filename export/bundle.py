@@ -1,9 +1,9 @@
 """From a recipe and its models to a bundle: trace every stage, compare it with its reference, and only then write."""
 
 import importlib.metadata
+import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from export.trace import TraceError, trace
 from handlers import manifest, runtimes
 from handlers.errors import MlvgmError
 from handlers.runtimes import EngineError, engine_store
+from mlvgm.files import scratch
 from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
@@ -65,10 +66,10 @@ def export_bundle(
         classify.stage(classifier, recipe.image_size, len(recipe.classes), progress),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as draft_name:
+    with scratch(out.parent) as work:
         # Rounded weights are a part of what is compared.
         rounded = [replace(stage, tolerance=max(stage.tolerance, LIMITS[recipe.weights])) for stage in stages]
-        draft = _Draft(recipe, tuple(rounded), Path(draft_name) / out.name, progress)
+        draft = _Draft(recipe, tuple(rounded), work / "new", progress)
         draft.folder.mkdir()
         report = draft.write_fp16() if recipe.precision == "fp16" else draft.write_fp32()
         runtime = draft.runtime()
@@ -77,10 +78,10 @@ def export_bundle(
         if draft.fp32_weights:
             report["parity"]["fp32_weights"] = draft.fp32_weights
         if keep_engines and out.exists():
-            _move_engines(out / engine_store.FOLDER, draft.folder / engine_store.FOLDER)
+            _keep_engines(out / engine_store.FOLDER, draft.folder / engine_store.FOLDER)
         written = draft.manifest(purifier, runtime, report).write(draft.folder)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(work / "old")
         draft.folder.rename(out)
     return written
 
@@ -248,11 +249,15 @@ class _Draft:
         return {"runtime": runtime, "precision": precision, "limit": limit, **compare.report(found)}
 
 
-def _move_engines(source: Path, target: Path) -> None:
+def _keep_engines(source: Path, target: Path) -> None:
+    """As links: until it is replaced, the old bundle is whole."""
     target.mkdir(exist_ok=True)
     for path in source.glob("*"):
         if not (target / path.name).exists():
-            path.rename(target / path.name)
+            try:
+                os.link(path, target / path.name)
+            except OSError:  # on a file system without links
+                shutil.copyfile(path, target / path.name)
 
 
 def _check_fit(recipe: Recipe, purifier: Purifier, out: Path) -> None:

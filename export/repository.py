@@ -12,7 +12,6 @@ import dataclasses
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from export.single_graph import FOLDER, GRAPH, REPORT
 from handlers import files
 from handlers.fields import read_strict
 from handlers.manifest import FILE_NAME, FileDigest, Manifest, Samples
+from mlvgm.files import scratch
 
 Kind = Literal["triton", "ovms", "kserve"]
 
@@ -113,13 +113,14 @@ def _copy_graph(bundle: Path, model: Path) -> None:
     known = manifest.is_file() and manifest.read_bytes() == (bundle / FILE_NAME).read_bytes()
     version = model / str(max(numbers) + (not known) if numbers else 1)
     # Servers read only folders whose name is a number, so none sees an incomplete version.
-    with tempfile.TemporaryDirectory(prefix=".version-", dir=model) as name:
-        draft = Path(name) / "made"
+    with scratch(model) as work:
+        draft = work / "made"
         draft.mkdir()
         for file in (GRAPH, _DATA):
             if (bundle / FOLDER / file).exists():
                 shutil.copyfile(bundle / FOLDER / file, draft / file)
-        shutil.rmtree(version, ignore_errors=True)
+        if version.exists():
+            version.rename(work / "old")
         draft.rename(version)
     shutil.copyfile(bundle / FILE_NAME, manifest)
 

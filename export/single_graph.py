@@ -7,7 +7,6 @@ inputs lies beside it and shares its weights: with that one an answer can be rep
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +27,7 @@ from handlers.inputs import PipelineInputs
 from handlers.manifest import Manifest, StageSpec
 from handlers.pipeline import Pipeline
 from handlers.plan import Plan, is_noise
+from mlvgm.files import scratch
 
 FOLDER, GRAPH, REPLAY = "single", "model.onnx", "replay.onnx"
 """In a bundle: where both graphs and their weights lie, and the two graphs."""
@@ -67,8 +67,8 @@ def add_single_graph(
     samples = samples or (default if isinstance(default, int) else manifest.samples.max)
     if samples > manifest.samples.max:
         raise SingleGraphError(f"{samples} samples are more than the {manifest.samples.max} of the bundle")
-    with tempfile.TemporaryDirectory(prefix=".single-", dir=bundle.resolve().parent) as name:
-        draft = Path(name) / FOLDER
+    with scratch(bundle.resolve().parent) as work:
+        draft = work / FOLDER
         draft.mkdir()
         progress(f"joining {', '.join(stage.name for stage in manifest.stages)} with {samples} samples of each image")
         _write(manifest, bundle, draft, samples, images)

@@ -3,8 +3,11 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +15,8 @@ from typing import BinaryIO
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_BYTES = 256 * 2**20
 """Largest image file. The largest image that is decoded, 16 million pixels of four 16-bit channels, has 128 MiB."""
+
+_SCRATCH, _LOCK = ".mlvgm-scratch-", ".lock"
 
 Complain = Callable[[Path, str], None]
 """Called with a file or folder, and its error."""
@@ -107,7 +112,8 @@ def replacing(file: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.part")
+    # Of any name that a file can have, which may be too long for more letters.
+    draft = file.with_name(f".{hashlib.sha256(os.fsencode(file.name)).hexdigest()[:16]}.part")
     with locked(draft) as descriptor:
         try:
             yield draft
@@ -116,6 +122,28 @@ def replacing(file: Path) -> Iterator[Path]:
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder below ``parent`` to work in, which is removed at the end; so are those that killed processes have left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for left in parent.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError), locked(left / _LOCK):  # it is no process's any more
+            shutil.rmtree(left)
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+            with contextlib.suppress(
+                BlockingIOError, FileNotFoundError
+            ):  # another process took it for one that is left
+                stack.enter_context(locked(folder / _LOCK))
+                break
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def shown(path: Path | str) -> str:

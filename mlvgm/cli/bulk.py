@@ -12,7 +12,6 @@ import json
 import os
 import struct
 import sys
-import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +24,12 @@ from deploy.errors import CliError
 from evaluation.progress import say, track
 from mlvgm.cli.claim import claim
 from mlvgm.cli.containers import Member, is_container, members
-from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, shown
+from mlvgm.files import MAX_BYTES, Complain, named_files, read_file, replacing, shown
 
 Row = dict[str, Any]
 """The result of one file: "file" and "error", or "file", the path of its PNG, and the answer."""
 
 _KEY = "mlvgm"  # of the text in a PNG
-_DRAFT = ".mlvgm-draft-"  # and the name of the thread that writes
 _WRITERS = 4  # at once: a disk confirms several files in little more time than one
 _HEADER = 33  # bytes of a PNG before which no text may stand
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -76,9 +74,6 @@ class Bulk:
         if not pairs:
             raise CliError("no image among the files")
         with claim(self.out), ThreadPoolExecutor(_WRITERS, "writer") as pool:
-            for folder in {target.parent for _, target in pairs}:
-                for draft in folder.glob(f"{_DRAFT}*"):  # of a job that was killed
-                    draft.unlink()
             done = {} if self.overwrite else self._done(pairs)
             if done:
                 print(f"{len(done)} of {len(pairs)} images are there already", file=sys.stderr)
@@ -146,7 +141,8 @@ class Bulk:
         png, answer = outcome
         answer = {**answer, "settings": self.settings, "sha256": hashlib.sha256(data).hexdigest()}
         try:
-            _write(target, png, answer)
+            with replacing(target) as draft:
+                draft.write_bytes(_with_text(png, json.dumps(answer)))
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise CliError(f"{shown(target)}: {error.strerror}; the same command goes on from here") from None
@@ -223,20 +219,6 @@ def _with_targets(given: Sequence[Path], out: Path, complain: Complain) -> Itera
             raise CliError(f"{shown(str(file))} would be overwritten: choose another --out")
         taken[target] = file
         yield file, target
-
-
-def _write(target: Path, png: bytes, answer: Row) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(_DRAFT + threading.current_thread().name)
-    try:
-        with draft.open("wb") as file:
-            file.write(_with_text(png, json.dumps(answer)))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def _with_text(png: bytes, text: str) -> bytes:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,46 @@ def test_work_goes_on_where_it_was_cut_off(
     assert again(labels=np.roll(labels, 1))[0] == 6  # other labels
     assert again(clean=Counting("clean", 0.1))[0] == 6  # other settings
     assert again() == (0, first)
+
+
+GRADIENTS = {"zero": {"images": 0.5}, "broken": {"images": 0.0}, "cosine": 0.5}
+
+
+@pytest.mark.parametrize("threat", ["clean", "white", "certify"])
+def test_whatever_is_edited_in_a_record_it_is_measured_again_or_summarised(threat: str) -> None:
+    record: Record = {**dict.fromkeys(COLUMNS, (1.0, 0.0)), "agrees": [1, 0], "seconds": 1.0}
+    if threat == "white":
+        record |= {"draws": 2, "broken": [1, 0], "late": 1, "gradients": GRADIENTS}
+    if threat == "certify":
+        record = {"right": [1, 0], "radius": [0.5, 0.0], "seconds": 1.0}
+    columns, rows = (
+        {name: threats(BUDGET)[name] for name in {"clean", threat}},
+        {"none": defences.Defence("none", "none", None, None)},
+    )  # type: ignore[arg-type]
+    clean = {**dict.fromkeys(COLUMNS, (1.0, 0.0)), "seconds": 1.0}
+    assert robustness._fits(record, threat, 2)
+    values = (None, True, "1", -1, 1e999, [], [1], [1, 2, 3], ["1", "0"], [None, 1], [[1], [2]], {}, {"a": 1}, "[")
+    fitting = 0
+    for name in [*record, "radius", "met", "gradients", "more", 3]:
+        for value in values:
+            edited = {**record, name: value}
+            without = {key: entry for key, entry in record.items() if key != name}
+            for other in (edited, without, {**record, "gradients": {**GRADIENTS, name: value}}):
+                if robustness._fits(other, threat, 2):
+                    fitting += 1
+                    cells = {("none", "clean"): [clean, clean], ("none", threat): [record, other, record]}
+                    content = summarise(cells, rows, columns, 0.5)
+                    list(caveats(content, cells))
+    assert fitting
+
+
+def test_a_log_that_is_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match=f"not a regular file.*{name}"):
+            Log(tmp_path / name).read()
+    assert Log(tmp_path / "missing").read() == {}
 
 
 @dataclasses.dataclass(frozen=True)

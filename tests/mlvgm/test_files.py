@@ -1,11 +1,13 @@
 """Files that are written whole or not at all, whatever ends the process, and locks on files that come and go."""
 
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlvgm.files import locked, replacing
+from mlvgm.files import locked, replacing, scratch
 from tests.machine import killed
 
 
@@ -56,6 +58,39 @@ def test_a_draft_belongs_to_one_writer(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):
             write(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"first"
+
+
+def test_folders_of_killed_processes_are_removed_and_those_at_work_are_not(tmp_path: Path) -> None:
+    def work() -> None:
+        with scratch(tmp_path) as folder:
+            (folder / "new").mkdir()
+            (folder / "new" / "file").touch()
+
+    calls, left = 1, 0
+    with scratch(tmp_path) as mine:
+        while killed(work, calls):
+            calls, left = calls + 1, max(left, len(list(tmp_path.iterdir())))
+        work()
+        assert list(tmp_path.iterdir()) == [mine]
+    assert calls > 10
+    assert left == 2  # at most one of them at a time
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_process_removes_at_once_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], tempfile.mkdtemp
+
+    def removed(**given: Any) -> str:
+        made.append(make(**given))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed)
+    with scratch(tmp_path) as folder:
+        assert str(folder) == made[1]
 
 
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

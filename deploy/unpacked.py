@@ -36,7 +36,7 @@ def prepare(store: Path, archives: Sequence[Path]) -> None:
     store.mkdir(mode=0o700, exist_ok=True)
     kept = {archive.name for archive in archives if _is_unaltered(store / archive.name, archive)}
     for path in store.iterdir():
-        if path.is_symlink() or path.is_file():
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
         elif path.name not in kept:
             shutil.rmtree(path)
@@ -72,5 +72,5 @@ def _is_unaltered(folder: Path, archive: Path) -> bool:
         record = json.loads((folder / _RECORD).read_text())
         files = {name: cache.state(folder / name) for name in record["files"]}
         return bool(record == {"archive": cache.state(archive), "files": files})
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False

@@ -58,6 +58,8 @@ def read(name: str, key: Mapping[str, Any]) -> bytes | None:
         if (folder := own_folder(name)) is None:
             return None
         path = folder / _entry(key)
+        if not path.is_file():  # a pipe would block
+            return None
         kept = path.read_bytes()
         content = kept[_CHECKSUM_BYTES:]
         if _CHECKSUM(content).digest() != kept[:_CHECKSUM_BYTES]:

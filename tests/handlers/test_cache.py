@@ -39,6 +39,16 @@ def test_a_damaged_entry_is_missing(folder: Path, length: int) -> None:
     assert cache.read("x", KEY) is None
 
 
+def test_a_pipe_in_the_place_of_an_entry_is_replaced(folder: Path) -> None:
+    cache.write("x", KEY, b"first")
+    (entry,) = folder.iterdir()
+    entry.unlink()
+    os.mkfifo(entry)
+    assert cache.read("x", KEY) is None
+    cache.write("x", KEY, b"second")
+    assert cache.read("x", KEY) == b"second"
+
+
 def test_a_folder_that_others_can_write_is_not_used(folder: Path) -> None:
     cache.write("x", KEY, b"content")
     folder.chmod(0o777)

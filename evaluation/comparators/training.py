@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from handlers.errors import MlvgmError
@@ -175,7 +175,7 @@ def _save(network: nn.Module, about: Mapping[str, Any], file: Path) -> None:
     # Copies: some families have one tensor under two names, which safetensors refuses to write twice.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     with replacing(file) as draft:
-        save_file(tensors, draft, {"about": json.dumps(about)})
+        draft.write_bytes(save(tensors, {"about": json.dumps(about)}))
 
 
 def _name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.attacks import AttackError
+from evaluation.photographs import to_pixels
 from handlers.client import Client
 from mlvgm.purifier import Purifier
 
@@ -70,7 +71,7 @@ def client_estimator(
         if queries is not None and sent + len(images) > queries:
             raise AttackError(f"the budget of {queries} queries is spent")
         sent += len(images)
-        found = serve((images * 255).round().clip(0, 255).astype(np.uint8), range(len(images)))
+        found = serve(to_pixels(images), range(len(images)))
         return np.exp(found.logits)
 
     return black_box(predict, image_size, classes)

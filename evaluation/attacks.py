@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evaluation.adaptive import margin
 from evaluation.progress import track
 from export.fold import fast
 from handlers.errors import MlvgmError
@@ -212,13 +213,9 @@ def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, l
 
 
 @torch.no_grad()
-def _fooled(classifier: nn.Module, images: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """(B,): whether another class leads the true one by more than ``margin`` logits."""
-    logits = classifier(images).clone()
-    true = logits.gather(1, labels[:, None]).squeeze(1)
-    logits.scatter_(1, labels[:, None], -torch.inf)
-    beaten: Tensor = logits.amax(dim=1) - true > margin
-    return beaten
+def _fooled(classifier: nn.Module, images: Tensor, labels: Tensor, lead: float) -> Tensor:
+    """(B,): whether another class leads the true one by more than ``lead`` logits."""
+    return margin(classifier(images)[None], labels) < -lead
 
 
 def _run_foolbox(attack: Any, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

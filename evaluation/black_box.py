@@ -11,6 +11,7 @@ import numpy as np
 
 from evaluation.attacks import AttackError, distances
 from evaluation.defences import Images, Predictions
+from evaluation.photographs import to_pixels
 from evaluation.threats import TRY, Record, Target, Threat
 
 
@@ -46,7 +47,7 @@ class BlackBox(Threat):
 
         def predict(images: Any) -> Any:
             nonlocal asked
-            pixels = (images * 255).round().clip(0, 255).astype(np.uint8)
+            pixels = to_pixels(images)
             seeds = [(asked + 1 + i // len(target.images)) * TRY + target.first + i for i in range(len(pixels))]
             found = target.defence.serve(pixels, seeds)
             asked += -(-len(pixels) // len(target.images))
@@ -74,7 +75,7 @@ class Square(BlackBox):
             verbose=False,
         )
         found = square.generate((target.images / 255).astype(np.float32), target.labels)
-        return (found * 255).round().astype(np.uint8), len(batches)
+        return to_pixels(found), len(batches)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class L2(Change):
         return _unit(gradient)
 
     def project(self, clean: Tensor, parameters: Tensor) -> Tensor:
-        return (clean + _shorten(parameters - clean, self.size)).clamp(0, 1)
+        return (clean + torch.renorm(parameters - clean, 2, 0, self.size)).clamp(0, 1)
 
 
 class Linf(Change):
@@ -82,7 +82,7 @@ class LowFrequency(Change):
         return _unit(gradient)
 
     def project(self, clean: Tensor, parameters: Tensor) -> Tensor:
-        return _shorten(parameters, self.size)
+        return torch.renorm(parameters, 2, 0, self.size)
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,8 @@ class Blur(Change):
 
 
 def _unit(direction: Tensor) -> Tensor:
-    norm = direction.flatten(1).norm(dim=1).clamp_min(1e-12)
-    return direction / norm.view(-1, *[1] * (direction.ndim - 1))
-
-
-def _shorten(change: Tensor, length: float) -> Tensor:
-    """``change``, row by row no longer than ``length``."""
-    norm = change.flatten(1).norm(dim=1).clamp_min(1e-12)
-    return change * (length / norm).clamp_max(1.0).view(-1, *[1] * (change.ndim - 1))
+    """``direction``, each row with the L2 norm 1."""
+    return F.normalize(direction.flatten(1), dim=1).view(direction.shape)
 
 
 def _cosines(side: int, waves: int) -> Tensor:

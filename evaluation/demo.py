@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from evaluation import contact_sheet, machine
 from evaluation.attacks import CarliniWagner, Method, attack, distances, predict
 from evaluation.contact_sheet import Picture
-from evaluation.photographs import encode
+from evaluation.photographs import encode, to_pixels
 from evaluation.signs import Sign
 from handlers.client import Client
 from handlers.pipeline import Pipeline
@@ -54,8 +54,7 @@ def purify(pipeline: Pipeline, attacked: Sequence[Pixels]) -> list[list[Picture]
     whole = [float(alpha > 0) for alpha in manifest.alphas[manifest.default_alphas]]
     seeds = range(len(images))
     kept, samples = pipeline.run(images, 1, seeds, alphas=whole), pipeline.run(images, 2, seeds)
-    purified = np.concatenate([kept.purified, samples.purified], axis=1).transpose(0, 1, 3, 4, 2)
-    pixels = (255 * purified).round().clip(0, 255).astype(np.uint8)
+    pixels = to_pixels(np.concatenate([kept.purified, samples.purified], axis=1).transpose(0, 1, 3, 4, 2))
     labels = np.concatenate([kept.sample_labels, samples.sample_labels], axis=1)
     return [
         [Picture(shown, manifest.classes[label]) for shown, label in zip(*row, strict=True)]

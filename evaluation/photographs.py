@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def read_labelled(path: Path, classes: Sequence[str], size: tuple[int, int], lim
 
 
 def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """At most ``count`` photographs of ``folder``, or without one random smooth pictures: uint8 (N, H, W, 3).
+    """At most ``count`` photographs of ``folder``, or without one `soft_pictures`: uint8 (N, H, W, 3).
 
     Raises:
         FileNotFoundError: ``folder`` holds no image.
@@ -65,7 +66,12 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
         if not files:
             raise FileNotFoundError(f"{folder}: holds no images")
         return np.stack([decode(read_file(file), size) for file in files])
-    rng = np.random.default_rng(0)
+    return soft_pictures(count, size)
+
+
+def soft_pictures(count: int, size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    """Random smooth pictures, uint8 (N, H, W, 3)."""
+    rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(count):
         picture = np.zeros((*size, 3), np.float32)
@@ -74,6 +80,11 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
             picture += np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC), np.float32) / 3
         drawn.append(picture.astype(np.uint8))
     return np.stack(drawn)
+
+
+def to_pixels(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Values in [0, 1], clipped where generators overshoot, as 8 bits; of any shape."""
+    return np.asarray((images * 255).round().clip(0, 255), np.uint8)
 
 
 def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation import contact_sheet
-from evaluation.photographs import encode
+from evaluation.photographs import encode, to_pixels
 from evaluation.signs import drawn_signs
 from handlers import certify
 from handlers.answer import describe
@@ -105,9 +105,9 @@ class BundlePurifier:
         classes = self._manifest.classes
         more = {} if certified is None else certify.answer(certified, 0, classes)
         content = describe(result, 0, request, classes, decode_ms, more).content
-        shown = [(_to_pixels(kept.purified[0, 0]), "what is kept")]
+        shown = [(to_pixels(kept.purified[0, 0].transpose(1, 2, 0)), "what is kept")]
         for k, (sample, label) in enumerate(zip(result.purified[0], result.sample_labels[0], strict=True), 1):
-            shown.append((_to_pixels(sample), f"sample {k}: {classes[label]}"))
+            shown.append((to_pixels(sample.transpose(1, 2, 0)), f"sample {k}: {classes[label]}"))
         return Purified(content, shown)
 
 
@@ -319,10 +319,6 @@ class _Policy:
             await send(message)
 
         await self._app(scope, receive, with_policy)
-
-
-def _to_pixels(image: NDArray[np.float32]) -> Pixels:
-    return np.asarray((255 * image.transpose(1, 2, 0)).round().clip(0, 255), np.uint8)
 
 
 def _text(text: str) -> str:

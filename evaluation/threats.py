@@ -16,6 +16,7 @@ from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, 
 from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
+from evaluation.photographs import to_pixels
 from export.fold import fast
 from handlers.certify import certify
 
@@ -30,7 +31,7 @@ FLAT = 0.9
 """Two gradients agree that have this cosine: more draws of the noise would hardly change them."""
 _EXAMINED = 16  # images whose gradients tell so
 _TINY = 1e-30  # of a probability, so that its logarithm is finite
-_ENGINE = 1000  # the first of the tries that an attacker makes on the way
+_ENGINE_TRIES = 1000  # the first of the tries that an attacker makes on the way
 _SHORT = 10  # steps of the first ascent
 _BALL, _EFFORT = changes.L2(0.5), Effort()
 TRY = 1_000_003
@@ -84,7 +85,7 @@ class Target:
             found.deviation,
             distances(images, self.images),
         )
-        return {**{name: _list(column) for name, column in zip(COLUMNS, columns, strict=True)}, **more}
+        return {**{name: _to_list(column) for name, column in zip(COLUMNS, columns, strict=True)}, **more}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Clean(Threat):
         found = target.predict(images)
         if target.defence.name != "none":
             return target.record(images, found)
-        return target.record(images, found, agrees=_list(predict(target.subject.classifier, images) == found.labels))
+        return target.record(images, found, agrees=_to_list(predict(target.subject.classifier, images) == found.labels))
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,10 @@ class Transferred(Threat):
             clean, labels = to_float(target.images), torch.from_numpy(target.labels)
             best: Found | None = None
             device = target.subject.device
-            forward = in_precision(_alone(fast(classifier, device), device), self.effort, device)
+            forward = in_precision(_of_classifier(fast(classifier, device), device), self.effort, device)
             for attempt in range(self.effort.restarts):
                 found = ascend(forward, clean, labels, self.change, self.effort, attempt, target.first)
-                best = found if best is None else _better(best, found)
+                best = found if best is None else _best_of(best, found)
             assert best is not None
             return to_bytes(best.images)
 
@@ -192,12 +193,12 @@ class White(Threat):
     def run(self, target: Target) -> Record:
         torch.manual_seed(target.first)  # of the noise that the gradients are averaged over
         clean, labels = to_float(target.images), torch.from_numpy(target.labels)
-        effort, gradients = self._flat(target, clean, labels)
+        effort, gradients = self._enough_draws(target, clean, labels)
         images, found = target.images.copy(), target.predict(target.images)
         resisting = np.flatnonzero(found.labels == target.labels)
         broken, late = [], 0
         penalty = self.penalty(target)
-        short = [] if penalty else _first(effort)
+        short = [] if penalty else _short_ascent(effort)
         for attempt, each in enumerate([*short, *[effort] * effort.restarts]):
             if not len(resisting):
                 break
@@ -222,7 +223,7 @@ class White(Threat):
         """What this attacker keeps low besides."""
         return None
 
-    def _flat(self, target: Target, clean: Tensor, labels: Tensor) -> tuple[Effort, Record]:
+    def _enough_draws(self, target: Target, clean: Tensor, labels: Tensor) -> tuple[Effort, Record]:
         """As many draws as make two gradients agree, but not more than the budget has; and how they look then."""
         some, truth = clean[:_EXAMINED], labels[:_EXAMINED]
         draws = self.effort.draws if self.knows_noise else 1
@@ -245,7 +246,7 @@ class Quiet(White):
         """The score."""
         subject = target.subject
         own = target.defence.classifier
-        alone = _alone(subject.fast_classifier if own is None else fast(own, subject.device), subject.device)
+        alone = _of_classifier(subject.fast_classifier if own is None else fast(own, subject.device), subject.device)
 
         def score(images: Tensor, logits: Tensor) -> Tensor:
             before, labels = alone(images, 1).logits[0].log_softmax(dim=1).topk(2)
@@ -281,7 +282,7 @@ class Engine(White):
         def forward(images: Tensor, draws: int) -> Trace:
             nonlocal asked
             asked += 1
-            seeds = [int(place) + (asked + _ENGINE) * TRY for place in target.places[rows]]
+            seeds = [int(place) + (asked + _ENGINE_TRIES) * TRY for place in target.places[rows]]
             served = target.defence.serve(to_bytes(images), seeds).logits
             trace = target.defence.forward(images, draws)
             off = torch.from_numpy(served) - trace.logits.mean(dim=0)
@@ -306,7 +307,7 @@ class Certified(Threat):
         def classify(noisy: Any) -> Any:
             nonlocal asked
             asked += 1
-            pixels = (noisy.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+            pixels = to_pixels(noisy.transpose(0, 2, 3, 1))
             seeds = [asked * TRY + target.first + i for i in range(len(pixels))]
             return target.defence.serve(pixels, seeds).labels
 
@@ -314,21 +315,21 @@ class Certified(Threat):
         found = certify(classify, images, classes, self.sigma, self.draws, self.alpha, self.batch)
         voted = found.counts.argmax(axis=1) == target.labels
         right = np.where(found.labels == target.labels, found.radii, 0.0)
-        return {"right": _list(voted), "radius": _list(right)}
+        return {"right": _to_list(voted), "radius": _to_list(right)}
 
 
-def _first(effort: Effort) -> list[Effort]:
+def _short_ascent(effort: Effort) -> list[Effort]:
     """A short ascent before long ones: most images fall to it, and the long ones need not be taken on them."""
     if effort.steps < 2 * _SHORT:
         return []
     return [dataclasses.replace(effort, steps=_SHORT, draws=-(-effort.draws // 4))]
 
 
-def _alone(classifier: torch.nn.Module, device: str) -> Forward:
+def _of_classifier(classifier: torch.nn.Module, device: str) -> Forward:
     return lambda images, _: Trace(classifier(images.to(device))[None].cpu())
 
 
-def _better(one: Found, other: Found) -> Found:
+def _best_of(one: Found, other: Found) -> Found:
     wins = other.margins < one.margins
     images = torch.where(wins[:, None, None, None], other.images, one.images)
     return Found(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
@@ -347,6 +348,6 @@ def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
     return Predictions(**columns)
 
 
-def _list(column: Any) -> list[Any]:
+def _to_list(column: Any) -> list[Any]:
     values: list[Any] = (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()
     return values

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -109,7 +110,8 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            is_zip = zipfile.is_zipfile(path)  # the format since PyTorch 1.6, which alone can be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # of any class: what is read was written by a stranger
         raise CheckpointError(f"{path}: {_reason(error)}") from None
     if not isinstance(content, dict):
@@ -289,9 +291,3 @@ def _reason(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _is_zip(path: Path) -> bool:
-    # Only the zip format of torch >= 1.6 can be memory-mapped.
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"

@@ -1,5 +1,6 @@
 """NVAE (Vahdat and Kautz, NeurIPS 2020): a hierarchical VAE, and the purifier made of it (Serez et al., WACV 2025)."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +117,7 @@ class NVAEConfig:
 
 def group(cells: Sequence[nn.Module]) -> nn.Sequential:
     """Cells in a row, named as in the checkpoints: cell_0, cell_1, ..."""
-    row = nn.Sequential()
-    for i, cell in enumerate(cells):
-        row.add_module(f"cell_{i}", cell)
-    return row
+    return nn.Sequential(OrderedDict((f"cell_{i}", cell) for i, cell in enumerate(cells)))
 
 
 class NVAE(nn.Module):

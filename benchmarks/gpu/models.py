@@ -7,12 +7,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import synthetic
 from benchmarks.gpu.bench import Bench, Measured, compared
+from evaluation.photographs import soft_pictures
 from export import classifier as classify
 from export import families
 from export.compare import run_reference
@@ -174,7 +174,7 @@ def drawn(family: str, purifier: Purifier, last: Stage, most: int, toy: bool) ->
 
 def answered(bench: Bench, pipeline: Pipeline, rows: int, samples: int) -> Measured:
     """Times of whole answers for ``rows`` images; "idle" is the share in which the GPU has nothing to do."""
-    images = [soft_pictures(pipeline.manifest, rows, seed) for seed in range(_SETS)]
+    images = [soft_pictures(rows, pipeline.manifest.image_size, seed) for seed in range(_SETS)]
     timing: dict[str, float] = {}
 
     def call(i: int) -> None:
@@ -185,10 +185,3 @@ def answered(bench: Bench, pipeline: Pipeline, rows: int, samples: int) -> Measu
         return row | {"facts": {"stage_ms": timing}}
     kernels, busy = bench.profile(call)
     return row | kernels | {"facts": {"stage_ms": timing, "kernel_ms": busy, "idle": max(1 - busy / row["ms"], 0.0)}}
-
-
-def soft_pictures(manifest: Manifest, count: int, seed: int = 0) -> Any:
-    """uint8 (count, H, W, 3)."""
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    soft = F.interpolate(coarse, size=manifest.image_size, mode="bicubic").clamp(0, 1)
-    return (255 * soft).byte().permute(0, 2, 3, 1).numpy()

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.gpu.bench import Bench, Case, Measured, compared
-from benchmarks.gpu.models import TOY_NVAE, answered, classifier_stage, drawn, purifier_of, soft_pictures
+from benchmarks.gpu.models import TOY_NVAE, answered, classifier_stage, drawn, purifier_of
+from evaluation.photographs import soft_pictures
 from export import families
 from export.bundle import export_bundle
 from export.compare import relative_error
@@ -120,7 +121,7 @@ def _parity(bench: Bench, precision: str) -> Measured:
     results = []
     for of, runtime in (("fp32", "onnxruntime"), (precision, "torch")):
         with _loaded(bench, of, runtime) as pipeline:
-            found = pipeline.run(soft_pictures(pipeline.manifest, _COUNT), _SAMPLES, range(_COUNT))
+            found = pipeline.run(soft_pictures(_COUNT, pipeline.manifest.image_size), _SAMPLES, range(_COUNT))
             results.append((found.purified, found.votes))
     (expected, their_votes), (purified, votes) = results
     if (error := relative_error(purified, expected)) > LIMITS[precision]:
@@ -144,7 +145,7 @@ def _memory(bench: Bench) -> Measured:
     left = [allocated()]
     for _ in range(3):
         with Pipeline.load(bench.work / _BUNDLE, "torch") as pipeline:
-            pipeline.run(soft_pictures(pipeline.manifest, _COUNT), _SAMPLES)
+            pipeline.run(soft_pictures(_COUNT, pipeline.manifest.image_size), _SAMPLES)
             held = allocated()
         del pipeline
         left.append(allocated())

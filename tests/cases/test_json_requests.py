@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, str]]] = {
     ),
     "an image and images": ("'image' and 'images'", PLAIN | {"images": [TEXT]}, JSON),
     "an image and tensors": ("'image' and 'inputs'", PLAIN | {"inputs": [tensor()]}, JSON),
-    "null among the images": ("not a nonetype", {"images": [TEXT, None]}, JSON),
+    "null among the images": ("not null", {"images": [TEXT, None]}, JSON),
     "brotli": ("content-encoding 'br'", BODY, JSON | {"Content-Encoding": "br"}),
     "gzip without a word": ("but gzip", gzip.compress(PNG), {}),
     "a length of JSON that is stale": (

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFile
 
 from handlers.arrays import FloatArray, Pixels
-from handlers.metadata import DamagedError, ImageError, Stripped, strip_metadata
+from handlers.metadata import DamagedError, ImageError, Stripped, has_all_rows, strip_metadata
 
 __all__ = ["FORMATS", "ImageError", "Pixels", "decode", "encode_png", "format_of", "is_costly"]
 
@@ -146,7 +146,7 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
         raise ImageError(f"the JPEG has too many scans: at most {MAX_JPEG_SCANS} are accepted")
     if scans and scans.samples > MAX_JPEG_SAMPLES // images_in_request:
         raise ImageError("the scans of the JPEG take too long: scale it down, or save it in one scan (baseline)")
-    if image.mode == "P" and image.palette is None:  # Pillow would show it in black
+    if image.mode == "P" and not (image.palette and image.palette.palette):  # Pillow would show it in black
         raise ImageError("the image has colours of a palette, but no palette")
     if getattr(image, "is_animated", False):
         raise ImageError("the image is animated: send one frame")
@@ -170,11 +170,19 @@ def _pixels(image: Image.Image, stripped: Stripped, size: tuple[int, int]) -> Pi
     image = images[0]
     if any(other.tobytes() != image.tobytes() for other in images[1:]):
         raise DamagedError
+    if image.format == "PNG" and _may_lack_rows(image) and not has_all_rows(stripped.data):
+        raise DamagedError
     exif = stripped.exif or image.info.get("exif", b"")
     image = _rgb(image, stripped)
     if (turn := _TURNS.get(_orientation(exif))) is not None:
         image = image.transpose(turn)
     return _fitted(image, size)
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Whether the last rows of a PNG may be black because its pixel data ended early."""
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return bool(image.info.get("interlace")) or not any(last.tobytes())
 
 
 def _fitted(image: Image.Image, size: tuple[int, int]) -> Pixels:

@@ -7,6 +7,8 @@ does the size of a JPEG bound its cost: each scan visits every block again.
 
 import re
 import struct
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from handlers.errors import MlvgmError
@@ -16,14 +18,18 @@ MAX_PARTS = 10_000
 
 _TOO_MANY = f"the image has more than {MAX_PARTS} parts (chunks, segments): save it anew"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"IDAT", b"IEND")
+_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"IDAT", b"IEND")
+_PNG_BEFORE_PIXELS = (b"tRNS", b"acTL", b"fcTL")  # which mean nothing, or something else, behind them
 _GRAY, _RGB, _PALETTE = 0, 2, 3
+_CHANNELS = {_GRAY: 1, _RGB: 3, _PALETTE: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+"""Passes of an interlaced PNG: first column, step, first row, step."""
 _JPEG_START = b"\xff\xd8\xff"
 # Searched for, since any number of fill bytes may precede it; restart markers belong to the data of a scan.
 _JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN, _END, _TABLES = 0xDA, 0xD9, 0xDB
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # the last is that of JPEG-LS
 _JFIF, _EXIF, _ADOBE, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
 _EXIF_START = b"Exif\0\0"
 _MOST_TABLES = 2 + 4 * 129  # bytes: a decoder has room for four
@@ -135,25 +141,51 @@ def strip_metadata(data: bytes) -> Stripped:
     return _jpeg(data) if data.startswith(_JPEG_START) else Stripped(data)
 
 
+def has_all_rows(png: bytes) -> bool:
+    """Whether the pixel data of a PNG is not shorter than its header says: decoders leave missing rows black.
+
+    Args:
+        png: an image that has been decoded, without metadata.
+    """
+    width, height, depth, colour, interlaced = struct.unpack_from(">IIBB2xB", png, 16)
+    missing = 0
+    for left, across, top, down in _ADAM7 if interlaced else ((0, 1, 0, 1),):
+        columns, rows = -((left - width) // across), -((top - height) // down)
+        missing += rows * (1 + (columns * depth * _CHANNELS[colour] + 7) // 8) if columns > 0 else 0
+    unpacker = zlib.decompressobj()
+    packed = b"".join(png[start:end] for kind, start, end in _chunks(png) if kind == b"IDAT")
+    while missing > 0 and (rows_of_pass := unpacker.decompress(packed, 1 << 20)):
+        missing -= len(rows_of_pass)
+        packed = unpacker.unconsumed_tail
+    return missing <= 0
+
+
+def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind of each chunk, and where its content starts and ends."""
+    place = len(_PNG_START)
+    while place + 12 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        yield kind, place + 8, place + 8 + length
+        place += 12 + length
+
+
 def _png(data: bytes) -> Stripped:
-    kept, exif, transparent, place = [_PNG_START], b"", b"", len(_PNG_START)
+    kept, exif, transparent, has_pixels = [_PNG_START], b"", b"", False
     depth, colour = data[24:26] if data[12:16] == b"IHDR" and len(data) > 33 else (0, 0)
-    for _ in range(MAX_PARTS):
-        if place + 12 > len(data):
-            break
-        length, kind = struct.unpack_from(">I4s", data, place)
-        content, end = place + 8, place + 12 + length
+    for count, (kind, start, end) in enumerate(_chunks(data), 1):
+        if count > MAX_PARTS:
+            raise ImageError(_TOO_MANY)
+        has_pixels |= kind == b"IDAT"
+        if has_pixels and kind in _PNG_BEFORE_PIXELS:
+            continue
         if kind == b"tRNS" and colour != _PALETTE:
-            transparent = data[content : content + length]
+            transparent = data[start:end]
         elif kind in _PNG_KEPT:
-            kept.append(data[place:end])
+            kept.append(data[start - 8 : end + 4])
         elif kind == b"eXIf":
-            exif = data[content : content + length]
+            exif = data[start:end]
         if kind == b"IEND":
             return Stripped(b"".join(kept), exif, _transparent_colour(transparent, depth, colour))
-        place = end
-    else:
-        raise ImageError(_TOO_MANY)
     raise DamagedError
 
 
@@ -195,9 +227,11 @@ def _jpeg(data: bytes) -> Stripped:
             first_scan = first_scan or start - 2
         elif kind == _TABLES and len(content) > _MOST_TABLES:
             raise DamagedError
+        if first_scan:
+            continue  # of what follows the first scan, everything is kept, and other decoders do not read an EXIF block
         if kind == _EXIF and content.startswith(_EXIF_START):
             exif = exif or content[len(_EXIF_START) :]
-        elif not first_scan and (kind in (_JFIF, _ADOBE) or not (0xE0 <= kind <= 0xEF or kind == _COMMENT)):
+        elif kind in (_JFIF, _ADOBE) or not (0xE0 <= kind <= 0xEF or kind == _COMMENT):
             kept.append(data[start - 2 : place])
     else:
         raise ImageError(_TOO_MANY)

@@ -23,10 +23,17 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(
-    width: int, height: int, colour: int, depth: int, rows: bytes, before: bytes = b"", after: bytes = b""
+    width: int,
+    height: int,
+    colour: int,
+    depth: int,
+    rows: bytes,
+    before: bytes = b"",
+    after: bytes = b"",
+    interlaced: bool = False,
 ) -> bytes:
     """A PNG by hand, with chunks ``before`` and ``after`` its pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
     pixels = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + before + pixels + after + chunk(b"IEND", b"")
 

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png, is_costly
-from tests.handlers.hostile import COSTLY, chunk, encoded, png, scans, wide_png
+from tests.handlers.hostile import COSTLY, chunk, encoded, little_png, png, scans, wide_png
 
 Pixels = npt.NDArray[np.uint8]
 SIZE = (16, 16)
@@ -142,6 +143,51 @@ def test_a_damaged_exif_block_does_not_matter(exif: bytes) -> None:
 def test_animations_are_refused(format: str) -> None:
     frames = [picture(), picture().transpose(Image.Transpose.ROTATE_90)]
     assert "animated" in reason(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
+
+
+def frame(number: int) -> bytes:
+    """The control chunk of a frame of an animated PNG of 8 x 8."""
+    return chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, 8, 8, 0, 0, 1, 1, 0, 0))
+
+
+def test_an_animated_png_of_one_frame_is_an_image() -> None:
+    control = chunk(b"acTL", struct.pack(">II", 1, 0))
+    assert np.array_equal(decode(little_png(control + frame(0)), (8, 8)), np.zeros((8, 8, 3)))
+    hidden = frame(0) + chunk(b"fdAT", bytes(4) + zlib.compress(b"\0" * 25 * 8))
+    assert "animated" in reason(little_png(control, hidden))  # beside the frame, there is another image
+
+
+@pytest.mark.parametrize("late", [chunk(b"tRNS", bytes(6)), chunk(b"acTL", struct.pack(">II", 2, 0)), frame(0)])
+def test_chunks_behind_the_pixels_mean_nothing(late: bytes) -> None:
+    assert np.array_equal(decode(little_png(after=late), (8, 8)), np.zeros((8, 8, 3)))
+
+
+PASSES = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+"""In which pass of an interlaced PNG each pixel of 8 x 8 comes."""
+
+
+def row_lengths(width: int, height: int, bits: int, interlaced: bool) -> list[int]:
+    """Bytes of each row of a PNG, with its filter."""
+    if not interlaced:
+        return [1 + (width * bits + 7) // 8] * height
+    rows = [(PASSES[y % 8] * 2)[:width] for y in range(height)]
+    counts = [row.count(number) for number in "1234567" for row in rows]
+    return [1 + (count * bits + 7) // 8 for count in counts if count]
+
+
+@pytest.mark.parametrize("interlaced", [False, True], ids=["", "interlaced"])
+@pytest.mark.parametrize(("colour", "depth", "bits"), [(0, 1, 1), (0, 16, 16), (2, 8, 24), (3, 4, 4), (6, 16, 64)])
+@pytest.mark.parametrize(("width", "height"), [(11, 13), (1, 5), (4, 1), (8, 8)])
+def test_a_png_whose_pixels_end_early_is_refused(
+    width: int, height: int, colour: int, depth: int, bits: int, interlaced: bool
+) -> None:
+    """Its data is packed whole, so no decoder says a word: the missing rows are black."""
+    palette = chunk(b"PLTE", bytes(9)) if colour == 3 else b""
+    lengths = row_lengths(width, height, bits, interlaced)
+    rows = b"".join(bytes(length) for length in lengths)
+    decode(png(width, height, colour, depth, rows, palette, interlaced=interlaced), SIZE)
+    for short in (1, lengths[-1], len(rows) // 2, len(rows) - 1):
+        assert "truncated" in reason(png(width, height, colour, depth, rows[:-short], palette, interlaced=interlaced))
 
 
 def test_of_a_photo_with_a_second_picture_the_first_is_taken() -> None:
@@ -299,6 +345,11 @@ def test_bombs_take_no_memory() -> None:
     assert all(re.search("too large|damaged", outcome) for outcome in outcomes)
 
 
+def test_lossless_jpegs_of_another_kind_are_told_from_damaged_ones() -> None:
+    data = encoded(picture(), "JPEG")
+    assert "save it as an ordinary JPEG" in reason(data.replace(b"\xff\xc0", b"\xff\xf7"))
+
+
 def test_a_large_photo_is_decoded_at_a_fraction() -> None:
     """36 million pixels would need 144 MB in full."""
     photo = encoded(Image.new("RGB", (6000, 6000), "teal"), "JPEG")
@@ -359,4 +410,5 @@ def test_costly_images_are_known_by_their_headers() -> None:
 def test_a_palette_that_is_missing_is_said() -> None:
     rows = (b"\0" + bytes(range(8))) * 8
     assert "no palette" in reason(png(8, 8, 3, 8, rows))
+    assert "no palette" in reason(png(8, 8, 3, 8, rows, chunk(b"PLTE", b"")))
     assert decode(png(8, 8, 3, 8, rows, chunk(b"PLTE", bytes(range(24)))), (8, 8))[0, 7].tolist() == [21, 22, 23]

@@ -37,6 +37,14 @@ def test_a_jpeg_keeps_its_pixels_and_gives_its_exif_block(mode: str) -> None:
     assert b"Exif\0\0" + exif == EXIF.tobytes()
 
 
+@pytest.mark.parametrize("marker", [b"\xff\xd9", b"\xff\xda"], ids=["behind the pixels", "between scans"])
+def test_an_exif_block_of_a_jpeg_counts_in_front_of_its_pixels_only(marker: bytes) -> None:
+    data, block = encoded(Image.linear_gradient("L"), "JPEG", progressive=True), EXIF.tobytes()
+    late, segment = data.rindex(marker), b"\xff\xe1" + (2 + len(block)).to_bytes(2, "big") + block
+    assert strip_metadata(data[:2] + segment + data[2:]).exif
+    assert not strip_metadata(data[:late] + segment + data[late:]).exif
+
+
 @pytest.mark.parametrize("format", ["WEBP", "BMP", "GIF"])
 def test_other_formats_stay_as_they_are(format: str) -> None:
     data = encoded(Image.new("RGB", (8, 8)), format) + b"more"

@@ -151,13 +151,13 @@ def _images(inputs: Any, binary: bytes, max_images: int) -> tuple[Image, ...]:
         raise RequestError(f"inputs: the shape must be a list of whole numbers from 1 to {_MAX_SIDE}")
     data = _data(tensor, binary)
     if datatype == "BYTES":
-        texts = _texts(data, max_images)
+        texts = _texts(data, shape, max_images)
         if not 1 <= len(texts) <= max_images or math.prod(shape) != len(texts):
             raise RequestError(f"inputs: BYTES must hold 1 to {max_images} images, and shape their number")
         return tuple(text if isinstance(text, bytes) else base64_bytes(text) for text in texts)
     if len(shape) != 4 or 3 not in (shape[1], shape[3]) or shape[0] > max_images:
         raise RequestError(f"inputs: pixels must have shape (n, H, W, 3) or (n, 3, H, W), n at most {max_images}")
-    pixels = _pixels(data, datatype, math.prod(shape)).reshape(shape)
+    pixels = _pixels(data, datatype, shape)
     return tuple(np.ascontiguousarray(pixels if shape[3] == 3 else pixels.transpose(0, 2, 3, 1)))
 
 
@@ -182,12 +182,12 @@ def _parameters(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given(parameters).items() if name not in _HINTS}
 
 
-def _texts(data: Any, max_images: int) -> list[Any]:
+def _texts(data: Any, shape: Sequence[int], max_images: int) -> list[Any]:
     if isinstance(data, bytes):
         return list(islice(_split(data), max_images + 1))
     if not isinstance(data, list):
         raise RequestError("inputs: data must be a list")
-    return _flat(data)
+    return _flat(data, shape)
 
 
 def _split(binary: bytes) -> Iterator[bytes]:
@@ -203,16 +203,17 @@ def _split(binary: bytes) -> Iterator[bytes]:
         yield binary[place - length : place]
 
 
-def _pixels(data: Any, datatype: str, count: int) -> npt.NDArray[np.uint8]:
-    """Pixels as uint8, (count,)."""
+def _pixels(data: Any, datatype: str, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Pixels as uint8 of ``shape``."""
     dtype, white = _PIXELS[datatype]
-    refusal = RequestError(f"inputs: {datatype} must hold as many numbers as its shape says, each from 0 to {white}")
+    count, kind = math.prod(shape), "numbers" if white == 1 else "whole numbers"
+    refusal = RequestError(f"inputs: {datatype} must hold as many {kind} as its shape says, each from 0 to {white}")
     if isinstance(data, bytes):
         if len(data) != count * dtype.itemsize:
             raise refusal
         values = np.frombuffer(data, dtype)
     else:
-        numbers = _flat(data) if isinstance(data, list) else []
+        numbers = _flat(data, shape) if isinstance(data, list) else []
         kinds = {int} if datatype == "UINT8" else {int, float}
         if len(numbers) != count or not set(map(type, numbers)) <= kinds:
             raise refusal
@@ -222,11 +223,16 @@ def _pixels(data: Any, datatype: str, count: int) -> npt.NDArray[np.uint8]:
             raise refusal from None
     if not (values.min() >= 0 and values.max() <= white):  # also refuses NaN
         raise refusal
-    return np.rint(values * (255 / white)).astype(np.uint8) if white == 1 else values.astype(np.uint8)
+    whole = np.rint(values * 255) if white == 1 else values
+    return whole.astype(np.uint8).reshape(shape)
 
 
-def _flat(data: list[Any]) -> list[Any]:
-    """The values of a nested list, row by row."""
+def _flat(data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """The values of a list row by row: it is flat, or its outer levels are nested as ``shape`` says."""
+    sizes, rows = iter(shape), 1
     while data and all(isinstance(row, list) for row in data):
+        rows *= next(sizes, 0)
+        if len(data) != rows or len(set(map(len, data))) > 1:
+            raise RequestError("inputs: data must be flat, or nested as its shape says")
         data = list(chain.from_iterable(data))
     return data

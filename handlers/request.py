@@ -123,7 +123,7 @@ def _form(fields: list[tuple[str, bytes]], headers: Mapping[str, str]) -> _Conte
     by_name = dict(fields)
     if len(by_name) == len(fields):
         return _content(by_name, headers)
-    images = tuple(content for name, content in fields if name in _IMAGE_FIELDS)
+    images = tuple(_plain(content) for name, content in fields if name in _IMAGE_FIELDS)
     options = {name: content for name, content in by_name.items() if name not in _IMAGE_FIELDS}
     if len(by_name) != len(options) + 1 or len(fields) != len(options) + len(images):
         raise RequestError("a form can have several fields 'image', and any other once")
@@ -161,11 +161,14 @@ def _json(entries: dict[str, Any], binary: bytes, options: dict[str, Any]) -> _C
         raise RequestError(f"the JSON has {given[0]!r} and {given[1]!r}: send one of them")
     if given == ["inputs"]:
         images, parameters, envelope = read(entries, binary, MOST_IMAGES)
-        return images, options | parameters, envelope
+        return tuple(map(_plain, images)), options | parameters, envelope
     if binary:
         raise RequestError("bytes follow the JSON, but it has no tensor in 'inputs' to hold them")
-    if given != ["images"]:
-        return (base64_bytes(entries.pop("image", None)),), options | entries, "one"
+    if not given:
+        instead = f", but {quoted(next(iter(entries)))}" if entries else ""
+        raise RequestError(f"the JSON has no 'image' in base64, no 'images' and no 'inputs'{instead}")
+    if given == ["image"]:
+        return (base64_bytes(entries.pop("image")),), options | entries, "one"
     texts = entries.pop("images")
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_IMAGES:
         raise RequestError(f"images must be a list of 1 to {MOST_IMAGES} images in base64")
@@ -211,6 +214,11 @@ def _from_base64(body: bytes | bytearray) -> bytes | None:
     except RequestError:
         return None
     return base64_bytes(body.removeprefix(_MARK).decode("latin-1").strip().strip('"')) if is_base64 else None
+
+
+def _plain(image: Image) -> Image:
+    """``image``, also where it is in base64 among several, or behind JSON."""
+    return (_from_base64(image) or image) if isinstance(image, bytes) else image
 
 
 def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:

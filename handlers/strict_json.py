@@ -30,7 +30,7 @@ def json_object(body: Any) -> dict[str, Any]:
     Raises:
         RequestError: it is not an object, has a name twice, NaN or Infinity, or more than `MAX_JSON_PARTS` parts.
     """
-    entries = body
+    entries, fault = body, ""
     if isinstance(body, str | bytes | bytearray):
         text = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
         if text.count(b"[") + text.count(b"{") + text.count(b'"') // 2 > MAX_JSON_PARTS:
@@ -39,10 +39,14 @@ def json_object(body: Any) -> dict[str, Any]:
             entries = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=without_repeats)
         except RequestError:
             raise
+        except json.JSONDecodeError as error:
+            entries, fault = None, f": no JSON from line {error.lineno}, column {error.colno}"
+        except UnicodeDecodeError:
+            entries, fault = None, ": it is not UTF-8"
         except (ValueError, RecursionError):
-            entries = None
+            entries, fault = None, ": a number is too long, or it is nested too deeply"
     if not isinstance(entries, dict):
-        raise RequestError("the body is neither image bytes nor a JSON object with 'image' in base64")
+        raise RequestError(f"the body is neither image bytes nor a JSON object with 'image' in base64{fault}")
     return given(entries)
 
 

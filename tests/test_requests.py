@@ -169,8 +169,15 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"x": b""},
         {"content-type": "application/x-www-form-urlencoded"},
     ),
-    "the body is neither image bytes nor a JSON object with 'image' in base64": ({"body": b"{"}, {}),
-    "an image in JSON must be a text in base64 under 'image', not null": ({"body": b"{}"}, {}),
+    "the body is neither image bytes nor a JSON object with 'image' in base64: no JSON from line 1, column 2": (
+        {"body": b"{"},
+        {},
+    ),
+    "the JSON has no 'image' in base64, no 'images' and no 'inputs', but 'instances'": (
+        {"body": {"instances": [{"b64": IMAGE}]}},
+        {},
+    ),
+    "an image in JSON must be a text in base64 under 'image', not a list": ({"body": {"image": [IMAGE]}}, {}),
     "image: not valid base64": ({"body": {"image": "%"}}, {}),
     "image: this is an address, and images are not fetched from anywhere: send its bytes in base64": (
         {"body": {"image": "https://example.com/sign.png"}},
@@ -190,7 +197,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"content-encoding": "gzip"},
     ),
     "inference-header-content-length says 2, and of the body's first 2 bytes: the body is neither image bytes nor a "
-    "JSON object with 'image' in base64": ({"body": b'{"}'}, {"inference-header-content-length": "2"}),
+    "JSON object with 'image' in base64: no JSON from line 1, column 2": (
+        {"body": b'{"}'},
+        {"inference-header-content-length": "2"},
+    ),
     "bytes follow the JSON, but it has no tensor in 'inputs' to hold them": (
         {"body": b"{}x"},
         {"inference-header-content-length": "2"},

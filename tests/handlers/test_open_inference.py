@@ -75,6 +75,22 @@ def test_pixels(manifest: Manifest, datatype: str, first: bool, nested: bool) ->
     assert np.array_equal(np.stack(request.images), PIXELS)
 
 
+@pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
+def test_data_nested_otherwise_than_its_shape_says_is_refused(manifest: Manifest, datatype: str) -> None:
+    """As flat numbers they would be as many, in another order: another picture."""
+    first = pixels(datatype, True, True)
+    last = pixels(datatype, False, True)
+    rows = [row for image in last["data"] for row in image]
+    ragged = [[image[0] + image[1], image[2], *image[2:]] for image in last["data"]]
+    for shape, data in ((first["shape"], last["data"]), (last["shape"], first["data"]), (last["shape"], rows)):
+        with pytest.raises(RequestError, match="flat, or nested as its shape says"):
+            read(manifest, {**last, "shape": shape, "data": data})
+    with pytest.raises(RequestError, match="flat, or nested as its shape says"):
+        read(manifest, {**last, "data": ragged})
+    by_image = [np.ravel(image).tolist() for image in last["data"]]
+    assert np.array_equal(np.stack(read(manifest, {**last, "data": by_image}).images), PIXELS)
+
+
 @pytest.mark.parametrize(("datatype", "dtype"), [("UINT8", "u1"), ("FP32", "<f4")])
 def test_pixels_behind_the_json(manifest: Manifest, datatype: str, dtype: str) -> None:
     content = (PIXELS if datatype == "UINT8" else PIXELS / 255).astype(dtype).tobytes()
@@ -85,6 +101,9 @@ def test_pixels_behind_the_json(manifest: Manifest, datatype: str, dtype: str) -
 def test_encoded_images_behind_the_json(manifest: Manifest) -> None:
     content = b"".join(struct.pack("<I", len(file)) + file for file in FILES)
     fields, headers = binary({"name": "image", "datatype": "BYTES", "shape": [3]}, content)
+    assert parse(fields, headers, manifest).images == tuple(FILES)
+    in_base64 = b"".join(struct.pack("<I", len(text)) + text.encode() for text in TEXTS)
+    fields, headers = binary({"name": "image", "datatype": "BYTES", "shape": [3]}, in_base64)
     assert parse(fields, headers, manifest).images == tuple(FILES)
 
 
@@ -115,7 +134,7 @@ def test_encoded_images_behind_the_json(manifest: Manifest) -> None:
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0]}, "0 to 255"),
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 256]}, "0 to 255"),
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, -1]}, "0 to 255"),
-        ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 0.5]}, "0 to 255"),
+        ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 0.5]}, "whole numbers"),
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, True]}, "0 to 255"),
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 10**400]}, "0 to 255"),
         ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, "0"]}, "0 to 255"),

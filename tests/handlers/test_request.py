@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handlers.image import encode_png
 from handlers.manifest import Manifest, Samples
 from handlers.request import MAX_BODY, MOST_IMAGES, OPTIONS, Request, parse
 from handlers.strict_json import RequestError
@@ -131,7 +133,8 @@ def test_seeds_are_the_operators_choice(manifest: Manifest) -> None:
         ({"image": IMAGE, "data": IMAGE}, {}, "one image"),
         ({"file": IMAGE}, {}, "one image"),
         ({"\x89PNG": b""}, {"Content-Type": "application/x-www-form-urlencoded"}, "curl -T"),
-        ({"body": {}}, {}, "base64"),
+        ({"body": {}}, {}, "no 'images' and no 'inputs'"),
+        ({"body": {"instances": [BASE64]}}, {}, "but 'instances'"),
         ({"body": {"image": 3}}, {}, "base64"),
         ({"body": {"image": "%%%"}}, {}, "base64"),
         ({"body": {"image": "\N{SNOWMAN}"}}, {}, "base64"),
@@ -166,6 +169,14 @@ def test_a_form_through_nginx_can_have_several_images(manifest: Manifest) -> Non
     fields = [("image", b"1"), ("samples", b"2"), ("image", b"{2}"), ("image", b"3")]
     request = parse({"body": forms.written(*fields)}, THROUGH_NGINX, manifest)
     assert (request.images, request.samples, request.layout) == ((b"1", b"{2}", b"3"), 2, "list")
+
+
+def test_images_of_a_form_may_be_in_base64_like_a_single_one(manifest: Manifest) -> None:
+    image = encode_png(np.zeros((3, 8, 8), np.float32))
+    texts = [base64.b64encode(image), b"data:image/png;base64," + base64.b64encode(image)]
+    for count in (1, 2):
+        fields = [("image", text) for text in texts[:count]]
+        assert parse({"body": forms.written(*fields)}, THROUGH_NGINX, manifest).images == (image,) * count
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,21 @@ TorchServe itself would unpack every archive at every start, which takes a core 
 that stay the same have their digests computed once (`handlers.manifest`).
 """
 
+import errno
 import json
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.errors import CliError
+from deploy.model_archive import DAMAGED
 from deploy.signals import pause
 from handlers.runtimes import cache
 
 _RECORD = ".unpacked.json"
 _DRAFT = ".draft"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def prepare(store: Path, archives: Sequence[Path]) -> None:
@@ -53,10 +53,12 @@ def _unpack(archive: Path, folder: Path) -> None:
     record = {"archive": cache.state(archive), "files": dict[str, list[int]]()}
     try:
         with zipfile.ZipFile(archive) as zipped:
+            if sum(member.file_size for member in zipped.infolist()) > shutil.disk_usage(folder.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for member in zipped.infolist():
                 zipped.extract(member, folder)
                 pause(0)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CliError(f"{archive}: damaged ({error}): build it again with mlvgm archive BUNDLE") from None
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -143,3 +143,14 @@ def test_a_full_disk_is_one_error(archive: Path, store: Path, monkeypatch: pytes
         with pytest.raises(CliError, match=r"cannot be unpacked into .*archives: No space left"):
             unpacked.prepare(store, [archive])
     assert not list(store.iterdir())
+
+
+def test_what_does_not_fit_is_refused_before_the_disk_is_full(
+    archive: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(archive)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=70_000))
+    monkeypatch.setattr(zipfile.ZipFile, "extract", None)
+    with pytest.raises(CliError, match=r"cannot be unpacked into .*archives: No space left"):
+        unpacked.prepare(store, [archive])
+    assert not list(store.iterdir())

@@ -37,7 +37,7 @@ def ask(server: Server, model: str, timeout: float) -> None:
         raise ServerError(f"{server.url}: {str(error) or type(error).__name__}") from None
     finally:
         connection.close()
-    if status != 200:
+    if status not in (200, 422):  # or the grey image looks attacked, to a server that refuses such images
         raise refusal(status, body)
 
 

@@ -64,7 +64,7 @@ class StageSpec:
         fallback: file of the stage in fp32, for images on which half precision overflows; "" for none.
     """
 
-    name: str
+    name: Name
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

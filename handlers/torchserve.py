@@ -47,7 +47,7 @@ class PurifierHandler:
             self._metric_lines: list[str] = []
             self._service = Service(pipeline, settings, sink(context, self._metric_lines))
             self._service.self_test()
-            self._unmeasured = Service(pipeline)
+            self._unmeasured = Service(pipeline, settings)  # who knows the header must not get around the settings
             self._write_metrics()
             gc.freeze()  # loaded objects stay, so the garbage collector need not visit them
             logger.info("serving %s %s with %s", pipeline.manifest.name, pipeline.manifest.version, pipeline.runtime)

@@ -2,6 +2,8 @@
 
 import contextlib
 import http.client
+import http.server
+import threading
 import urllib.parse
 from pathlib import Path
 
@@ -65,6 +67,29 @@ def looked(server: FakeServer, clock: Clock) -> Readiness:
     found = Readiness(server, TIMEOUT, clock)
     found.look()
     return found
+
+
+@pytest.mark.parametrize(("status", "answers"), [(200, True), (422, True), (400, False), (500, False), (503, False)])
+def test_a_probe_is_answered_also_where_its_image_is_refused_as_suspicious(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, answers: bool
+) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as asked:
+        server = Server(asked.server_port, tmp_path)
+        server.folder.mkdir()
+        server.key_file.write_text('{"inference": {"key": "k"}}')
+        threading.Thread(target=asked.handle_request, daemon=True).start()
+        with contextlib.nullcontext() if answers else pytest.raises(ServerError, match=str(status)):
+            readiness.ask(server, "m", TIMEOUT)
 
 
 def test_ready_is_what_answers(looked: Readiness, server: FakeServer, clock: Clock) -> None:

@@ -170,6 +170,8 @@ EDITS: dict[str, tuple[Change, str]] = {
     "input noise": (lambda m: m.update(input_noise_l2=1.0), "disagree"),
     "no stages": (lambda m: m.update(stages=[]), "stages is []"),
     "order of stages": (lambda m: m["stages"].insert(0, m["stages"].pop(1)), "nothing provides"),
+    "stage name of a metric's syntax": (lambda m: m["stages"][0].update(name="a,b|#c:d"), "stages[0].name is"),
+    "stage without name": (lambda m: m["stages"][0].update(name=""), "stages[0].name is"),
     "stage twice": (lambda m: m["stages"].insert(0, m["stages"][0]), "same name"),
     "stage without file": (lambda m: m["stages"][0].update(file="other.onnx"), "not among the files"),
     "stage with unknown input": (lambda m: m["stages"][0]["inputs"][0].update(name="pixels"), "'pixels'"),

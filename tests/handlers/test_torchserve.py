@@ -12,6 +12,7 @@ from handlers import torchserve
 from handlers.fields import FieldError
 from handlers.image import encode_png
 from handlers.metrics import MEASURES, Measure
+from handlers.score import ScoreThreshold
 from handlers.torchserve import BUNDLE, FAILED, PROBE_HEADER, PurifierHandler, sink
 from tests import bundles
 
@@ -191,6 +192,18 @@ def test_what_a_batch_measures_is_one_record_of_the_log(
         caplog.clear()
         handler.handle([{"body": image}], probe)
     assert not caplog.messages
+
+
+def test_a_probe_does_not_get_around_the_settings(tmp_path: Path) -> None:
+    bundles.write_nvae(tmp_path / BUNDLE, score=ScoreThreshold(0.0, 0.5, 0.2, 0.8))
+    context = Context(
+        tmp_path, [{}, {PROBE_HEADER: "1"}], {"handler": {"runtime": "onnxruntime", "suspicious": "refuse"}}
+    )
+    handler = PurifierHandler()
+    handler.initialize(context)
+    image = encode_png(np.full((3, 8, 8), 0.25, np.float32))
+    handler.handle([{"body": image}] * 2, context)
+    assert context.statuses == {0: 422, 1: 422}
 
 
 def test_what_is_not_declared_is_not_written(model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

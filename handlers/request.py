@@ -85,6 +85,7 @@ def parse(
     Raises:
         RequestError: there is no image, or an option is unknown or out of range; the message names the range.
     """
+    named = _header_options(headers)
     headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     fields = _unpacked(fields, headers)
     body = fields.get("body")
@@ -92,7 +93,7 @@ def parse(
         images, given, layout = _form(form.read(body, headers[form.HEADER]), headers)
     else:
         images, given, layout = _content(fields, headers)
-    options = _header_options(headers) | given
+    options = named | given
     if unknown := [name for name in options if name not in OPTIONS]:
         raise RequestError(f"unknown option {quoted(unknown[0])}: the options are {', '.join(OPTIONS)}")
     if "seed" in options and not allow_seed:
@@ -221,13 +222,15 @@ def _plain(image: Image) -> Image:
     return (_from_base64(image) or image) if isinstance(image, bytes) else image
 
 
-def _header_options(headers: Mapping[str, str]) -> dict[str, Any]:
+def _header_options(headers: Mapping[str, Any]) -> dict[str, Any]:
     """X-Mlvgm-Top-K: 3 is the option top_k."""
-    return {
-        name.removeprefix(_HEADER_PREFIX).replace("-", "_"): value
-        for name, value in headers.items()
-        if name.startswith(_HEADER_PREFIX)
-    }
+    options: dict[str, Any] = {}
+    for name, value in headers.items():
+        if name.lower().startswith(_HEADER_PREFIX) and isinstance(value, str):
+            option = name.lower().removeprefix(_HEADER_PREFIX).replace("-", "_")
+            if options.setdefault(option, value) != value:
+                raise RequestError(f"{quoted(option)} is in two headers, which contradict")
+    return options
 
 
 def _accepted(headers: Mapping[str, str]) -> str:

@@ -116,6 +116,13 @@ def test_unknown_headers_of_ours_are_refused(manifest: Manifest) -> None:
     assert "'sample'" in reason({"body": IMAGE}, {"X-Mlvgm-Sample": "3"}, manifest)
 
 
+def test_headers_that_contradict_are_refused(manifest: Manifest) -> None:
+    """A server hands on two spellings of a name as two headers."""
+    for name, other in (("X-Mlvgm-Top-K", "x-mlvgm-top-k"), ("x-mlvgm-top-k", "X-MLVGM-Top_K")):
+        assert parse({"body": IMAGE}, {name: "2", other: "2"}, manifest).top_k == 2
+        assert "'top_k' is in two headers" in reason({"body": IMAGE}, {name: "2", other: "3"}, manifest)
+
+
 def test_an_answer_never_names_more_than_a_thousand_classes(manifest: Manifest) -> None:
     many = replace(manifest, classes=tuple(f"class {i}" for i in range(20_000)))
     assert parse({"body": IMAGE}, {"X-Mlvgm-Top-K": "1000"}, many).top_k == 1000

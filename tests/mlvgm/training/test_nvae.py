@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,8 +130,10 @@ def _cut(file: Path) -> None:
 
 def _flip(file: Path) -> None:
     """One bit of a weight."""
+    with zipfile.ZipFile(file) as zipped:
+        weight = zipped.read(max(zipped.infolist(), key=lambda member: member.file_size))
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[content.index(weight) + len(weight) // 2] ^= 1
     file.write_bytes(content)
 
 

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deploy.trial", description="A folder to try the pair with, on loopback.")
     parser.add_argument("folder", type=Path, help="to write, a new one")
     folder = parser.parse_args(arguments).folder.absolute()
-    key, port = secrets.token_hex(24), free_ports(1)
+    key, port = secrets.token_hex(24), free_ports(1 + 2 * PORTS)
     try:
         # Apart from each other: nginx is reloaded when anything changes beside its configuration.
         conf = write(folder / "etc", port, folder / "state", {key: "me"})
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"""\
 Start it, with the archives of model_store (Ctrl-C stops it):
-  MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {free_ports(2 * PORTS)}
+  MLVGM_STATE={folder / "state"} python -m deploy.pair --nginx-conf {conf} --port {port + 1}
 Ask it:
   curl --cacert {conf.parent}/private/tls.crt -H "X-Api-Key: {key}" -T sign.png https://localhost:{port}/predictions/MODEL""")
     return 0

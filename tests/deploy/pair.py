@@ -46,8 +46,8 @@ class Pair:
     def __init__(self, folder: Path, metrics: bool = False) -> None:
         self.folder = folder
         self.state = folder / "s"
-        self.server = Server(free_ports(2 * PORTS), self.state)
-        self.port, self.metrics_port = free_ports(1), free_ports(1)
+        first = free_ports(2 + 2 * PORTS)  # at once, or the same one could be given twice
+        self.port, self.metrics_port, self.server = first, first + 1, Server(first + 2, self.state)
         self.process: subprocess.Popen[bytes] | None = None
         self._write_conf(metrics)
 

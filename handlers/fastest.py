@@ -29,7 +29,7 @@ def measure(folder: Path) -> Choice:
     """Run the bundle in ``folder`` in each runtime that "auto" may be, one after the other; keep and return the choice.
 
     A runtime must agree with ONNX Runtime, whose results were compared with PyTorch's at export. Takes a few seconds,
-    as long as it takes to load the bundle in each, and for a large model ten answers of one sample.
+    as long as it takes to load the bundle in each, and for a large model some answers of one sample.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -47,7 +47,8 @@ def measure(folder: Path) -> Choice:
         try:
             with Pipeline.load(folder, name) as pipeline:
                 samples = samples or _samples(pipeline)
-                times = {what: _times(pipeline, count, samples) for what, count in counts.items()}
+                taken = {count: _times(pipeline, count, samples) for count in set(counts.values())}
+                times = {what: taken[count] for what, count in counts.items()}
                 logits[name] = pipeline.run(_images(manifest, 1), samples, [0]).sample_logits
         except MlvgmError:
             continue

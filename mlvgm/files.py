@@ -137,9 +137,8 @@ def scratch(parent: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
-            with contextlib.suppress(
-                BlockingIOError, FileNotFoundError
-            ):  # another process took it for one that is left
+            # Otherwise another process has just taken it for one that is left.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 stack.enter_context(locked(folder / _LOCK))
                 break
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -62,7 +62,7 @@ train: install
 	$(BIN)/mlvgm train $(DATA)/train.npz --settings model_store/road-signs/training.yaml --out build/road-signs-model
 
 comparators: install
-	for name in pgd trades another avae ndvae; do \
+	for name in pgd trades another smoothed avae ndvae; do \
 	  $(BIN)/python -m evaluation.comparators train $$name $(DATA)/train.npz --out build/comparators --seconds $(SECONDS_EACH) || exit 1; done
 
 # What an earlier build left would be packed as well.

@@ -100,7 +100,7 @@ def compare_stages(
         limits |= dict.fromkeys(expected, limit)
     for name in ("images", "logits"):
         if name in chained:
-            pair = chained[name], known[name].numpy()
+            pair = np.asarray(chained[name]), known[name].numpy()
             comparisons.append(_compare(END_TO_END, name, largest, *pair, limits[name]))
     return comparisons
 

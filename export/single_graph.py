@@ -144,7 +144,7 @@ def replay(
     feeds: dict[str, Any] = {name: noise.reshape(count, samples, *noise.shape[1:]) for name, noise in drawn.items()}
     feeds["images"] = np.asarray(images) if image_type == "uint8" else inputs.images
     with closing(runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))) as engine:
-        return engine.run(feeds)
+        return {name: np.asarray(output) for name, output in engine.run(feeds).items()}
 
 
 class _Builder:

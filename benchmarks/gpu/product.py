@@ -1,14 +1,14 @@
 """The product on a device, by its runtime "torch": the default model, and an e4e of the published size."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench, Case, Measured, compared
 from benchmarks.gpu.models import TOY_NVAE, answered, classifier_stage, drawn, purifier_of
@@ -19,6 +19,7 @@ from export.compare import relative_error
 from export.engines import programs
 from export.models import load_models
 from export.precision import LIMITS, to_fp16
+from export.stage import Stage
 from export.trace import example
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
@@ -28,7 +29,7 @@ from handlers.runtimes.device import DeviceArray
 from mlvgm.nvae import NVAE, NVAEPurifier
 from mlvgm.recipe import Recipe
 
-_BUNDLE, _E4E, _SAMPLES, _COUNT = "road-signs", "e4e", 8, 64
+_BUNDLE, _E4E, _SAMPLES, _COUNT, _CALLS = "road-signs", "e4e", 8, 64, 16
 
 
 def export_road_signs(bench: Bench) -> Iterator[Case]:
@@ -66,6 +67,7 @@ def e4e(bench: Bench) -> Iterator[Case]:
         yield Case(f"answers by {most}", partial(_e4e_answers, bench, most, rows), rows)
         if (most, rows) == (8, 1):
             yield from (Case("decode", partial(_e4e_decode, bench, count), count) for count in (32, 8))
+            yield Case("labels", partial(_e4e_labels, bench), 32)
 
 
 def write_e4e(bench: Bench) -> Iterator[Case]:
@@ -94,17 +96,53 @@ def _e4e_answers(bench: Bench, most: int, rows: int) -> Measured:
 
 def _e4e_decode(bench: Bench, rows: int) -> Measured:
     """Against the published operators on the same device; "mixed" is the one input."""
-    purifier = purifier_of("e4e", torch.device("cpu"), bench.toy).to(bench.device)
-    stage = families.stages(purifier, False, 0.0)[-1]
+    stage = _e4e_stage(bench)
     mixed = example(stage.inputs[0], rows).to(bench.device)
-    expected = [stage.reference(part) for part in mixed.split(4)]
+    expected = _published(stage, mixed)
+    with _e4e_engine(bench, rows) as decode:
+        row = bench.clock(lambda _: decode(mixed), rows)
+        return row | compared([decode(mixed)], [expected], LIMITS["fp16"])
+
+
+def _e4e_labels(bench: Bench, rows: int = 32) -> Measured:
+    """How many labels are equal behind this decoder and behind the published one. The classifier is a drawn one too;
+    its mean answer is taken off, or it would name one class for all images.
+    """
+    stage, logits = _e4e_stage(bench), [list[Tensor](), list[Tensor]()]
+    classifier: Any = classifier_stage(purifier_of("e4e", torch.device("cpu"), bench.toy), bench.toy).reference
+    classifier.to(bench.device)
+    with _e4e_engine(bench, rows) as decode, torch.no_grad():
+        for seed in range(1 if bench.toy else _CALLS):
+            mixed = example(stage.inputs[0], rows, seed).to(bench.device)
+            for images, found in zip((decode(mixed), _published(stage, mixed)), logits, strict=True):
+                found.append(classifier(images.float()))
+    ours, theirs = map(torch.cat, logits)
+    labels, expected = ((found - theirs.mean(dim=0)).argmax(dim=1) for found in (ours, theirs))
+    equal = float((labels == expected).float().mean())
+    return {"facts": {"equal labels": equal, "images": len(labels), "classes": len(expected.unique())}}
+
+
+def _e4e_stage(bench: Bench) -> Stage:
+    return families.stages(purifier_of("e4e", torch.device("cpu"), bench.toy).to(bench.device), False, 0.0)[-1]
+
+
+def _published(stage: Stage, mixed: Tensor) -> Tensor:
+    return torch.cat([stage.reference(part) for part in mixed.split(4)])  # type: ignore[misc]
+
+
+@contextmanager
+def _e4e_engine(bench: Bench, rows: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The decoder as it is served, for calls of ``rows``."""
     engine = runtimes.load("torch", bench.work / _E4E / "decode.onnx", Options(precision="fp16", compiled=(rows,)))
-    given = mixed.numpy() if bench.toy else DeviceArray(mixed)
-    row = bench.clock(lambda _: engine.run({"mixed": given}), rows)
-    found = engine.run({"mixed": given})["images"]
-    engine.close()
-    tensor = found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)
-    return row | compared([tensor], [torch.cat(expected)], LIMITS["fp16"])  # type: ignore[arg-type]
+
+    def decode(mixed: Tensor) -> Tensor:
+        found = engine.run({"mixed": mixed.numpy() if bench.toy else DeviceArray(mixed)})["images"]
+        return found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)  # type: ignore[return-value]
+
+    try:
+        yield decode
+    finally:
+        engine.close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from evaluation.comparators.autoencoders import SmallAVAE, SmallNDVAE
-from evaluation.comparators.classifiers import PGD, Plain, Trades
+from evaluation.comparators.classifiers import PGD, Plain, Smoothed, Trades
 from evaluation.comparators.training import Comparator, ComparatorError, train
 from handlers.errors import MlvgmError
 from mlvgm.npz import read_npz, whole_numbers
@@ -23,6 +23,7 @@ COMPARATORS: Mapping[str, Callable[[], Comparator]] = {
     "pgd": lambda: PGD(steps=8000),
     "trades": lambda: Trades(steps=8000),
     "another": lambda: Plain(steps=1650, batch=128, rate=2e-3, warmup=0.15),
+    "smoothed": lambda: Smoothed(steps=8000, batch=128, rate=2e-3, warmup=0.15),
     "avae": lambda: SmallAVAE(steps=20_000, batch=128),
     "ndvae": lambda: SmallNDVAE(steps=20_000, batch=128),
 }

@@ -1,4 +1,4 @@
-"""Classifiers of the shape of the shipped one: adversarially trained, or trained plainly from another seed."""
+"""Classifiers of the shape of the shipped one: trained on attacked or on noisy images, or plainly from another seed."""
 
 import copy
 from collections.abc import Callable
@@ -58,6 +58,27 @@ class Plain(Comparator):
     def look(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return {"accuracy": network(_fast(images)).argmax(1) == labels}
+
+
+@dataclass(frozen=True)
+class Smoothed(Plain):
+    """The same on noisy images, for certificates (Cohen, Rosenfeld and Kolter, ICML 2019).
+
+    Attributes:
+        sigma: standard deviation of the noise, for images in [0, 1].
+    """
+
+    sigma: float = 0.25
+
+    def loss(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(network, self._noisy(images), labels)
+
+    def look(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        noisy, clean = (super(Smoothed, self).look(network, seen, labels) for seen in (self._noisy(images), images))
+        return {"noisy": noisy["accuracy"], "clean": clean["accuracy"]}
+
+    def _noisy(self, images: Tensor) -> Tensor:
+        return (images + self.sigma * torch.randn_like(images)).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ CLASSIFIERS: Mapping[str, str] = {
     "pgd": "adversarially trained (PGD)",
     "trades": "adversarially trained (TRADES)",
     "another": "classifier of another seed",
+    "smoothed": "trained on noisy images",
 }
 AUTOENCODERS: Mapping[str, str] = {"avae": "A-VAE", "ndvae": "ND-VAE"}
 BEHIND = "served-"

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlvgm.files import replacing
 from mlvgm.training.data import Signs
 from mlvgm.training.images import augment
 from mlvgm.training.loop import cosine_rate
+from mlvgm.training.recorded import RecordedStep
 
 REPORT_SECONDS, REPORT_SHARE = 15.0, 0.1
 """Least time between reports, and the most of the whole time that they may take."""
@@ -110,6 +112,7 @@ def train(
     begun = time.monotonic()
     report_at = begun + REPORT_SECONDS
     best: dict[str, Any] = {}
+    recorded: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     order, total, step, is_last = torch.empty(0), torch.zeros((), device=device), 0, False
     per_epoch = max(1, len(training.labels) // comparator.batch)
     while not is_last:
@@ -121,13 +124,14 @@ def train(
             rise = round(_SHARES * comparator.warmup)
             group["lr"] = comparator.rate * cosine_rate(round(_SHARES * share), _SHARES, rise)
         index = order[place * comparator.batch : (place + 1) * comparator.batch]
-        images = augment(training.images[index].float() / 255.0)
-        loss = comparator.loss(network.train(), images, training.labels[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if torch.isfinite(torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)):
+        batch = training.images[index].float() / 255.0, training.labels[index]
+        if recorded is None:
+            gradients = partial(_gradients, comparator, network, optimizer)
+            recorded = RecordedStep(gradients, batch, optimizer) if device.type == "cuda" else gradients
+        loss, norm = recorded(*batch)
+        if torch.isfinite(norm):
             optimizer.step()
-            total += loss.detach()
+            total += loss
         step += 1
         _follow(average, network, min(AVERAGE, step / (step + 10)))
         is_last = step == comparator.steps or (seconds is not None and time.monotonic() - begun >= seconds)
@@ -143,6 +147,16 @@ def train(
             took = time.monotonic() - begun - elapsed
             report_at = begun + elapsed + max(REPORT_SECONDS, took / REPORT_SHARE)
     return best
+
+
+def _gradients(
+    comparator: Comparator, network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Leave the clipped gradients in the network's parameters; the loss, and the norm that they had."""
+    loss = comparator.loss(network.train(), augment(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    return loss.detach(), torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
 
 
 @torch.no_grad()

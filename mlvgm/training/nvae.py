@@ -151,19 +151,24 @@ def train_nvae(
 
 
 def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: int = 60) -> NVAE:
-    """A copy whose batch-norm statistics are means over ``passes`` batches; those of training are of other weights."""
+    """A copy whose batch-norm statistics are means over ``passes`` batches, with the noise of the training; those of
+    training are of other weights.
+    """
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None
     network.train()
-    device, places = network.const_prior.device, images.train
+    device = network.const_prior.device
+    # Neighbours are often of one kind: within a batch of these, features would vary too little.
+    places = images.train[shuffled(len(images.train), settings.seed)]
     with torch.no_grad():
         for i, batch in enumerate(np.array_split(places, max(1, len(places) // 128))[:passes]):
             torch.manual_seed(i)
             alphas = random_schedules(len(batch), len(network.config.latents()), settings.whole, device)
-            evidence_lower_bound(network, to_tensor(images.images[batch], device), alphas=alphas)
+            clean = to_tensor(images.images[np.sort(batch)], device)
+            evidence_lower_bound(network, clean, with_noise(clean, settings), alphas)
     return network.eval().requires_grad_(False)
 
 
@@ -211,7 +216,8 @@ def step(state: State, settings: Settings, images: Tensor) -> tuple[Bound, Tenso
     beta = settings.beta * (min(1.0, max(number / rise, 0.05)) if rise else 1.0)
     state.network.train()
     if state.recorded is None and images.is_cuda:
-        state.recorded = RecordedStep(partial(_gradients, state, settings), images, state.optimizer)
+        weight = torch.zeros((), device=images.device)
+        state.recorded = RecordedStep(partial(_gradients, state, settings), (images, weight), state.optimizer)
     torch.manual_seed((settings.seed << 32) + number)
     gradients = state.recorded or partial(_gradients, state, settings)
     bound, answers, norm = gradients(images, torch.tensor(beta))
@@ -235,12 +241,7 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
     network, batch = state.network, len(images)
     clean = augment(images, settings.augment) if settings.augment else images
     clean = clean.contiguous(memory_format=state.memory_format)
-    each = (batch, 1, 1, 1)
-    noisy = torch.rand(each, device=images.device) < settings.noisy
-    sigma = torch.rand(each, device=images.device) * torch.where(
-        noisy, settings.noise, min(SMALL_NOISE, settings.noise)
-    )
-    seen = (clean + sigma * torch.randn_like(clean)).clamp(0.0, 1.0)
+    seen = with_noise(clean, settings)
     alphas = random_schedules(batch, len(network.config.latents()), settings.whole, images.device)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         bound = evidence_lower_bound(network, clean, seen, alphas)
@@ -252,6 +253,14 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
     state.optimizer.zero_grad()
     loss.backward()
     return bound, answers, torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+
+
+def with_noise(images: Tensor, settings: Settings) -> Tensor:
+    """What the encoder sees of ``images`` (B, 3, H, W) in [0, 1] in training."""
+    sigma, noisy = torch.rand(2, len(images), 1, 1, 1, device=images.device).unbind()
+    small, least = min(SMALL_NOISE, settings.noise), min(settings.least_noise, settings.noise)
+    sigma = torch.where(noisy < settings.noisy, least + sigma * (settings.noise - least), sigma * small)
+    return (images + sigma * torch.randn_like(images)).clamp(0.0, 1.0)
 
 
 @torch.no_grad()

@@ -100,7 +100,8 @@ class Settings:
         whole: share of the images whose latents all come from the posterior. Those of the others are interpolated with
             draws from the prior, as in purification, by random schedules (`mlvgm.training.bound.random_schedules`).
         noise: largest standard deviation of the Gaussian noise that the encoder sees, in units of the [0, 1] image.
-        noisy: share of the images that get up to ``noise``; the others get little or none.
+        least_noise: smallest standard deviation for the share ``noisy`` of the images.
+        noisy: share of the images that get ``least_noise`` to ``noise``; the others get little or none.
         augment: strength of the random rotation, scale, shift and lighting of training images, 0 for none.
         validation: share of the images (whole groups, where the images have groups) that is held out.
         classifier: whose answers purification should keep, the name of a shipped recipe or a callable
@@ -121,6 +122,7 @@ class Settings:
     average: Annotated[float, Range(0.0, 0.99999)] = 0.999
     whole: Share = 0.3
     noise: Annotated[float, Range(0.0, 1.0)] = 0.3
+    least_noise: Annotated[float, Range(0.0, 1.0)] = 0.0
     noisy: Share = 0.4
     augment: Share = 0.6
     validation: Annotated[float, Range(0.0, 0.5, exclusive=True)] = 0.05

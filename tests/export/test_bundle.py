@@ -13,7 +13,9 @@ from export.bundle import ExportError, export_bundle
 from export.compare import Comparison, ParityError, check
 from export.precision import LIMITS
 from export.trace import TraceError
+from handlers import runtimes
 from handlers.pipeline import Pipeline
+from tests.devices import OnDevice
 from tests.export import models
 from tests.reference import relative_error
 
@@ -42,6 +44,13 @@ def test_pipeline_agrees_with_the_reference(bundle: Path, runtime: str, batch: i
     assert relative_error(result.purified.reshape(-1, 3, 32, 32), eager.images) < 1e-4
     assert relative_error(result.logits, logits) < 1e-4
     assert relative_error(result.unpurified_logits, classifier(images)) < 1e-4
+
+
+def test_outputs_that_stay_on_a_gpu_are_compared_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, fetched = runtimes.load, list[tuple[int, ...]]()
+    monkeypatch.setattr(runtimes, "load", lambda *given: OnDevice(load(*given), fetched))
+    export_bundle(models.recipe(), models.purifier(), models.classifier(), tmp_path / "tiny", with_programs=True)
+    assert fetched
 
 
 def test_input_noise_is_an_input(tmp_path: Path) -> None:

@@ -245,14 +245,14 @@ def conclusion(content: Mapping[str, Any]) -> str:
     worst, titles = content["worst"], content["defences"]
     served = next((row for row in ("server", "served") if row in worst), None)
     others = {row: entry for row, entry in worst.items() if row in ("blur", "noise", "jpeg", "bits", "kept")}
-    if served is None:
-        return "No attack was measured on the purifier as served."
-    said = f"Of {worst[served]['n']} images, {percent(worst[served], 0)} withstand every attack behind the purifier"
     trained = [row for row in content.get("trained", ()) if row in worst]
     last = ""
     if trained:
         most = max(trained, key=lambda row: worst[row]["share"])
         last = f" Of what was trained to compare with, {titles[most]} withstands most: {percent(worst[most], 0)}."
+    if served is None:
+        return f"No attack was measured on the purifier as served.{last}"
+    said = f"Of {worst[served]['n']} images, {percent(worst[served], 0)} withstand every attack behind the purifier"
     if not others:
         return f"{said}.{last}"
     best = max(others, key=lambda row: others[row]["share"])

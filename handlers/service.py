@@ -198,7 +198,7 @@ class Service:
                 pixels, seeds = np.stack([image.pixels for image in images]), [image.seed for image in images]
                 result = pipeline.run(pixels, samples, seeds, alphas=alphas)
                 self._measure_run(result)
-                return outcomes | {image.place: self._describe(image, result, i) for i, image in enumerate(images)}
+                return outcomes | {image.place: self._answer(image, result, i) for i, image in enumerate(images)}
             except NonFiniteError as error:
                 logger.error("%s", error)
                 broken = [images[i] for i in error.items]
@@ -214,6 +214,13 @@ class Service:
                 reason = "the image could not be purified"
                 return outcomes | {image.place: self._refuse("internal", 500, reason) for image in images}
         return outcomes
+
+    def _answer(self, image: _Decoded, result: Result, i: int) -> Outcome:
+        try:
+            return self._describe(image, result, i)
+        except Exception:  # a certificate computes for itself, and may run out of memory
+            logger.exception("an image could not be answered")
+            return self._refuse("internal", 500, "the image could not be answered")
 
     def _describe(self, image: _Decoded, result: Result, i: int) -> Outcome:
         manifest, more = self._pipeline.manifest, dict[str, Any]()

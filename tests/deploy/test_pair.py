@@ -192,11 +192,13 @@ def test_an_upgrade_under_load_loses_nothing(
 def test_an_upgrade_that_fails_changes_nothing(
     nvae_bundle: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A damaged archive; then a good one, and a configuration that nginx does not take."""
+    """A damaged archive; then a good one, and a configuration that nginx does not take; then nothing is wrong, but
+    requests in flight have no time.
+    """
     store = tiny_store(nvae_bundle, tmp_path / "store", batch_delay_ms=20)
     good = (store / "tiny.mar").read_bytes()
     pair = Pair(tmp_path_factory.mktemp("p"))
-    pair.start(store)
+    pair.start(store, "--drain", "0")
     try:
         (store / "tiny.mar").write_bytes(good[: len(good) // 2])
         assert pair.process
@@ -206,11 +208,17 @@ def test_an_upgrade_that_fails_changes_nothing(
 
         tiny_store(renamed(nvae_bundle, tmp_path / "renamed"), store)
         conf = pair.folder / "etc" / "nginx.conf"
-        conf.write_text(conf.read_text() + "nonsense;\n")
+        right = conf.read_text()
+        conf.write_text(right + "nonsense;\n")
         pair.process.send_signal(signal.SIGUSR2)
         until(lambda: "nginx rejects its configuration" in pair.log(), WAIT)
         until(lambda: [process.name() for process in family_of(pair)].count("java") == 1)
         assert not pair.predict()[1]["label"].isupper()
+
+        conf.write_text(right)
+        pair.process.send_signal(signal.SIGUSR2)
+        until(lambda: "pair: upgraded" in pair.log(), WAIT)
+        assert pair.predict()[1]["label"].isupper()
     finally:
         pair.stop()
 

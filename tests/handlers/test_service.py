@@ -415,6 +415,19 @@ def test_a_certificate_comes_with_the_answer(pipeline: Pipeline) -> None:
     assert json.loads(purified.headers["X-Mlvgm-Answer"])["draws"] == 20
 
 
+def test_a_certificate_that_fails_harms_no_other_answer(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "certify", fail)
+    meter = Meter()
+    service = Service(pipeline, HandlerSettings(certify_draws=20), sink=meter)
+    answers = service.answer([ask(png(0)), ask(png(0), certify=20), ask(png(1))])
+    assert [answer.status for answer in answers] == [200, 500, 200]
+    assert said(answers[1])["error"] == "the image could not be answered"
+    assert meter[REJECTED, "internal"][-1] == 1
+
+
 def test_certificates_are_kept_within_the_budget(pipeline: Pipeline) -> None:
     service = Service(pipeline, HandlerSettings(certify_draws=20))
     requests = [

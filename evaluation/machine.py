@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import sys
 from typing import Any
 
 from handlers import cores
@@ -13,7 +14,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Processor, usable cores, Python, and the version of each of `PACKAGES` that is installed."""
+    """Processor, usable cores, GPU where PyTorch has one, Python, and the version of each of `PACKAGES` installed."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -23,10 +24,16 @@ def describe() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": cores.usable(),
+        **_gpu(),
         "system": platform.system(),
         "python": platform.python_version(),
         "packages": versions,
     }
+
+
+def _gpu() -> dict[str, str]:
+    torch: Any = sys.modules.get("torch")  # where nobody has imported it, nothing ran on a GPU by it
+    return {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
 
 
 def _processor() -> str:

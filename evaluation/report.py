@@ -22,7 +22,8 @@ def conditions(content: Content) -> str:
     here = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in here["packages"].items())
     date = f"; {content['date']}" if "date" in content else ""
-    return f"{here['processor']}, {here['cores']} cores, Python {here['python']}, {versions}{date}"
+    gpu = f"{here['gpu']}, " if "gpu" in here else ""
+    return f"{gpu}{here['processor']}, {here['cores']} cores, Python {here['python']}, {versions}{date}"
 
 
 def save(content: Content, page: str, path: Path, draw: Callable[[Path], None] | None = None) -> None:

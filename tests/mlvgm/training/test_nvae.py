@@ -8,6 +8,7 @@ import signal
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mlvgm.nvae import NVAE
 from mlvgm.training import trial
 from mlvgm.training.bound import answer_divergence, evidence_lower_bound
 from mlvgm.training.images import ImageSet, to_tensor
-from mlvgm.training.nvae import CHECKPOINT, LOG, begin, train_nvae
+from mlvgm.training.nvae import CHECKPOINT, LOG, begin, recalibrated, train_nvae, with_noise
 from mlvgm.training.publish import write_weights
 from mlvgm.training.settings import Settings, Shape, TrainingError
 from mlvgm.training.trial import Trial, try_step
@@ -26,6 +27,10 @@ from tests.mlvgm.training.spawned import spawned
 
 SHAPE = Shape((1, 2), latent_channels=2, channels=4, mixtures=2)
 SETTINGS = Settings(32, SHAPE, steps=24, batch=16, warmup=2)
+
+
+fitted = partial(train_nvae, channels_last=False)
+"""With channels last, PyTorch cannot train a shape as narrow as this on every processor (`mlvgm.training.trial`)."""
 
 
 def images(count: int = 96) -> ImageSet:
@@ -40,7 +45,7 @@ def likelihoods(work: Path) -> tuple[float, float]:
     """Of held-out images, before and after training."""
     torch.manual_seed(0)
     held_out = to_tensor(images().images[images().validation])
-    trained, _ = train_nvae(SETTINGS, images(), work)
+    trained, _ = fitted(SETTINGS, images(), work)
     with torch.no_grad():
         before = evidence_lower_bound(NVAE(SHAPE.config(32)), held_out).log_likelihood.mean()
         after = evidence_lower_bound(trained, held_out).log_likelihood.mean()
@@ -51,6 +56,35 @@ def test_the_bound_improves(tmp_path: Path) -> None:
     before, after = spawned(likelihoods, tmp_path)
     assert after > before
     assert len((tmp_path / LOG).read_text().splitlines()) == 1
+
+
+def test_the_share_of_noisy_images_gets_noise_within_the_range() -> None:
+    settings = dataclasses.replace(SETTINGS, noise=0.2, least_noise=0.1, noisy=0.5)
+    torch.manual_seed(0)
+    grey = torch.full((400, 3, 32, 32), 0.5)
+    sigma = (with_noise(grey, settings) - grey).flatten(1).std(dim=1)
+    noisy = sigma > 0.075
+    assert 0.4 < noisy.float().mean() < 0.6
+    assert 0.09 < sigma[noisy].min() < 0.11
+    assert 0.18 < sigma[noisy].max() < 0.21
+    assert sigma[~noisy].max() < 0.055
+
+
+def test_statistics_are_those_of_all_images_with_the_noise_of_training() -> None:
+    """Behind a first convolution, noise adds to the variance; and images of one kind in a row do not take from it."""
+    sorted_ = images(256)
+    order = np.argsort(sorted_.images[:, 0, 0, 0])
+    places = dataclasses.replace(sorted_, train=order, validation=order[:1])
+
+    def variance(noise: float, of: ImageSet = places) -> float:
+        settings = dataclasses.replace(SETTINGS, noise=noise, least_noise=noise, noisy=1.0)
+        torch.manual_seed(0)
+        found = recalibrated(NVAE(SHAPE.config(32)), of, settings)
+        return float(next(m for m in found.modules() if isinstance(m, torch.nn.BatchNorm2d)).running_var.mean())
+
+    mixed = dataclasses.replace(places, train=np.random.default_rng(1).permutation(order))
+    assert variance(0.0) == pytest.approx(variance(0.0, mixed), rel=0.1)
+    assert variance(0.3) > 1.05 * variance(0.0)
 
 
 def colour() -> torch.nn.Module:
@@ -65,7 +99,7 @@ class Sharp(torch.nn.Module):
 
 def divergence_of_answers(settings: Settings, work: Path) -> float:
     """Of held-out images, after training."""
-    trained, _ = train_nvae(settings, images(), work)
+    trained, _ = fitted(settings, images(), work)
     held_out = to_tensor(images().images[images().validation])
     torch.manual_seed(0)
     with torch.no_grad():
@@ -89,7 +123,7 @@ def weights(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
         if step == kill_at:
             os._exit(9)
 
-    return dict(train_nvae(SETTINGS, images(), work, draw=kill, draw_every=5)[0].state_dict())
+    return dict(fitted(SETTINGS, images(), work, draw=kill, draw_every=5)[0].state_dict())
 
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +148,7 @@ def weights_saved_often(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
 
 def train(settings: Settings, work: Path) -> torch.Tensor:
     """One of the trained weights; a whole network cannot travel between processes."""
-    return train_nvae(settings, images(), work)[0].const_prior.detach()
+    return fitted(settings, images(), work)[0].const_prior.detach()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -180,7 +214,7 @@ def test_training_goes_on_from_weights_of_the_same_shape(tmp_path: Path) -> None
 
 def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="do not fill one batch"):
-        train_nvae(SETTINGS, images(count=12), tmp_path)
+        fitted(SETTINGS, images(count=12), tmp_path)
 
 
 def test_a_trial_tells_what_a_step_costs() -> None:

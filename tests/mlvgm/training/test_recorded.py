@@ -20,7 +20,7 @@ def test_a_replay_gives_the_gradients_of_other_images(monkeypatch: pytest.Monkey
         loss.backward()
         return loss.detach(), torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
 
-    recorded = RecordedStep(gradients, torch.rand(5, 3, 8, 8), optimizer)
+    recorded = RecordedStep(gradients, (torch.rand(5, 3, 8, 8), torch.zeros(())), optimizer)
     for seed, weight in ((1, 0.5), (2, 2.0)):
         images = torch.rand(5, 3, 8, 8)
         found = []

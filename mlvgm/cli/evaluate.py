@@ -80,8 +80,8 @@ def add_options(parser: Parser) -> None:
         "--comparators",
         type=Path,
         metavar="FOLDER",
-        help="what python -m evaluation.comparators has trained: further defences pgd, trades, another, each also "
-        "behind the purifier (served-pgd, ...), avae and ndvae",
+        help="what python -m evaluation.comparators has trained: further defences pgd, trades, another, smoothed, each "
+        "also behind the purifier (served-pgd, ...), avae and ndvae",
     )
     add("--limit", type=positive, metavar="N", help="images, the first of a fixed random order")
     add("--few", type=positive, metavar="N", help="of these, for threats that take long")

@@ -27,6 +27,7 @@ from handlers.pipeline import Pipeline
 from handlers.runtimes import Options
 from handlers.runtimes.device import DeviceArray
 from mlvgm.nvae import NVAE, NVAEPurifier
+from mlvgm.purifier import Purifier
 from mlvgm.recipe import Recipe
 
 _BUNDLE, _E4E, _SAMPLES, _COUNT, _CALLS = "road-signs", "e4e", 8, 64, 16
@@ -67,7 +68,7 @@ def e4e(bench: Bench) -> Iterator[Case]:
         yield Case(f"answers by {most}", partial(_e4e_answers, bench, most, rows), rows)
         if (most, rows) == (8, 1):
             yield from (Case("decode", partial(_e4e_decode, bench, count), count) for count in (32, 8))
-            yield Case("labels", partial(_e4e_labels, bench), 32)
+            yield Case("labels", partial(_e4e_labels, bench, 32), 32)
 
 
 def write_e4e(bench: Bench) -> Iterator[Case]:
@@ -96,7 +97,7 @@ def _e4e_answers(bench: Bench, most: int, rows: int) -> Measured:
 
 def _e4e_decode(bench: Bench, rows: int) -> Measured:
     """Against the published operators on the same device; "mixed" is the one input."""
-    stage = _e4e_stage(bench)
+    stage = _decoder(_e4e_purifier(bench))
     mixed = example(stage.inputs[0], rows).to(bench.device)
     expected = _published(stage, mixed)
     with _e4e_engine(bench, rows) as decode:
@@ -104,13 +105,12 @@ def _e4e_decode(bench: Bench, rows: int) -> Measured:
         return row | compared([decode(mixed)], [expected], LIMITS["fp16"])
 
 
-def _e4e_labels(bench: Bench, rows: int = 32) -> Measured:
+def _e4e_labels(bench: Bench, rows: int) -> Measured:
     """How many labels are equal behind this decoder and behind the published one. The classifier is a drawn one too;
     its mean answer is taken off, or it would name one class for all images.
     """
-    stage, logits = _e4e_stage(bench), [list[Tensor](), list[Tensor]()]
-    classifier: Any = classifier_stage(purifier_of("e4e", torch.device("cpu"), bench.toy), bench.toy).reference
-    classifier.to(bench.device)
+    purifier, logits = _e4e_purifier(bench), [list[Tensor](), list[Tensor]()]
+    stage, classifier = _decoder(purifier), classifier_stage(purifier, bench.toy).module().to(bench.device)  # type: ignore[union-attr]
     with _e4e_engine(bench, rows) as decode, torch.no_grad():
         for seed in range(1 if bench.toy else _CALLS):
             mixed = example(stage.inputs[0], rows, seed).to(bench.device)
@@ -122,8 +122,12 @@ def _e4e_labels(bench: Bench, rows: int = 32) -> Measured:
     return {"facts": {"equal labels": equal, "images": len(labels), "classes": len(expected.unique())}}
 
 
-def _e4e_stage(bench: Bench) -> Stage:
-    return families.stages(purifier_of("e4e", torch.device("cpu"), bench.toy).to(bench.device), False, 0.0)[-1]
+def _e4e_purifier(bench: Bench) -> Purifier:
+    return purifier_of("e4e", torch.device("cpu"), bench.toy).to(bench.device)
+
+
+def _decoder(purifier: Purifier) -> Stage:
+    return families.stages(purifier, False, 0.0)[-1]
 
 
 def _published(stage: Stage, mixed: Tensor) -> Tensor:

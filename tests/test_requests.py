@@ -159,7 +159,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": jpeg_scans(4096, 20)},
         {},
     ),
-    "the run-length encoded BMP is too large: 600x600, at most 262144 pixels are accepted": (
+    "the run-length encoded BMP is too large: 600x600, at most 131072 pixels are accepted": (
         {"body": rle_bmp(600, 600, b"\0\1")},
         {},
     ),

@@ -25,8 +25,9 @@ _CHANNELS = {_GRAY: 1, _RGB: 3, _PALETTE: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
 """Passes of an interlaced PNG: first column, step, first row, step."""
 _JPEG_START = b"\xff\xd8\xff"
-# Searched for, since any number of fill bytes may precede it; restart markers belong to the data of a scan.
-_JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\xd0-\xd7])")
+# Searched for, since any number of fill bytes may precede it; restart markers belong to the data of a scan, and 0x01,
+# like them, has no length: decoders skip it, and see the marker behind it.
+_JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\x01\xd0-\xd7])")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _SCAN, _END, _TABLES = 0xDA, 0xD9, 0xDB
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # the last is that of JPEG-LS

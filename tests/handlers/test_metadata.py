@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from handlers.metadata import MAX_PARTS, DamagedError, ImageError, Stripped, strip_metadata
-from tests.handlers.hostile import chunk, encoded, little_jpeg, little_png
+from tests.handlers.hostile import chunk, encoded, little_jpeg, little_png, scans
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
@@ -43,6 +43,16 @@ def test_an_exif_block_of_a_jpeg_counts_in_front_of_its_pixels_only(marker: byte
     late, segment = data.rindex(marker), b"\xff\xe1" + (2 + len(block)).to_bytes(2, "big") + block
     assert strip_metadata(data[:2] + segment + data[2:]).exif
     assert not strip_metadata(data[:late] + segment + data[late:]).exif
+
+
+@pytest.mark.parametrize("marker", [b"", b"\xff", b"\xff\x01", b"\xff\xd0", b"\xff\x00", b"\x01"])
+def test_every_scan_that_a_decoder_sees_is_counted(marker: bytes) -> None:
+    """Some markers have no length, though the marker of a scan that follows them could be read as one."""
+    data = scans(64, 10)
+    last = data.rindex(b"\xff\xda")
+    stripped = strip_metadata(data[:last] + (marker + data[last:-2]) * 40 + data[-2:])
+    assert stripped.scans
+    assert stripped.scans.count == 49
 
 
 @pytest.mark.parametrize("format", ["WEBP", "BMP", "GIF"])

@@ -128,7 +128,9 @@ def encode_png(image: FloatArray) -> bytes:
 
 def _open(data: bytes) -> ImageFile.ImageFile:
     """The image with its header read, and no pixels decoded yet."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image.decodermaxblock = len(data)  # an arithmetic-coded JPEG cannot be decoded in parts
+    return image
 
 
 def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_request: int) -> None:

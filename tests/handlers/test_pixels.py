@@ -135,6 +135,25 @@ def test_jpeg_of_twelve_bits_is_named() -> None:
         decode(data, (H, W))
 
 
+ARITHMETIC = bytes.fromhex(
+    "ffd8ffe000104a46494600010100000100010000ffdb004300030202030202030303030403030405080505040405"
+    "0a070706080c0a0c0c0b0a0b0b0d0e12100d0e110e0b0b1016101113141515150c0f171816141812141514ffc900"
+    "0b080010001001011100ffcc000600101005ffda0008010100003f00ff00dc1bd9abd9c7a5360c0a423842b49556"
+    "2c8edf5b7279c488ff00dfa0ffd9"
+)
+"""9 x + 7 y in gray, 16 x 16, of `jpegtran -arithmetic`; no encoder that Python has writes one."""
+
+
+@pytest.mark.parametrize("tables", [0, 948])
+def test_arithmetic_jpeg(tables: int) -> None:
+    """Its decoder cannot wait for more data, as after 65,536 bytes, which lie within its scan."""
+    data = ARITHMETIC[:20] + ARITHMETIC[20:89] * tables + ARITHMETIC[20:]
+    y, x = np.mgrid[0:16, 0:16]
+    assert np.abs(decode(data, (16, 16)) - (9 * x + 7 * y)[..., None]).max() <= 1
+    with pytest.raises(ImageError, match="truncated"):
+        decode(data[:-2], (16, 16))  # which may be all of it, or not
+
+
 @pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 80}, {"lossless": True}])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_webp(options: dict[str, Any], channels: int) -> None:

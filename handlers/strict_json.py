@@ -14,7 +14,8 @@ MAX_JSON_PARTS = 250_000
 """Largest number of objects, lists and texts in a body. Each takes far more memory than the two bytes of its text."""
 
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
-_DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]{1,30}://", re.IGNORECASE)
+_DATA_URL = re.compile(r"\s*data:[^,]{0,100};base64,", re.IGNORECASE)
 
 
 class RequestError(MlvgmError, ValueError):
@@ -63,7 +64,7 @@ def base64_bytes(text: Any) -> bytes:
     """
     if not isinstance(text, str):
         raise RequestError(f"an image in JSON must be a text in base64 under 'image', not {quoted(text)}")
-    if text.startswith(("http:", "https:")):
+    if _ADDRESS.match(text):
         raise RequestError(
             "image: this is an address, and images are not fetched from anywhere: send its bytes in base64"
         )

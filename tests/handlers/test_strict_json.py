@@ -90,13 +90,14 @@ def test_base64_comes_back_however_it_is_wrapped(data: bytes, width: int) -> Non
 @given(st.binary(max_size=50))
 def test_base64_comes_back_from_every_way_to_write_it(data: bytes) -> None:
     for text in (base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()):
-        for start in ("", "data:;base64,", "data:image/png;base64,", "DATA:image/svg+xml;charset=utf-8;base64,"):
+        for start in ("", "data:;base64,", "data:image/png;base64,", "\n DATA:image/svg+xml;charset=utf-8;base64,"):
             assert base64_bytes(start + text) == base64_bytes(start + text.rstrip("=")) == data
 
 
-def test_addresses_are_not_fetched() -> None:
+@pytest.mark.parametrize("start", ["https://", "HTTP://", " https://", "file:///", "s3://"])
+def test_addresses_are_not_fetched(start: str) -> None:
     with pytest.raises(RequestError, match="not fetched"):
-        base64_bytes("https://example.com/sign.png")
+        base64_bytes(f"{start}example.com/sign.png")
 
 
 @pytest.mark.parametrize("text", ["%", "abcde", "a=bc", "\N{SNOWMAN}", "\ud800", "YQ==YQ==", "data:image/png,abcd"])

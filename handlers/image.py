@@ -26,6 +26,7 @@ MAX_JPEG_SCANS = 100  # cameras write about ten
 MAX_JPEG_SAMPLES = 300_000_000  # in all scans together: 16 million pixels without subsampling need 235 million
 MAX_RLE_PIXELS = 131_072  # of a run-length encoded BMP, which Pillow decodes in Python
 _FULL_DECODE_PIXELS = 4_000_000
+_UNREAD_BMP = "this kind of BMP is not read: save it with 24 bits and without compression, or as PNG"
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,8 +101,9 @@ def decode(image: bytes | Pixels, size: tuple[int, int], images_in_request: int 
     except (Image.DecompressionBombError, MemoryError):
         limit = MAX_PIXELS // images_in_request
         raise ImageError(f"the image is too large: at most {limit} pixels are accepted") from None
-    except Exception:  # decoders raise almost anything for hostile bytes
-        raise DamagedError from None
+    except Exception as error:  # decoders raise almost anything for hostile bytes
+        unread = str(error).startswith("Unsupported BMP")
+        raise ImageError(_UNREAD_BMP) if unread else DamagedError from None
 
 
 def is_costly(image: bytes | Pixels, images_in_request: int = 1) -> bool:
@@ -144,6 +146,8 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
         among = f" of each of {images_in_request} images" if images_in_request > 1 else ""
         what = "run-length encoded BMP" if is_rle else "image"
         raise ImageError(f"the {what} is too large: {width}x{height}, at most {limit} pixels{among} are accepted")
+    if image.format == "BMP" and _is_misread(image, stripped.data):
+        raise ImageError(_UNREAD_BMP)
     if scans and scans.count > MAX_JPEG_SCANS:
         raise ImageError(f"the JPEG has too many scans: at most {MAX_JPEG_SCANS} are accepted")
     if scans and scans.samples > MAX_JPEG_SAMPLES // images_in_request:
@@ -152,6 +156,15 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
         raise ImageError("the image has colours of a palette, but no palette")
     if getattr(image, "is_animated", False):
         raise ImageError("the image is animated: send one frame")
+
+
+def _is_misread(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether Pillow gives a BMP other pixels than it has: run-length encoded ones of 4 bits, and gray ones where the
+    palette is shorter than the bits of a pixel allow.
+    """
+    bits = data[24 if data[14] == 12 else 28]  # by the length of the header
+    is_rle = image.tile[0][0] == "bmp_rle"
+    return (is_rle and bits == 4) or {"1": 1, "L": 8}.get(image.mode, bits) != bits
 
 
 def _is_large(image: Image.Image, stripped: Stripped) -> bool:

@@ -163,6 +163,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": rle_bmp(600, 600, b"\0\1")},
         {},
     ),
+    "this kind of BMP is not read: save it with 24 bits and without compression, or as PNG": (
+        {"body": rle_bmp(8, 8, b"").replace(b"\1\0\x08\0\1", b"\1\0\x08\0\4")},
+        {},
+    ),
     "send one image: as the body, as the form field 'image', or as 'image' in JSON": ({"file": SIGN}, {}),
     "the form is malformed, or broken off": ({"body": b"--x"}, {"X-Form-Type": forms.TYPE}),
     "the content type is that of a web form: send one like image/png, or use curl -T FILE": (

@@ -255,6 +255,37 @@ def test_run_length_encoded_bmp() -> None:
     assert np.array_equal(decode(bytes(data), (H, W)), PALETTE[:, 2::-1][values])
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("colours", [2, 3, 16])
+def test_bmp_with_a_gray_palette_is_read_right_or_refused(bits: int, colours: int) -> None:
+    levels = np.array([0, 255] if colours == 2 else range(colours), np.uint8)[: 2**bits]
+    values = INDICES % len(levels)
+    spread = (values[::-1, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+    palette = np.repeat(levels[:, None], 4, axis=1).tobytes()
+    data = bmp(bits, padded(np.packbits(spread.reshape(H, -1), axis=1)), palette)
+    if bits == 4 or (bits == 8 and colours == 2):
+        with pytest.raises(ImageError, match="this kind of BMP is not read"):
+            decode(data, (H, W))
+    else:
+        assert np.array_equal(decode(data, (H, W))[..., 0], levels[values])
+
+
+@pytest.mark.parametrize(
+    ("bits", "compression", "masks"),
+    [
+        (4, 2, ()),  # run-length encoded
+        (24, 4, ()),  # a JPEG within
+        (16, 3, (0xF00, 0xF0, 0xF)),
+        (32, 3, (0x3FF00000, 0xFFC00, 0x3FF)),
+    ],
+)
+def test_other_kinds_of_bmp_are_named(bits: int, compression: int, masks: tuple[int, ...]) -> None:
+    data = bytearray(bmp(bits, bytes(8 * H * W), PALETTE[:16].tobytes() if bits == 4 else b"", masks=masks))
+    data[30] = compression
+    with pytest.raises(ImageError, match="this kind of BMP is not read"):
+        decode(bytes(data), (H, W))
+
+
 # Cut off anywhere.
 
 WHOLE: dict[str, bytes] = {

@@ -24,6 +24,7 @@ MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
 MAX_JPEG_PIXELS = 64_000_000  # in one scan; such a JPEG can be decoded at a reduced size
 MAX_JPEG_SCANS = 100  # cameras write about ten
 MAX_JPEG_SAMPLES = 300_000_000  # in all scans together: 16 million pixels without subsampling need 235 million
+MAX_LOSSLESS_PIXELS = 2_097_152  # of a WebP, of which every 16 pixels can ask for tables of 5 kB
 MAX_RLE_PIXELS = 131_072  # of a run-length encoded BMP, which Pillow decodes in Python
 _FULL_DECODE_PIXELS = 4_000_000
 _UNREAD_BMP = "this kind of BMP is not read: save it with 24 bits and without compression, or as PNG"
@@ -140,12 +141,16 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
     width, height = image.size
     scans = stripped.scans
     is_rle = image.format == "BMP" and image.tile[0][0] == "bmp_rle"
-    most = MAX_JPEG_PIXELS if scans and scans.at_once else MAX_RLE_PIXELS if is_rle else MAX_PIXELS
+    if is_rle:
+        kind, most = "run-length encoded BMP", MAX_RLE_PIXELS
+    elif stripped.lossless:
+        kind, most = "lossless WebP", MAX_LOSSLESS_PIXELS
+    else:
+        kind, most = "image", MAX_JPEG_PIXELS if scans and scans.at_once else MAX_PIXELS
     limit = most // images_in_request
     if max(width, height) > MAX_SIDE or width * height > limit or (is_rle and len(stripped.data) > 3 * limit):
         among = f" of each of {images_in_request} images" if images_in_request > 1 else ""
-        what = "run-length encoded BMP" if is_rle else "image"
-        raise ImageError(f"the {what} is too large: {width}x{height}, at most {limit} pixels{among} are accepted")
+        raise ImageError(f"the {kind} is too large: {width}x{height}, at most {limit} pixels{among} are accepted")
     if image.format == "BMP" and _is_misread(image, stripped.data):
         raise ImageError(_UNREAD_BMP)
     if scans and scans.count > MAX_JPEG_SCANS:
@@ -168,7 +173,8 @@ def _is_misread(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def _is_large(image: Image.Image, stripped: Stripped) -> bool:
-    return image.width * image.height > _FULL_DECODE_PIXELS and not (stripped.scans and stripped.scans.at_once)
+    pixels = image.width * image.height * (MAX_PIXELS // MAX_LOSSLESS_PIXELS if stripped.lossless else 1)
+    return pixels > _FULL_DECODE_PIXELS and not (stripped.scans and stripped.scans.at_once)
 
 
 def _pixels(image: Image.Image, stripped: Stripped, size: tuple[int, int]) -> Pixels:

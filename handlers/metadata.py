@@ -122,6 +122,7 @@ class Stripped:
         transparent: the one transparent colour of a gray or RGB PNG, left out of ``data``: a gray value,
             three of RGB in 8 bits, or the upper bytes of three in 16 and then the lower ones.
         scans: of a JPEG.
+        lossless: a WebP with lossless pixels or opacity.
         ended: False for a JPEG without its end marker.
     """
 
@@ -130,16 +131,19 @@ class Stripped:
     transparent: tuple[int, ...] = ()
     scans: JpegScans | None = None
     ended: bool = True
+    lossless: bool = False
 
 
 def strip_metadata(data: bytes) -> Stripped:
-    """``data`` without metadata; formats other than PNG and JPEG are not changed.
+    """``data`` without metadata; WebP and BMP are not changed.
 
     Raises:
         ImageError: it is truncated, damaged, has more than `MAX_PARTS` parts, or is a kind of JPEG that is not read.
     """
     if data.startswith(_PNG_START):
         return _png(data)
+    if data[8:12] == b"WEBP":
+        return _webp(data)
     return _jpeg(data) if data.startswith(_JPEG_START) else Stripped(data)
 
 
@@ -189,6 +193,16 @@ def _png(data: bytes) -> Stripped:
         if kind == b"IEND":
             return Stripped(b"".join(kept), exif, _transparent_colour(transparent, depth, colour))
     raise DamagedError
+
+
+def _webp(data: bytes) -> Stripped:
+    place = 12
+    for _ in range(MAX_PARTS):
+        kind, length = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind in (b"VP8 ", b"VP8L", b"ALPH", b""):
+            return Stripped(data, lossless=kind in (b"VP8L", b"ALPH"))
+        place += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame holds parts itself
+    raise ImageError(_TOO_MANY)
 
 
 def _transparent_colour(content: bytes, depth: int, colour: int) -> tuple[int, ...]:

@@ -159,6 +159,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": jpeg_scans(4096, 20)},
         {},
     ),
+    "the lossless WebP is too large: 2048x2048, at most 2097152 pixels are accepted": (
+        {"body": encoded(Image.new("L", (2048, 2048)), "WEBP", lossless=True)},
+        {},
+    ),
     "the run-length encoded BMP is too large: 600x600, at most 131072 pixels are accepted": (
         {"body": rle_bmp(600, 600, b"\0\1")},
         {},
@@ -382,8 +386,8 @@ def test_hostile_requests_are_refused_and_the_worker_lives(server: Server, clien
 
 def test_every_costly_image_is_answered(server: Server) -> None:
     """Those that can be read are: sixteen in one request share the pixels that one may have."""
-    status, answer = ask(server, COSTLY["WebP, RGBA"]())
+    status, answer = ask(server, COSTLY["WebP, 16 million pixels"]())
     assert status == 200, answer
-    together = {"images": [base64.b64encode(COSTLY["WebP, RGBA"]()).decode()] * 16, "samples": 1}
+    together = {"images": [base64.b64encode(COSTLY["WebP, 16 million pixels"]()).decode()] * 16, "samples": 1}
     status, answer = ask(server, json.dumps(together).encode(), JSON)
     assert (status, answer.count(b"at most 1048576 pixels of each of 16 images")) == (400, 16)

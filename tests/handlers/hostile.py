@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 SIDE = 4096
@@ -76,6 +77,28 @@ def zipped(size: int) -> bytes:
     return zlib.compress(bytes(size), 9)
 
 
+def webp_of_many_codes(side: int) -> bytes:
+    """A lossless WebP with codes of their own for each block of 4x4 pixels, 65,536 at most: tables of 5 kB for each."""
+
+    def field(value: int, bits: int) -> str:
+        return f"{value:0{bits}b}"[::-1]
+
+    order = (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8)  # in which the lengths of the codes of lengths are written
+    start = "0" + field(len(order) - 4, 4)
+    green = start + "".join(field(length in (8, 18), 3) for length in order) + "0" + "0" * 256 + "1" + field(24 - 11, 7)
+    red = start + "".join(field(length in (0, 8), 3) for length in order) + "0" + "1" * 256
+    one_symbol = field(1, 4)
+    blocks = (-(-side // 4)) ** 2
+    bits = field(0x2F, 8) + 2 * field(side - 1, 14) + "0000"  # without alpha, of version 0
+    bits += "00" + "1" + field(0, 3)  # no transform, no colour cache; then the image that names each block's codes
+    bits += "0" + green + red + 3 * one_symbol
+    bits += "".join(f"{i % 65536 & 255:08b}{i % 65536 >> 8:08b}" for i in range(blocks))
+    bits += 5 * min(blocks, 65536) * one_symbol
+    data = np.packbits(np.frombuffer(bits.encode(), np.uint8) - ord("0"), bitorder="little").tobytes() + bytes(8)
+    data += bytes(len(data) % 2)
+    return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+
+
 COSTLY: dict[str, Callable[[], bytes]] = {
     "PNG, RGBA": lambda: wide_png(6, 8, 4),
     "PNG, RGBA of 16 bits": lambda: wide_png(6, 16, 4),
@@ -92,7 +115,8 @@ COSTLY: dict[str, Callable[[], bytes]] = {
     "JPEG, 100 scans": lambda: scans(SIDE, 100),
     "JPEG, 1.6 million segments": lambda: little_jpeg(b"\xff\xe5\0\2" * 1_600_000),
     "JPEG, 6 MB of fill bytes": lambda: little_jpeg(b"\xff" * 6_000_000 + b"\0"),
-    "WebP, RGBA": lambda: encoded(Image.new("RGBA", (SIDE, SIDE), (1, 2, 3, 4)), "WEBP", lossless=True),
+    "WebP, 16 million pixels": lambda: encoded(Image.new("RGB", (SIDE, SIDE), (1, 2, 3)), "WEBP"),
+    "WebP, 65,536 codes": lambda: webp_of_many_codes(1448),
     "WebP, 20,000 tags": lambda: encoded(Image.new("RGB", (8, 8)), "WEBP", exif=exif(20_000, 6_000_000)),
     "BMP, 3 million runs": lambda: rle_bmp(SIDE, SIDE, b"\1\0" * 3_200_000),
     "BMP, a million jumps": lambda: rle_bmp(16_000, 1024, b"\0\2\0\xff" * 1_000_000),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from handlers.image import MAX_JPEG_SCANS, ImageError, decode, encode_png, is_costly
-from tests.handlers.hostile import COSTLY, chunk, encoded, little_png, png, scans, wide_png
+from tests.handlers.hostile import COSTLY, chunk, encoded, little_png, png, scans, webp_of_many_codes, wide_png
 
 Pixels = npt.NDArray[np.uint8]
 SIZE = (16, 16)
@@ -403,7 +403,12 @@ def test_costly_images_are_known_by_their_headers() -> None:
     refused = [WEBP_BOMB, encoded(Image.new("1", (8000, 8000)), "PNG")]
     assert not any(map(is_costly, [*ordinary, photograph, *refused]))
     assert not is_costly(encoded(Image.new("L", (3000, 3000)), "PNG"), images_in_request=16)
-    large = [wide_png(6, 16, 4), scans(1000, 60), encoded(Image.new("RGB", (3000, 1500)), "WEBP")]
+    large = [
+        wide_png(6, 16, 4),
+        scans(1000, 60),
+        encoded(Image.new("RGB", (3000, 1500)), "WEBP"),
+        webp_of_many_codes(1024),
+    ]
     assert all(map(is_costly, large))
 
 

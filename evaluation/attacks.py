@@ -167,8 +167,7 @@ def fingerprint(classifier: nn.Module, method: object) -> str:
 def predict(classifier: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The classes (B,) that ``classifier`` predicts for uint8 (B, H, W, 3)."""
     parts = [classifier(to_float(images[i : i + _CHUNK])).argmax(dim=1) for i in range(0, len(images), _CHUNK)]
-    labels: NDArray[np.int64] = torch.cat(parts).numpy()
-    return labels
+    return torch.cat(parts).numpy()
 
 
 def to_float(images: NDArray[np.uint8]) -> Tensor:
@@ -184,8 +183,7 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
 
 def distances(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(B,): the L2 norm of what ``images`` (B, H, W, 3) differ by from ``others``, for pixels from 0 to 1."""
-    norms: NDArray[np.float32] = (to_float(images) - to_float(others)).flatten(1).norm(dim=1).numpy()
-    return norms
+    return (to_float(images) - to_float(others)).flatten(1).norm(dim=1).numpy()
 
 
 def _attack_chunk(

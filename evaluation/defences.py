@@ -72,8 +72,7 @@ class Predictions:
     def agreement(self) -> NDArray[np.float64]:
         """(N,): share of the samples that vote for the predicted class."""
         drawn = self.sample_labels >= 0
-        share: NDArray[np.float64] = ((self.sample_labels == self.labels[:, None]) & drawn).sum(1) / drawn.sum(1)
-        return share
+        return ((self.sample_labels == self.labels[:, None]) & drawn).sum(1) / drawn.sum(1)
 
 
 Serve = Callable[[Images, Seeds], Predictions]
@@ -180,8 +179,7 @@ def asked(client: Client, model: str, classes: int) -> Serve:
 def gaussian(images: Images, sigma: float, seeds: Seeds) -> Images:
     """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
     drawn = normal(images.shape[1:], seeds)
-    noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
-    return noisy
+    return (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
 
 
 def _serve(subject: Subject, change: Callable[[Images], NDArray[Any]] = lambda images: images) -> Serve:
@@ -269,8 +267,7 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
 
 def _classify(subject: Subject, images: NDArray[Any]) -> Floats:
     parts = [subject.pipeline.classify(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)]
-    logits: Floats = np.concatenate(parts)
-    return logits
+    return np.concatenate(parts)
 
 
 def normal(shape: tuple[int, ...], seeds: Seeds) -> Floats:
@@ -290,5 +287,4 @@ def _jpeg(images: Images) -> Images:
 def _few_bits(images: Images) -> Images:
     """Feature squeezing (Xu, Evans and Qi, NDSS 2018)."""
     most = 2**BITS - 1
-    squeezed: Images = ((images / 255 * most).round() / most * 255).round().astype(np.uint8)
-    return squeezed
+    return ((images / 255 * most).round() / most * 255).round().astype(np.uint8)

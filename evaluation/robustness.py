@@ -170,8 +170,7 @@ def _spread(record: Record, met: NDArray[np.bool_]) -> Record:
 def _withstood(record: Record, threat: str, l2: float) -> NDArray[np.bool_]:
     """(N,): where an attack found nothing, or a change that is larger than allowed."""
     far = np.array(record["l2"]) > l2 if threat in NEAREST else False
-    withstood: NDArray[np.bool_] = (np.array(record["right"]) > 0) | far
-    return withstood
+    return (np.array(record["right"]) > 0) | far
 
 
 def _plan(

@@ -349,5 +349,4 @@ def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
 
 
 def _to_list(column: Any) -> list[Any]:
-    values: list[Any] = (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()
-    return values
+    return (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()

@@ -83,8 +83,7 @@ class OnnxClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if torch.is_grad_enabled() and images.requires_grad:
-            logits: Tensor = _Differentiable.apply(images, self)
-            return logits
+            return _Differentiable.apply(images, self)
         side = self._takes.side
         if side != self.image_size:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -333,5 +332,4 @@ def _name(kind: ir.DataType | None) -> str:
 
 def _resampling(size: int, to: int) -> Floats:
     """(to, size): bilinear resampling of a row of pixels as a matrix, antialiased where it shrinks the row."""
-    rows: Floats = F.interpolate(torch.eye(size)[None, None], (to, size), mode="bilinear", antialias=True)[0, 0].numpy()
-    return rows
+    return F.interpolate(torch.eye(size)[None, None], (to, size), mode="bilinear", antialias=True)[0, 0].numpy()

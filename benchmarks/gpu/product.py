@@ -141,7 +141,7 @@ def _e4e_engine(bench: Bench, rows: int) -> Iterator[Callable[[Tensor], Tensor]]
 
     def decode(mixed: Tensor) -> Tensor:
         found = engine.run({"mixed": mixed.numpy() if bench.toy else DeviceArray(mixed)})["images"]
-        return found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)  # type: ignore[return-value]
+        return found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)
 
     try:
         yield decode

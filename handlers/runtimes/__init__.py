@@ -160,5 +160,4 @@ def load(name: str, file: Path, options: Options) -> Engine:
         module = importlib.import_module(f"handlers.runtimes.{runtime.module}")
     except ImportError as error:
         raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): {runtime.install}") from error
-    engine: Engine = module.load(file, options, **runtime.arguments)
-    return engine
+    return module.load(file, options, **runtime.arguments)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from handlers.arrays import Pixels
 
 AMPLIFICATION = 5
 CHANGE = f"the change, x{AMPLIFICATION}"
-
-Pixels = NDArray[np.uint8]
 
 _GREEN, _RED, _INK, _PAPER = (20, 120, 50), (190, 30, 30), (30, 30, 30), (255, 255, 255)
 _WIDTH, _GAP, _TOP, _LINE = 1400, 12, 60, 14

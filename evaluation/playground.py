@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation import contact_sheet
@@ -22,6 +21,7 @@ from evaluation.photographs import encode, to_pixels
 from evaluation.signs import drawn_signs
 from handlers import certify
 from handlers.answer import describe
+from handlers.arrays import Pixels
 from handlers.client import Client, Options
 from handlers.engine_calls import NonFiniteError
 from handlers.errors import MlvgmError
@@ -33,7 +33,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 
-Pixels = NDArray[np.uint8]
 Picture = tuple[Pixels, str]
 """Pixels (H, W, 3), and what is written below them."""
 

@@ -16,6 +16,7 @@ from export.classifier import stage as classifier_stage
 from export.compare import END_TO_END, ReferenceEngine, relative_error, run_engine
 from export.stage import Stage
 from handlers import runtimes
+from handlers.arrays import Pixels
 from handlers.errors import MlvgmError
 from handlers.manifest import Batch, Manifest, TensorSpec
 from handlers.pipeline import Pipeline
@@ -75,7 +76,7 @@ def verify(
     bundle: Path,
     purifier: Purifier,
     classifier: nn.Module,
-    sets: Mapping[str, NDArray[np.uint8]],
+    sets: Mapping[str, Pixels],
     names: Sequence[str],
     samples: int = 2,
     say: Callable[[str], None] = lambda _: None,

@@ -15,8 +15,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from handlers.arrays import Pixels
 from handlers.image import ImageError, decode
 from mlvgm.cli.bulk import Bulk, Outcome, Row, print_row
 from mlvgm.cli.options import Parser, add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
@@ -78,7 +78,7 @@ def _attack(
     from evaluation.attacks import attack, predict
     from evaluation.photographs import encode
 
-    images: dict[int, NDArray[np.uint8]] = {}
+    images: dict[int, Pixels] = {}
     outcomes: list[Outcome] = [""] * len(files)
     for i, file in enumerate(files):
         try:

@@ -41,7 +41,7 @@ def ask(server: Server, model: str, timeout: float) -> None:
         raise refusal(status, body)
 
 
-class Finding(NamedTuple):
+class ProbeResult(NamedTuple):
     """The result of a probe.
 
     Attributes:
@@ -55,20 +55,20 @@ class Finding(NamedTuple):
     hangs: bool = False
 
 
-def check(server: Server, model: str, timeout: float) -> Finding:
+def check(server: Server, model: str, timeout: float) -> ProbeResult:
     """Probe ``model``."""
     began, seconds = time.monotonic(), server.worker_seconds()
     while True:
         left = began + timeout - time.monotonic()
         try:
             ask(server, model, max(left, 0.1))
-            return Finding(True, f"ready: answered after {time.monotonic() - began:.2f} s")
+            return ProbeResult(True, f"ready: answered after {time.monotonic() - began:.2f} s")
         except ServerError as error:
             # With a full queue the model is ready if its workers compute: to restart it would make the overload worse.
             if error.status != 503 or left <= 0:
-                return Finding(False, f"not ready: {error}", error.status in (0, 503))
+                return ProbeResult(False, f"not ready: {error}", error.status in (0, 503))
             if _computes(seconds, server.worker_seconds()) and _has_worker(server, model):
-                return Finding(True, "ready, and busy: its queue is full")
+                return ProbeResult(True, "ready, and busy: its queue is full")
         time.sleep(0.2)
 
 

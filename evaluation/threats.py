@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evaluation import changes
-from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine, in_precision
+from evaluation.adaptive import AscentResult, Effort, Forward, Penalty, Trace, ascend, examine, in_precision
 from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
 from evaluation.defences import Defence, Predictions, Subject, gaussian
@@ -163,7 +163,7 @@ class Transferred(Threat):
 
         def compute() -> Pixels:
             clean, labels = to_float(target.images), torch.from_numpy(target.labels)
-            best: Found | None = None
+            best: AscentResult | None = None
             device = target.subject.device
             forward = in_precision(_of_classifier(fast(classifier, device), device), self.effort, device)
             for attempt in range(self.effort.restarts):
@@ -328,10 +328,10 @@ def _of_classifier(classifier: torch.nn.Module, device: str) -> Forward:
     return lambda images, _: Trace(classifier(images.to(device))[None].cpu())
 
 
-def _best_of(one: Found, other: Found) -> Found:
+def _best_of(one: AscentResult, other: AscentResult) -> AscentResult:
     wins = other.margins < one.margins
     images = torch.where(wins[:, None, None, None], other.images, one.images)
-    return Found(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
+    return AscentResult(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
 
 
 def _replace(found: Predictions, other: Predictions, rows: IntArray) -> Predictions:

@@ -113,7 +113,7 @@ def verify(
     rows: list[dict[str, Any]] = []
     for runtime in names:
         say(f"running {runtime}")
-        options = runtimes.Options(precision=manifest.precision)
+        options = runtimes.EngineOptions(precision=manifest.precision)
         for stage in stages:
             file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
             with closing(runtimes.load(runtime, file, options)) as engine:

@@ -84,7 +84,7 @@ def compare_stages(
             known.setdefault(spec.name, example(spec, largest, seed=1000 * largest + i))
         expected = run_reference(stage, known)
         memory.release()  # what PyTorch has kept of the weights in its own layout
-        options = runtimes.Options(precision=precision)
+        options = runtimes.EngineOptions(precision=precision)
         with closing(runtimes.load(runtime, files[stage.name], options)) as engine:
             for batch in sorted(batches):
                 found = run_engine(engine, stage, slice_batch(stage, known, slice(batch)), batch)

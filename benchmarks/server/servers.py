@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.server.calls import Target
+from benchmarks.server.calls import Endpoint
 from benchmarks.server.workload import Workload
 from deploy import trial
 from deploy.errors import CliError
@@ -34,7 +34,7 @@ class Deployment:
     """A bundle on a TorchServe of its own, and how to send it requests."""
 
     server: TorchServe
-    target: Target
+    endpoint: Endpoint
 
     def workers(self) -> "list[Any]":
         """The processes that answer, as psutil knows them."""
@@ -45,20 +45,20 @@ class Deployment:
 @contextmanager
 def torchserve(workload: Workload) -> Iterator[Deployment]:
     """A TorchServe with an archive of the bundle."""
-    plan = workload.plan
+    settings = workload.settings
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
-        built = archive.build_archive(plan.bundle, Path(folder) / "store", plan.archive)
+        built = archive.build_archive(settings.bundle, Path(folder) / "store", settings.archive)
         server = TorchServe(free_ports(PORTS), folder)
         try:
-            server.start([built], plan.workers, threads=plan.threads)
+            server.start([built], settings.workers, threads=settings.threads)
             key = f"Authorization: Bearer {server.client().key('inference')}\r\n".encode()
-            yield Deployment(server, Target(server.port, workload.manifest.name, lambda: key))
+            yield Deployment(server, Endpoint(server.port, workload.manifest.name, lambda: key))
         finally:
             server.stop()
 
 
 @contextmanager
-def nginx(deployment: Deployment) -> Iterator[Target]:
+def nginx(deployment: Deployment) -> Iterator[Endpoint]:
     """nginx in front of ``deployment``, over TLS, as deploy/pair.py runs it: what clients see."""
     keys = [f"client-{i}" for i in range(_CLIENTS)]
     lines = cycle([f"X-Api-Key: {key}\r\n".encode() for key in keys])
@@ -71,24 +71,24 @@ def nginx(deployment: Deployment) -> Iterator[Target]:
             process.start()
             _await("nginx", lambda: port_is_taken(port), process.ended, 30)
             tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
-            yield Target(port, deployment.target.model, lambda: next(lines), tls)
+            yield Endpoint(port, deployment.endpoint.model, lambda: next(lines), tls)
         finally:
             process.drain(timeout=10)
 
 
 @contextmanager
-def dev_server(workload: Workload) -> Iterator[Target]:
+def dev_server(workload: Workload) -> Iterator[Endpoint]:
     """The server of ``mlvgm serve --dev``: one process, with as many threads as the workers of TorchServe together."""
-    plan, port = workload.plan, free_ports(1)
-    threads, delay_s = plan.threads * plan.workers, plan.archive.batch_delay_ms / 1000
+    settings, port = workload.settings, free_ports(1)
+    threads, delay_s = settings.threads * settings.workers, settings.archive.batch_delay_ms / 1000
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
         log = Path(folder) / "log"
-        served = (plan.bundle, port, plan.archive.runtime, threads, plan.archive.batch_size, delay_s, True)
+        served = (settings.bundle, port, settings.archive.runtime, threads, settings.archive.batch_size, delay_s, True)
         process = get_context("spawn").Process(target=_serve, args=(log, *served), daemon=True)
         process.start()
         try:
             _await("the development server", lambda: _answers(port), lambda: not process.is_alive(), log=log)
-            yield Target(port, workload.manifest.name)
+            yield Endpoint(port, workload.manifest.name)
         finally:
             process.terminate()
             process.join(30)

@@ -20,7 +20,7 @@ from handlers.arrays import Pixels
 from handlers.image import ImageError, decode
 from mlvgm.cli.bulk import Bulk, Outcome, Row, print_row
 from mlvgm.cli.options import Parser, add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
-from mlvgm.cli.purify import Purifier
+from mlvgm.cli.purify import FilePurifier
 from mlvgm.files import read_file, shown
 from mlvgm.recipe import Recipe
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         purifier = None
         if args.bundle:
-            purifier = stack.enter_context(Purifier(args.bundle, args.runtime, args.threads, **given))
+            purifier = stack.enter_context(FilePurifier(args.bundle, args.runtime, args.threads, **given))
             settings |= purifier.settings
         job = Bulk(args.files, args.out, "attacked", settings, _BATCH, args.overwrite)
         rows = []
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attack(
-    files: Sequence[bytes], recipe: Recipe, classifier: "nn.Module", method: str, purifier: Purifier | None
+    files: Sequence[bytes], recipe: Recipe, classifier: "nn.Module", method: str, purifier: FilePurifier | None
 ) -> Sequence[Outcome]:
     """For each encoded image the attacked one as PNG and what is read in it, or what is wrong with it."""
     from evaluation.attacks import attack, predict
@@ -107,7 +107,7 @@ def _attack(
     return outcomes
 
 
-def _draw(rows: Sequence[Row], recipe: Recipe, purifier: Purifier | None, path: Path) -> None:
+def _draw(rows: Sequence[Row], recipe: Recipe, purifier: FilePurifier | None, path: Path) -> None:
     """Each image, clean, attacked, the change between them, and purified."""
     from evaluation.contact_sheet import CHANGE, Picture, change, save
     from evaluation.contact_sheet import Row as Line

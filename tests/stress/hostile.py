@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.server import load, servers
-from benchmarks.server.calls import Call, Target
+from benchmarks.server.calls import Call, Endpoint
 from benchmarks.server.load import Say
 from benchmarks.server.servers import Deployment
 from benchmarks.server.workload import Workload
@@ -33,15 +33,15 @@ def run(count: int, workload: Workload, deployment: Deployment, _: float, say: S
         ``torchserve_500`` (see `Call.also_accept`), ``kinds`` of hostile requests, ``per_second``, ``statuses``, the
         first that were ``wrong`` as (kind, status, body), and the findings of a `Watch`.
     """
-    hostile = hostile_calls(deployment.target.model, workload.manifest.samples.max)
-    clients = min(MAX_CLIENTS, 4 * workload.plan.archive.batch_size)  # more would not fit the queue, and be refused
+    hostile = hostile_calls(deployment.endpoint.model, workload.manifest.samples.max)
+    clients = min(MAX_CLIENTS, 4 * workload.settings.archive.batch_size)  # more would not fit the queue, and be refused
     through_nginx = trial.is_possible()
     through = "nginx" if through_nginx else "TorchServe"
     say(f"hostile requests: {count} through {through} from {clients} clients, half of them valid")
     if not through_nginx:
         say("nginx is not installed: TorchServe itself answers some forms with 500")
-    with servers.nginx(deployment) if through_nginx else nullcontext(deployment.target) as target:
-        result, watched = asyncio.run(_send(deployment, target, _mixed(workload, hostile, count), clients))
+    with servers.nginx(deployment) if through_nginx else nullcontext(deployment.endpoint) as endpoint:
+        result, watched = asyncio.run(_send(deployment, endpoint, _mixed(workload, hostile, count), clients))
     rows = result.table()
     correct, valid, status, done = (rows[name] for name in ("correct", "valid", "status", "done"))
     is_4xx = (status >= 400) & (status < 500)
@@ -74,10 +74,10 @@ def section(found: Mapping[str, Any]) -> str:
 
 
 async def _send(
-    deployment: Deployment, target: Target, calls: Iterator[Call], clients: int
+    deployment: Deployment, endpoint: Endpoint, calls: Iterator[Call], clients: int
 ) -> tuple[load.LoadResult, dict[str, Any]]:
     async with Watch(deployment) as watch:
-        result = await load.closed_load(target, calls, clients, timeout=60)
+        result = await load.closed_load(endpoint, calls, clients, timeout=60)
     return result, watch.findings()
 
 

@@ -1,13 +1,11 @@
 """The servers that are measured, each started for a ``with`` block on free ports of loopback, and gone after it."""
 
 import os
-import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,11 @@ import httpx
 
 from benchmarks.server.calls import Endpoint
 from benchmarks.server.workload import Workload
-from deploy import trial
 from deploy.errors import CliError
-from deploy.nginx import Nginx
-from deploy.output import Output
-from deploy.readiness import Readiness
-from deploy.server import PORTS, free_ports, port_is_taken
+from deploy.server import PORTS, free_ports
 from deploy.torchserve import TorchServe
 from export import archive
 
-_CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
 _START_SECONDS = 600.0
 
 
@@ -58,25 +51,6 @@ def torchserve(workload: Workload) -> Iterator[Deployment]:
 
 
 @contextmanager
-def nginx(deployment: Deployment) -> Iterator[Endpoint]:
-    """nginx in front of ``deployment``, over TLS, as deploy/pair.py runs it: what clients see."""
-    keys = [f"client-{i}" for i in range(_CLIENTS)]
-    lines = cycle([f"X-Api-Key: {key}\r\n".encode() for key in keys])
-    port, server = free_ports(1), deployment.server
-    with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
-        etc = Path(folder) / "etc"
-        conf = trial.write(etc, port, server.folder.parent, dict(zip(keys, keys, strict=True)), quiet=True)
-        process = Nginx(conf, server, Readiness(server, 60), Output(1))
-        try:
-            process.start()
-            _await("nginx", lambda: port_is_taken(port), process.ended, 30)
-            tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
-            yield Endpoint(port, deployment.endpoint.model, lambda: next(lines), tls)
-        finally:
-            process.drain(timeout=10)
-
-
-@contextmanager
 def dev_server(workload: Workload) -> Iterator[Endpoint]:
     """The server of ``mlvgm serve --dev``: one process, with as many threads as the workers of TorchServe together."""
     settings, port = workload.settings, free_ports(1)
@@ -87,7 +61,7 @@ def dev_server(workload: Workload) -> Iterator[Endpoint]:
         process = get_context("spawn").Process(target=_serve, args=(log, *served), daemon=True)
         process.start()
         try:
-            _await("the development server", lambda: _answers(port), lambda: not process.is_alive(), log=log)
+            await_start("the development server", lambda: _answers(port), lambda: not process.is_alive(), log=log)
             yield Endpoint(port, workload.manifest.name)
         finally:
             process.terminate()
@@ -106,13 +80,18 @@ def _serve(log: Path, *arguments: Any) -> None:
     dev_server.serve(*arguments)
 
 
-def _await(
+def await_start(
     name: str,
     ready: Callable[[], bool],
     ended: Callable[[], bool],
     seconds: float = _START_SECONDS,
     log: Path | None = None,
 ) -> None:
+    """Wait until a server is ready.
+
+    Raises:
+        CliError: it has ended, or takes longer than ``seconds``; with the last line of its ``log``.
+    """
     deadline = time.monotonic() + seconds
     while not ready():
         if ended() or time.monotonic() > deadline:

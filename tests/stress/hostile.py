@@ -2,8 +2,12 @@
 
 import asyncio
 import collections
+import ssl
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,17 @@ from benchmarks.server.load import Say
 from benchmarks.server.servers import Deployment
 from benchmarks.server.workload import Workload
 from deploy import trial
+from deploy.nginx import Nginx
+from deploy.output import Output
+from deploy.readiness import Readiness
+from deploy.server import free_ports, port_is_taken
 from evaluation.progress import track
 from evaluation.report import digits
 from tests.stress.corpus import hostile_calls
 from tests.stress.watch import Watch, in_words
 
 MAX_CLIENTS = 24
+_KEYS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
 
 
 def run(count: int, workload: Workload, deployment: Deployment, _: float, say: Say) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def run(count: int, workload: Workload, deployment: Deployment, _: float, say: S
     say(f"hostile requests: {count} through {through} from {clients} clients, half of them valid")
     if not through_nginx:
         say("nginx is not installed: TorchServe itself answers some forms with 500")
-    with servers.nginx(deployment) if through_nginx else nullcontext(deployment.endpoint) as endpoint:
+    with _nginx(deployment) if through_nginx else nullcontext(deployment.endpoint) as endpoint:
         result, watched = asyncio.run(_send(deployment, endpoint, _mixed(workload, hostile, count), clients))
     rows = result.table()
     correct, valid, status, done = (rows[name] for name in ("correct", "valid", "status", "done"))
@@ -71,6 +80,25 @@ def section(found: Mapping[str, Any]) -> str:
     if found["torchserve_500"]:
         text += f"\n\nTorchServe's own reader refused {found['torchserve_500']} forms with 500; nginx asks ours."
     return text
+
+
+@contextmanager
+def _nginx(deployment: Deployment) -> Iterator[Endpoint]:
+    """nginx in front of ``deployment``, over TLS, as deploy/pair.py runs it: what clients see."""
+    keys = [f"client-{i}" for i in range(_KEYS)]
+    lines = cycle([f"X-Api-Key: {key}\r\n".encode() for key in keys])
+    port, server = free_ports(1), deployment.server
+    with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
+        etc = Path(folder) / "etc"
+        conf = trial.write(etc, port, server.folder.parent, dict(zip(keys, keys, strict=True)), quiet=True)
+        process = Nginx(conf, server, Readiness(server, 60), Output(1))
+        try:
+            process.start()
+            servers.await_start("nginx", lambda: port_is_taken(port), process.ended, 30)
+            tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
+            yield Endpoint(port, deployment.endpoint.model, lambda: next(lines), tls)
+        finally:
+            process.drain(timeout=10)
 
 
 async def _send(

@@ -310,7 +310,7 @@ def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
 
 
 def _has_bf16() -> bool:
-    import openvino as ov  # type: ignore[import-untyped]
+    import openvino as ov
 
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 

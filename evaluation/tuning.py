@@ -85,7 +85,7 @@ Objective = Callable[[Weights, str], Trial]
 """Takes weights and their origin, and scores them."""
 
 
-def objective(pipeline: Pipeline, sets: Sets, samples: int, seed: int = 0) -> Objective:
+def objective(pipeline: Pipeline, sets: Sets, samples: int) -> Objective:
     """Scores weights by purifying all of ``sets`` with a vote of ``samples`` samples.
 
     The noise is the same for all weights, so that they are compared and not their luck.
@@ -95,8 +95,7 @@ def objective(pipeline: Pipeline, sets: Sets, samples: int, seed: int = 0) -> Ob
         parts = []
         for start in range(0, len(images), _CHUNK):
             part = images[start : start + _CHUNK]
-            seeds = range(seed + start, seed + start + len(part))
-            result = pipeline.run(part, samples=samples, seeds=seeds, alphas=list(weights))
+            result = pipeline.run(part, samples, range(start, start + len(part)), alphas=list(weights))
             parts.append(result.labels == sets.labels[start : start + _CHUNK])
         return np.concatenate(parts).astype(np.float64)
 

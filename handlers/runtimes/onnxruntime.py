@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from handlers import cores
 from handlers.runtimes import Array, EngineOptions, engine_errors, memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from handlers.runtimes import Array, Engine, EngineOptions, RuntimeMissing, engine_errors
 from handlers.runtimes.device import DeviceArray

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 
 from handlers import cores
 from handlers.runtimes import Array, Engine, EngineOptions, cache, engine_errors, memory

@@ -3,11 +3,12 @@
 A probe is a prediction for a grey image. Its header marks it, so that it is not counted in the metrics.
 """
 
-import http.client
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+
+import httpx
 
 from deploy.server import Server, grey_png
 from handlers.reply import ServerError, refusal
@@ -28,17 +29,13 @@ def ask(server: Server, model: str, timeout: float) -> None:
         ServerError: the server is unreachable, refuses it, or does not answer within ``timeout`` seconds.
     """
     headers = {"Authorization": f"Bearer {server.client().key('inference')}", PROBE_HEADER: "1", "X-Mlvgm-Samples": "1"}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
-    try:
-        connection.request("POST", f"/predictions/{model}", grey_png(), headers)
-        response = connection.getresponse()
-        status, body = response.status, response.read()
-    except (OSError, http.client.HTTPException) as error:
+    url = f"{server.url}/predictions/{model}"
+    try:  # without TLS, so no certificates are loaded
+        response = httpx.post(url, content=grey_png(), headers=headers, timeout=timeout, trust_env=False, verify=False)
+    except httpx.HTTPError as error:
         raise ServerError(f"{server.url}: {str(error) or type(error).__name__}") from None
-    finally:
-        connection.close()
-    if status not in (200, 422):  # or the grey image looks attacked, to a server that refuses such images
-        raise refusal(status, body)
+    if response.status_code not in (200, 422):  # or the image looks attacked, to a server that refuses such images
+        raise refusal(response.status_code, response.content)
 
 
 class ProbeResult(NamedTuple):

@@ -27,7 +27,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """The pictures of one image of class ``true``; ``vote``, if any, is written below the last one."""
 
     true: str
@@ -41,7 +41,7 @@ def change(clean: Pixels, attacked: Pixels) -> Picture:
     return Picture((128 + added).clip(0, 255).astype(np.uint8))
 
 
-def save(rows: Sequence[Row], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
+def save(rows: Sequence[SheetRow], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
     """Write the sheet as PNG, with ``columns`` rows side by side; correct answers are green, wrong ones red.
 
     Args:

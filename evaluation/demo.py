@@ -151,7 +151,7 @@ def save_sheet(
 ) -> None:
     """Write the contact sheet; ``purified`` is the result of `purify`, and votes are from the server's ``answers``."""
     rows = [
-        contact_sheet.Row(
+        contact_sheet.SheetRow(
             sign.name,
             [
                 Picture(sign.image, answer["clean"]["unpurified"]["label"]),

@@ -109,8 +109,7 @@ def _attack(
 
 def _draw(rows: Sequence[Row], recipe: Recipe, purifier: FilePurifier | None, path: Path) -> None:
     """Each image, clean, attacked, the change between them, and purified."""
-    from evaluation.contact_sheet import CHANGE, Picture, change, save
-    from evaluation.contact_sheet import Row as Line
+    from evaluation.contact_sheet import CHANGE, Picture, SheetRow, change, save
 
     size = (recipe.image_size, recipe.image_size)
     files = [read_file(Path(row["attacked"])) for row in rows]
@@ -120,7 +119,7 @@ def _draw(rows: Sequence[Row], recipe: Recipe, purifier: FilePurifier | None, pa
         clean, attacked = decode(read_file(Path(row["file"])), size), decode(file, size)
         after = decode(outcome[0], size) if isinstance(outcome, tuple) else None
         pictures = [Picture(clean, row["before"]), Picture(attacked, row["after"]), change(clean, attacked)]
-        lines.append(Line(row["before"], [*pictures, Picture(after, row.get("purified", ""))]))
+        lines.append(SheetRow(row["before"], [*pictures, Picture(after, row.get("purified", ""))]))
     method = rows[0]["settings"]["method"]
     save(lines, ("clean", "attacked", CHANGE, "purified"), f"{recipe.name}: {method}", path)
 

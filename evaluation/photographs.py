@@ -4,13 +4,11 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from handlers.arrays import Pixels
+from handlers.arrays import AnyFloats, Pixels
 from handlers.errors import MlvgmError
 from handlers.image import ImageError, decode
 from mlvgm.files import image_files, read_file, shown
@@ -83,7 +81,7 @@ def soft_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Pixels:
     return np.stack(drawn)
 
 
-def to_pixels(images: NDArray[np.floating[Any]]) -> Pixels:
+def to_pixels(images: AnyFloats) -> Pixels:
     """Values in [0, 1], clipped where generators overshoot, as 8 bits; of any shape."""
     return np.asarray((images * 255).round().clip(0, 255), np.uint8)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from evaluation import report
@@ -16,15 +15,13 @@ from export.classifier import stage as classifier_stage
 from export.compare import END_TO_END, ReferenceEngine, relative_error, run_engine
 from export.stage import Stage
 from handlers import runtimes
-from handlers.arrays import Pixels
+from handlers.arrays import AnyFloats, Pixels
 from handlers.errors import MlvgmError
 from handlers.manifest import Batch, Manifest, TensorSpec
 from handlers.pipeline import Pipeline
 from handlers.result import Result
 from handlers.runtimes import Array, Engine
 from mlvgm.purifier import Purifier
-
-Floats = NDArray[np.floating[Any]]
 
 _FEW = Batch(1, 4, 4)  # rows per call of the reference: the published operators need much memory per row
 
@@ -54,7 +51,7 @@ class Difference:
     psnr: float
 
 
-def difference(found: Floats, expected: Floats) -> Difference:
+def difference(found: AnyFloats, expected: AnyFloats) -> Difference:
     """Compare two arrays of as many numbers; NaN or infinity anywhere makes ``relative_l2`` infinite."""
     found, expected = np.asarray(found, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
     gap = np.abs(found - expected)

@@ -23,7 +23,7 @@ _FULL = 256  # samples of the requests in a full queue of road-signs: see Admiss
 
 
 @dataclass(frozen=True)
-class Server:
+class WorkerPool:
     """Workers that share cores, as TorchServe runs them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Server:
     queue: int
 
 
-def simulate(server: Server, per_s: float, requests: int, seed: int = 0) -> tuple[np.ndarray[Any, Any], int]:
+def simulate(server: WorkerPool, per_s: float, requests: int, seed: int = 0) -> tuple[np.ndarray[Any, Any], int]:
     """Seconds to each answer, and the number of refusals, of requests that come at random, ``per_s`` a second.
 
     While more workers compute than there are cores, all slow down alike.
@@ -78,7 +78,7 @@ def simulate(server: Server, per_s: float, requests: int, seed: int = 0) -> tupl
     return np.array(latencies), refused
 
 
-def measured(server: dict[str, Any], stages: dict[str, Any]) -> Server:
+def measured(server: dict[str, Any], stages: dict[str, Any]) -> WorkerPool:
     """The server of a report of `mlvgm bench server`, from its rate in process and the stages' times for a batch.
 
     A batch of n images takes a + b n: two batch sizes of stages.json give a : b, and the rate in process their sum.
@@ -96,7 +96,7 @@ def measured(server: dict[str, Any], stages: dict[str, Any]) -> Server:
     alone = fast - each * few
     scale = cores * of["batch"] / server["saturation"]["in_process_images_per_s"] / (alone + each * of["batch"])
     delay_s = of["batch_delay_ms"] / 1000
-    return Server(
+    return WorkerPool(
         lambda n: scale * (alone + each * n), of["workers"], cores, of["batch"], delay_s, _FULL // of["samples"]
     )
 

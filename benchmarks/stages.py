@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +30,7 @@ from export.compare import ReferenceEngine, relative_error
 from export.models import load_models
 from export.stage import Stage
 from handlers import cores, runtimes
+from handlers.arrays import FloatArray, IntArray, Pixels
 from handlers.inputs import PipelineInputs
 from handlers.manifest import FILE_NAME, Batch, Manifest
 from handlers.pipeline import Pipeline
@@ -91,8 +91,8 @@ class Measured:
     stage_ms: dict[str, float]
     memory_mb: float
     gflops: float | None
-    purified: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    purified: FloatArray
+    labels: IntArray
 
 
 def techniques() -> list[Technique]:
@@ -107,7 +107,7 @@ def techniques() -> list[Technique]:
 
 def measure(
     model: ModelUnderTest,
-    images: NDArray[np.uint8],
+    images: Pixels,
     loads: Sequence[Load],
     seconds: float = 10.0,
     threads: int = 0,
@@ -205,7 +205,7 @@ def matmul_gflops(precision: str) -> float:
 def _run(
     model: ModelUnderTest,
     technique: Technique,
-    images: NDArray[np.uint8],
+    images: Pixels,
     loads: Sequence[Load],
     seconds: float,
     threads: int,
@@ -230,7 +230,7 @@ def _served(pipeline: Pipeline, inputs: PipelineInputs) -> Result:
 
 def _measure(
     pipeline: Pipeline,
-    images: NDArray[np.uint8],
+    images: Pixels,
     load: Load,
     seconds: float,
     count: Callable[[Pipeline, PipelineInputs], float | None] | None = None,
@@ -310,7 +310,7 @@ def _in_precision(bundle: Path, precision: str, folder: Path) -> Path:
 
 
 def _has_bf16() -> bool:
-    import openvino as ov  # type: ignore[import-untyped]
+    import openvino as ov
 
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 

@@ -5,17 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation import report
 from evaluation.progress import track
 from evaluation.shares import percent, share
+from handlers.arrays import IntArray, Pixels
 from handlers.pipeline import Pipeline
 
 
-def measure(
-    pipeline: Pipeline, images: NDArray[np.uint8], labels: NDArray[np.int64], batch: int, seed: int = 0
-) -> dict[str, Any]:
+def measure(pipeline: Pipeline, images: Pixels, labels: IntArray, batch: int, seed: int = 0) -> dict[str, Any]:
     """Run batch after batch both ways, in turn, so that whatever slows the machine down slows both.
 
     Args:
@@ -25,7 +23,7 @@ def measure(
         seed: of the first image; each further one has the next.
     """
     most = pipeline.manifest.samples.max
-    found: dict[str | int, list[NDArray[np.int64]]] = {"auto": [], most: []}
+    found: dict[str | int, list[IntArray]] = {"auto": [], most: []}
     seconds: dict[str | int, float] = dict.fromkeys(found, 0.0)
     drawn = []
     for start in track(range(0, len(images), batch), "voting", f"x{batch} image"):

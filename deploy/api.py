@@ -13,8 +13,7 @@ import yaml
 @functools.cache
 def document() -> dict[str, Any]:
     """The OpenAPI document."""
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
-    return content
+    return yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
 
 
 def page(model: str) -> str:
@@ -85,4 +84,4 @@ def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     found: Any = document()
     for name in schema["$ref"].split("/")[1:]:
         found = found[name]
-    return found  # type: ignore[no-any-return]
+    return found

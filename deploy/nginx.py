@@ -21,7 +21,7 @@ from handlers.reply import ServerError
 from handlers.request import MAX_BODY
 
 if TYPE_CHECKING:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
 UPSTREAM = (DEPLOY / "upstream.conf").read_text()
 RELOAD_SECONDS = 30.0

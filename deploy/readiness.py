@@ -3,11 +3,12 @@
 A probe is a prediction for a grey image. Its header marks it, so that it is not counted in the metrics.
 """
 
-import http.client
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+
+import httpx
 
 from deploy.server import Server, grey_png
 from handlers.reply import ServerError, refusal
@@ -28,20 +29,16 @@ def ask(server: Server, model: str, timeout: float) -> None:
         ServerError: the server is unreachable, refuses it, or does not answer within ``timeout`` seconds.
     """
     headers = {"Authorization": f"Bearer {server.client().key('inference')}", PROBE_HEADER: "1", "X-Mlvgm-Samples": "1"}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
-    try:
-        connection.request("POST", f"/predictions/{model}", grey_png(), headers)
-        response = connection.getresponse()
-        status, body = response.status, response.read()
-    except (OSError, http.client.HTTPException) as error:
+    url = f"{server.url}/predictions/{model}"
+    try:  # without TLS, so no certificates are loaded
+        response = httpx.post(url, content=grey_png(), headers=headers, timeout=timeout, trust_env=False, verify=False)
+    except httpx.HTTPError as error:
         raise ServerError(f"{server.url}: {str(error) or type(error).__name__}") from None
-    finally:
-        connection.close()
-    if status not in (200, 422):  # or the grey image looks attacked, to a server that refuses such images
-        raise refusal(status, body)
+    if response.status_code not in (200, 422):  # or the image looks attacked, to a server that refuses such images
+        raise refusal(response.status_code, response.content)
 
 
-class Finding(NamedTuple):
+class ProbeResult(NamedTuple):
     """The result of a probe.
 
     Attributes:
@@ -55,20 +52,20 @@ class Finding(NamedTuple):
     hangs: bool = False
 
 
-def check(server: Server, model: str, timeout: float) -> Finding:
+def check(server: Server, model: str, timeout: float) -> ProbeResult:
     """Probe ``model``."""
     began, seconds = time.monotonic(), server.worker_seconds()
     while True:
         left = began + timeout - time.monotonic()
         try:
             ask(server, model, max(left, 0.1))
-            return Finding(True, f"ready: answered after {time.monotonic() - began:.2f} s")
+            return ProbeResult(True, f"ready: answered after {time.monotonic() - began:.2f} s")
         except ServerError as error:
             # With a full queue the model is ready if its workers compute: to restart it would make the overload worse.
             if error.status != 503 or left <= 0:
-                return Finding(False, f"not ready: {error}", error.status in (0, 503))
+                return ProbeResult(False, f"not ready: {error}", error.status in (0, 503))
             if _computes(seconds, server.worker_seconds()) and _has_worker(server, model):
-                return Finding(True, "ready, and busy: its queue is full")
+                return ProbeResult(True, "ready, and busy: its queue is full")
         time.sleep(0.2)
 
 

@@ -18,7 +18,7 @@ from handlers.client import Client
 from handlers.image import encode_png
 
 if TYPE_CHECKING:
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 IN_CHECKOUT = (PROJECT / "setup.cfg").is_file()

@@ -152,7 +152,7 @@ class TorchServe(Server):
 
     def _end_remains(self) -> None:
         """Kill Java and workers of this folder whose parent was killed; with the lock held, there can be no others."""
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         mark = str(self.folder / "tmp")
         for process in psutil.process_iter(["cmdline"]):
@@ -202,7 +202,7 @@ class TorchServe(Server):
         (temporary / ".model_server.pid").write_text(str(self._java.pid))
 
     def _command(self, store: Path, models: list[str]) -> list[str]:
-        from ts import model_server  # type: ignore[import-untyped]
+        from ts import model_server
 
         site = Path(model_server.__file__).parents[1]
         _refuse_streams(site, self.folder)

@@ -52,7 +52,7 @@ def fitting(sizes: list[int]) -> tuple[int, int]:
 
 def available_memory() -> float:
     """Free memory in bytes, of the machine and within the process's control groups."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     available = float(psutil.virtual_memory().available)
     for group in cores.groups("memory"):

@@ -64,7 +64,7 @@ def in_precision(forward: Forward, effort: Effort, device: str) -> Forward:
 
 
 @dataclass(frozen=True)
-class Found:
+class AscentResult:
     """The best images (B, 3, H, W) of one ascent, and the margin of the true class there.
 
     Attributes:
@@ -112,7 +112,7 @@ def ascend(
     attempt: int = 0,
     seed: int = 0,
     penalty: Penalty | None = None,
-) -> Found:
+) -> AscentResult:
     """One run of Auto-PGD within ``change``; ``attempt`` chooses the loss and the starting point.
 
     With a ``penalty`` the loss is the margin, up to `SURE`, less the penalty; of the images that are surely
@@ -171,7 +171,7 @@ def ascend(
             here, gradient = torch.where(rows(stuck), peak, here), torch.where(rows(stuck), peak_gradient, gradient)
             value = torch.where(stuck, peak_value, value)
             halved, peak_then, gains, since = stuck, peak_value, torch.zeros(count), 0
-    return Found(best_images, least, earlier)
+    return AscentResult(best_images, least, earlier)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from handlers.client import Client
 from mlvgm.purifier import Purifier
 
 try:
-    from art.defences.preprocessor.preprocessor import PreprocessorPyTorch  # type: ignore[import-untyped]
-    from art.estimators.classification import BlackBoxClassifierNeuralNetwork  # type: ignore[import-untyped]
+    from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
+    from art.estimators.classification import BlackBoxClassifierNeuralNetwork
 except ImportError:
     raise AttackError("ART is not installed: pip install adversarial-robustness-toolbox") from None
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluation.adaptive import margin
 from evaluation.progress import track
 from export.fold import fast
+from handlers.arrays import BoolArray, FloatArray, IntArray, Pixels
 from handlers.errors import MlvgmError
 from mlvgm.checkpoint import weights_digest
 from mlvgm.npz import NpzError, read_npz, write_npz
@@ -118,15 +118,15 @@ class AttackResult:
             failed.
     """
 
-    images: NDArray[np.uint8]
-    fooled: NDArray[np.bool_]
-    l2: NDArray[np.float32]
+    images: Pixels
+    fooled: BoolArray
+    l2: FloatArray
 
 
 def attack(
     classifier: nn.Module,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
+    images: Pixels,
+    labels: IntArray,
     method: str | Method,
     cache: Path | None = None,
 ) -> AttackResult:
@@ -164,33 +164,29 @@ def fingerprint(classifier: nn.Module, method: object) -> str:
 
 
 @torch.no_grad()
-def predict(classifier: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+def predict(classifier: nn.Module, images: Pixels) -> IntArray:
     """The classes (B,) that ``classifier`` predicts for uint8 (B, H, W, 3)."""
     parts = [classifier(to_float(images[i : i + _CHUNK])).argmax(dim=1) for i in range(0, len(images), _CHUNK)]
-    labels: NDArray[np.int64] = torch.cat(parts).numpy()
-    return labels
+    return torch.cat(parts).numpy()
 
 
-def to_float(images: NDArray[np.uint8]) -> Tensor:
+def to_float(images: Pixels) -> Tensor:
     """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], as the pipeline makes it."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255))
 
 
-def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+def to_bytes(images: Tensor) -> Pixels:
     """Float (B, 3, H, W) clipped to [0, 1] and rounded to uint8 (B, H, W, 3)."""
     rounded = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
     return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).numpy())
 
 
-def distances(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float32]:
+def distances(images: Pixels, others: Pixels) -> FloatArray:
     """(B,): the L2 norm of what ``images`` (B, H, W, 3) differ by from ``others``, for pixels from 0 to 1."""
-    norms: NDArray[np.float32] = (to_float(images) - to_float(others)).flatten(1).norm(dim=1).numpy()
-    return norms
+    return (to_float(images) - to_float(others)).flatten(1).norm(dim=1).numpy()
 
 
-def _attack_chunk(
-    folded: nn.Module, classifier: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], method: Method
-) -> NDArray[np.uint8]:
+def _attack_chunk(folded: nn.Module, classifier: nn.Module, images: Pixels, labels: IntArray, method: Method) -> Pixels:
     """Attack ``folded``, ``classifier`` with folded batch norms; success is decided by ``classifier`` itself."""
     clean, truth = to_float(images), torch.from_numpy(labels)
     perturbed = method.perturb(folded, clean.contiguous(memory_format=torch.channels_last), truth)
@@ -198,7 +194,7 @@ def _attack_chunk(
 
 
 @torch.no_grad()
-def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> NDArray[np.uint8]:
+def _survive_rounding(classifier: nn.Module, clean: Tensor, perturbed: Tensor, labels: Tensor) -> Pixels:
     """``perturbed`` as 8-bit images that ``classifier`` still misclassifies; ``clean`` if there is none."""
     result = to_bytes(clean)
     waiting = torch.arange(len(clean))
@@ -236,17 +232,17 @@ def load_foolbox() -> Any:
 def cached(
     folder: Path | None,
     key: str,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    compute: Callable[[], NDArray[np.uint8]],
-) -> NDArray[np.uint8]:
+    images: Pixels,
+    labels: IntArray,
+    compute: Callable[[], Pixels],
+) -> Pixels:
     """The result of ``compute`` on images (N, H, W, 3), stored in ``folder`` under all that it depends on."""
     if folder is None:
         return compute()
     digest = hashlib.sha256(key.encode() + images.tobytes() + labels.tobytes()).hexdigest()
     file = folder / f"{digest[:32]}.npz"
     with contextlib.suppress(NpzError):  # not there, or damaged
-        stored: NDArray[np.uint8] = read_npz(file)["images"]
+        stored: Pixels = read_npz(file)["images"]
         if stored.shape == images.shape:
             return stored
     result = compute()

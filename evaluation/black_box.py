@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evaluation.attacks import AttackError, distances
-from evaluation.defences import Images, Predictions
+from evaluation.defences import Predictions
 from evaluation.photographs import to_pixels
 from evaluation.threats import TRY, Record, Target, Threat
+from handlers.arrays import Pixels
 
 
 class _Spent(Exception):
@@ -36,10 +37,10 @@ class BlackBox(Threat):
         return target.record(images, target.predict(images, 1), queries=sent)
 
     @abstractmethod
-    def search(self, target: Target) -> tuple[Images, int]:
+    def search(self, target: Target) -> tuple[Pixels, int]:
         """What it has made of the images, and how often it has asked for the image that took most."""
 
-    def box(self, target: Target, look: Callable[[Images, Predictions], object]) -> Any:
+    def box(self, target: Target, look: Callable[[Pixels, Predictions], object]) -> Any:
         """ART's estimator for the defence; ``look`` is shown every batch and its answers."""
         from evaluation.art import black_box
 
@@ -63,8 +64,8 @@ class Square(BlackBox):
 
     size: float = 4 / 255
 
-    def search(self, target: Target) -> tuple[Images, int]:
-        batches: list[Images] = []
+    def search(self, target: Target) -> tuple[Pixels, int]:
+        batches: list[Pixels] = []
         square = _evasion().SquareAttack(
             self.box(target, lambda images, _: batches.append(images)),
             norm=np.inf,
@@ -85,17 +86,17 @@ class HopSkipJump(BlackBox):
     What is sent is the nearest image that was misclassified, if only once: the noise then is another.
     """
 
-    def search(self, target: Target) -> tuple[Images, int]:
+    def search(self, target: Target) -> tuple[Pixels, int]:
         images, most = target.images.copy(), 0
         for row in np.flatnonzero(target.predict(target.images).labels == target.labels):
             images[row], sent = self._nearest(target.only(np.array([row])))
             most = max(most, sent)
         return images, most
 
-    def _nearest(self, target: Target) -> tuple[Images, int]:
+    def _nearest(self, target: Target) -> tuple[Pixels, int]:
         nearest, distance, sent = target.images[0], np.inf, 0
 
-        def look(images: Images, found: Predictions) -> None:
+        def look(images: Pixels, found: Predictions) -> None:
             nonlocal nearest, distance, sent
             sent += len(images)
             far = distances(images, target.images)

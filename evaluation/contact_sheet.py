@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from handlers.arrays import Pixels
 
 AMPLIFICATION = 5
 CHANGE = f"the change, x{AMPLIFICATION}"
-
-Pixels = NDArray[np.uint8]
 
 _GREEN, _RED, _INK, _PAPER = (20, 120, 50), (190, 30, 30), (30, 30, 30), (255, 255, 255)
 _WIDTH, _GAP, _TOP, _LINE = 1400, 12, 60, 14
@@ -28,7 +27,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """The pictures of one image of class ``true``; ``vote``, if any, is written below the last one."""
 
     true: str
@@ -42,7 +41,7 @@ def change(clean: Pixels, attacked: Pixels) -> Picture:
     return Picture((128 + added).clip(0, 255).astype(np.uint8))
 
 
-def save(rows: Sequence[Row], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
+def save(rows: Sequence[SheetRow], heads: Sequence[str], title: str, path: Path, columns: int = 2) -> None:
     """Write the sheet as PNG, with ``columns`` rows side by side; correct answers are green, wrong ones red.
 
     Args:

@@ -22,15 +22,13 @@ from evaluation.attacks import to_bytes, to_float
 from evaluation.differentiable import Differentiable
 from evaluation.photographs import encode
 from export.fold import fast
+from handlers.arrays import BoolArray, FloatArray, IntArray, Pixels
 from handlers.client import Client
 from handlers.pipeline import Pipeline
 from handlers.result import Result
 from mlvgm.preprocess import add_noise, blur_images, gaussian_taps
 from mlvgm.purifier import Purifier
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Seeds = Sequence[int]
 
 NOISE_L2 = 1.0
@@ -54,15 +52,15 @@ class Predictions:
         deviation: (N,), how far purified samples differ: their standard deviation, mean over the pixels.
     """
 
-    labels: Labels
-    sample_labels: Labels
-    logits: Floats
-    flagged: NDArray[np.bool_]
-    scores: Floats
-    deviation: Floats
+    labels: IntArray
+    sample_labels: IntArray
+    logits: FloatArray
+    flagged: BoolArray
+    scores: FloatArray
+    deviation: FloatArray
 
     @classmethod
-    def of(cls, sample_logits: Floats, before: Floats, deviation: Floats | float = 0.0) -> "Predictions":
+    def of(cls, sample_logits: FloatArray, before: FloatArray, deviation: FloatArray | float = 0.0) -> "Predictions":
         """From the logits (N, S, C) of the samples, NaN for none, and those of the images as they came, (N, C)."""
         result = Result(sample_logits, sample_logits, before, {})
         spread = np.broadcast_to(np.float32(deviation), len(before))
@@ -72,11 +70,10 @@ class Predictions:
     def agreement(self) -> NDArray[np.float64]:
         """(N,): share of the samples that vote for the predicted class."""
         drawn = self.sample_labels >= 0
-        share: NDArray[np.float64] = ((self.sample_labels == self.labels[:, None]) & drawn).sum(1) / drawn.sum(1)
-        return share
+        return ((self.sample_labels == self.labels[:, None]) & drawn).sum(1) / drawn.sum(1)
 
 
-Serve = Callable[[Images, Seeds], Predictions]
+Serve = Callable[[Pixels, Seeds], Predictions]
 """Images uint8 (N, H, W, 3), and for each a seed of its noise."""
 
 
@@ -162,7 +159,7 @@ def remote(served: Defence, client: Client, model: str, classes: int) -> Defence
 def asked(client: Client, model: str, classes: int) -> Serve:
     """A running server's ``model``. It draws its own seeds; its "logits" are the logarithms of its confidences."""
 
-    def serve(images: Images, _: Seeds) -> Predictions:
+    def serve(images: Pixels, _: Seeds) -> Predictions:
         answers = [client.predict(encode(image), model, top_k=classes) for image in images]
         confidences = np.zeros((len(images), classes), np.float32)
         for row, answer in zip(confidences, answers, strict=True):
@@ -177,17 +174,16 @@ def asked(client: Client, model: str, classes: int) -> Serve:
     return serve
 
 
-def gaussian(images: Images, sigma: float, seeds: Seeds) -> Images:
+def gaussian(images: Pixels, sigma: float, seeds: Seeds) -> Pixels:
     """Images with Gaussian noise of standard deviation ``sigma``, for pixels from 0 to 1, rounded to 8 bits again."""
     drawn = normal(images.shape[1:], seeds)
-    noisy: Images = (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
-    return noisy
+    return (images + 255 * np.float32(sigma) * drawn).round().clip(0, 255).astype(np.uint8)
 
 
-def _serve(subject: Subject, change: Callable[[Images], NDArray[Any]] = lambda images: images) -> Serve:
+def _serve(subject: Subject, change: Callable[[Pixels], NDArray[Any]] = lambda images: images) -> Serve:
     """The served classifier behind ``change``, which may give 8-bit images or floats (N, 3, H, W)."""
 
-    def serve(images: Images, _: Seeds) -> Predictions:
+    def serve(images: Pixels, _: Seeds) -> Predictions:
         return Predictions.of(_classify(subject, change(images))[:, None], _classify(subject, images))
 
     return serve
@@ -212,7 +208,7 @@ def _blur(subject: Subject) -> Defence:
 def _noise(subject: Subject, samples: int, l2: float = NOISE_L2) -> Defence:
     """A vote of the classifier over ``samples`` noisy samples, each with Gaussian noise of norm ``l2``."""
 
-    def serve(images: Images, seeds: Seeds) -> Predictions:
+    def serve(images: Pixels, seeds: Seeds) -> Predictions:
         clean, voters = to_float(images), []
         for sample in range(samples):
             drawn = normal(images.shape[1:], [seed + (sample << 40) for seed in seeds]).transpose(0, 3, 1, 2)
@@ -227,7 +223,7 @@ def _noise(subject: Subject, samples: int, l2: float = NOISE_L2) -> Defence:
     return Defence("noise", f"noise of L2 {l2:g}, vote of {samples}", serve, forward, True)
 
 
-def _squeezed(subject: Subject, name: str, title: str, squeeze: Callable[[Images], Images]) -> Defence:
+def _squeezed(subject: Subject, name: str, title: str, squeeze: Callable[[Pixels], Pixels]) -> Defence:
     """``squeeze`` in front of the classifier; gradients go straight through it (Athalye et al., ICML 2018, BPDA)."""
 
     def straight_through(images: Tensor) -> Tensor:
@@ -243,7 +239,7 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
     if not is_random:
         samples = 1  # without any noise all samples are the same
 
-    def serve(images: Images, seeds: Seeds) -> Predictions:
+    def serve(images: Pixels, seeds: Seeds) -> Predictions:
         results = [
             subject.pipeline.run(images[i : i + _CHUNK], samples, seeds[i : i + _CHUNK], alphas=list(alphas))
             for i in range(0, len(images), _CHUNK)
@@ -267,18 +263,16 @@ def _purifier(subject: Subject, name: str, title: str, alphas: Sequence[float], 
     return Defence(name, title, serve, forward, is_random, seeded=forward)
 
 
-def _classify(subject: Subject, images: NDArray[Any]) -> Floats:
-    parts = [subject.pipeline.classify(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)]
-    logits: Floats = np.concatenate(parts)
-    return logits
+def _classify(subject: Subject, images: NDArray[Any]) -> FloatArray:
+    return np.concatenate([subject.pipeline.classify(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)])
 
 
-def normal(shape: tuple[int, ...], seeds: Seeds) -> Floats:
+def normal(shape: tuple[int, ...], seeds: Seeds) -> FloatArray:
     """(N, *shape), standard normal: each image's noise is its own, whatever else is in the batch."""
     return np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
 
 
-def _jpeg(images: Images) -> Images:
+def _jpeg(images: Pixels) -> Pixels:
     decoded = []
     for image in images:
         stream = io.BytesIO()
@@ -287,8 +281,7 @@ def _jpeg(images: Images) -> Images:
     return np.stack(decoded)
 
 
-def _few_bits(images: Images) -> Images:
+def _few_bits(images: Pixels) -> Pixels:
     """Feature squeezing (Xu, Evans and Qi, NDSS 2018)."""
     most = 2**BITS - 1
-    squeezed: Images = ((images / 255 * most).round() / most * 255).round().astype(np.uint8)
-    return squeezed
+    return ((images / 255 * most).round() / most * 255).round().astype(np.uint8)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation import contact_sheet, machine
 from evaluation.attacks import CarliniWagner, Method, attack, distances, predict
 from evaluation.contact_sheet import Picture
 from evaluation.photographs import encode, to_pixels
 from evaluation.signs import Sign
+from handlers.arrays import Pixels
 from handlers.client import Client
 from handlers.pipeline import Pipeline
 from mlvgm.load import Default
@@ -22,8 +22,6 @@ ATTACK: Method = CarliniWagner(searches=4, steps=50, stepsize=0.02, initial_cons
 """With more steps than for thousands of images."""
 
 HEADS = ("clean", "attacked", contact_sheet.CHANGE, "what is kept", "sample 1", "sample 2")
-
-Pixels = NDArray[np.uint8]
 
 
 def attack_signs(default: Default, signs: Sequence[Sign]) -> list[Pixels]:
@@ -153,7 +151,7 @@ def save_sheet(
 ) -> None:
     """Write the contact sheet; ``purified`` is the result of `purify`, and votes are from the server's ``answers``."""
     rows = [
-        contact_sheet.Row(
+        contact_sheet.SheetRow(
             sign.name,
             [
                 Picture(sign.image, answer["clean"]["unpurified"]["label"]),

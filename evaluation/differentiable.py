@@ -34,8 +34,7 @@ class Differentiable:
     def __init__(
         self, purifier: Purifier, alphas: Sequence[float], blur: bool, input_noise_l2: float, device: str = "cpu"
     ) -> None:
-        kept = next((i for i, alpha in enumerate(alphas) if alpha), 0)
-        self.stages = families.stages(purifier, blur, input_noise_l2, kept)
+        self.stages = families.stages(purifier, blur, input_noise_l2, families.kept_by(alphas))
         specs = [StageSpec(stage.name, "", stage.inputs, stage.outputs) for stage in self.stages]
         self.per_image = {spec.name for spec in Plan.of(specs, alphas).per_image}
         modules = [cast(nn.Module, stage.module()).eval().requires_grad_(False) for stage in self.stages]

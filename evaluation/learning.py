@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from evaluation.attacks import to_float
 from evaluation.tuning import STEP, Sets, Weights, schedules
 from export.fold import fast
+from handlers.arrays import IntArray
 from mlvgm.purifier import Purifier
 from mlvgm.training.loop import cosine_rate, shuffled
 
@@ -66,7 +66,7 @@ def learn(
     return tuple(round(round(alpha / STEP) * STEP, 3) for alpha in alphas.tolist())
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def _batches(count: int, size: int, seed: int) -> Iterator[IntArray]:
     """Rows for step after step, pass after pass in another order."""
     while True:
         order = shuffled(count, seed)

@@ -1,11 +1,10 @@
 """Hardware and versions of this machine, for reports."""
 
-import importlib.metadata
 import platform
 import sys
 from typing import Any
 
-from handlers import cores
+from handlers import cores, packages
 
 PACKAGES = (
     *("torch", "numpy", "pillow", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"),
@@ -15,19 +14,13 @@ PACKAGES = (
 
 def describe() -> dict[str, Any]:
     """Processor, usable cores, GPU where PyTorch has one, Python, and the version of each of `PACKAGES` installed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "processor": _processor(),
         "cores": cores.usable(),
         **_gpu(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: found for name in PACKAGES if (found := packages.version(name))},
     }
 
 

@@ -4,12 +4,11 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from handlers.arrays import AnyFloats, Pixels
 from handlers.errors import MlvgmError
 from handlers.image import ImageError, decode
 from mlvgm.files import image_files, read_file, shown
@@ -54,7 +53,7 @@ def read_labelled(path: Path, classes: Sequence[str], size: tuple[int, int], lim
     return _first(_read_packed(path, len(classes), size) if is_packed else _read_folders(path, classes, size), limit)
 
 
-def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> Pixels:
     """At most ``count`` photographs of ``folder``, or without one `soft_pictures`: uint8 (N, H, W, 3).
 
     Raises:
@@ -69,7 +68,7 @@ def pictures(folder: Path | None, count: int, size: tuple[int, int]) -> NDArray[
     return soft_pictures(count, size)
 
 
-def soft_pictures(count: int, size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+def soft_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Pixels:
     """Random smooth pictures, uint8 (N, H, W, 3)."""
     rng = np.random.default_rng(seed)
     drawn = []
@@ -82,12 +81,12 @@ def soft_pictures(count: int, size: tuple[int, int], seed: int = 0) -> NDArray[n
     return np.stack(drawn)
 
 
-def to_pixels(images: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+def to_pixels(images: AnyFloats) -> Pixels:
     """Values in [0, 1], clipped where generators overshoot, as 8 bits; of any shape."""
     return np.asarray((images * 255).round().clip(0, 255), np.uint8)
 
 
-def encode(image: NDArray[np.uint8], format: str = "PNG") -> bytes:
+def encode(image: Pixels, format: str = "PNG") -> bytes:
     """The file of a uint8 (H, W, 3) image."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format)
@@ -111,7 +110,7 @@ def _read_packed(path: Path, classes: int, size: tuple[int, int]) -> Signs:
 
 def _read_folders(folder: Path, classes: Sequence[str], size: tuple[int, int]) -> Signs:
     numbers = {name: label for label, name in enumerate(classes)}
-    images: list[NDArray[np.uint8]] = []
+    images: list[Pixels] = []
     labels: list[int] = []
     for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         name = class_folder.name

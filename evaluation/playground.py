@@ -1,6 +1,6 @@
 """The page of ``mlvgm playground``: attack a picture, and see what the purifier makes of it. Built with Gradio.
 
-What purifies is a bundle in this process (`BundlePurifier`) or a running server (`ServerPurifier`). The page needs no
+What purifies is a bundle in this process (`BundleBackend`) or a running server (`ServerBackend`). The page needs no
 other host: its fonts are those of the system, and its policy for browsers forbids all else.
 """
 
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation import contact_sheet
@@ -22,6 +21,7 @@ from evaluation.photographs import encode, to_pixels
 from evaluation.signs import drawn_signs
 from handlers import certify
 from handlers.answer import describe
+from handlers.arrays import Pixels
 from handlers.client import Client, Options
 from handlers.engine_calls import NonFiniteError
 from handlers.errors import MlvgmError
@@ -33,7 +33,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
 
-Pixels = NDArray[np.uint8]
 Picture = tuple[Pixels, str]
 """Pixels (H, W, 3), and what is written below them."""
 
@@ -56,14 +55,14 @@ _FONTS = ("system-ui", "sans-serif")
 
 
 @dataclass(frozen=True)
-class Purified:
+class Answer:
     """The answer to one image, as a server's JSON says it, and the pictures that can be shown of it."""
 
     content: dict[str, Any]
     pictures: list[Picture]
 
 
-class Purifier(Protocol):
+class Backend(Protocol):
     """Answers one encoded image.
 
     Attributes:
@@ -76,11 +75,11 @@ class Purifier(Protocol):
     alphas: dict[str, tuple[float, ...]]
     most_samples: int
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Answer:
         """With ``draws`` noisy images for a certificate. Raises MlvgmError, in the words of a server's answer."""
 
 
-class BundlePurifier:
+class BundleBackend:
     """A bundle's pipeline in this process, which shows every sample."""
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -90,7 +89,7 @@ class BundlePurifier:
         default = manifest.default_alphas
         self.alphas = {default: manifest.alphas[default], **manifest.alphas}
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Answer:
         request = parse({"body": image}, {}, self._manifest)
         start = time.perf_counter()
         pixels = decode(request.images[0], self._manifest.image_size)[None]
@@ -108,10 +107,10 @@ class BundlePurifier:
         shown = [(to_pixels(kept.purified[0, 0].transpose(1, 2, 0)), "what is kept")]
         for k, (sample, label) in enumerate(zip(result.purified[0], result.sample_labels[0], strict=True), 1):
             shown.append((to_pixels(sample.transpose(1, 2, 0)), f"sample {k}: {classes[label]}"))
-        return Purified(content, shown)
+        return Answer(content, shown)
 
 
-class ServerPurifier:
+class ServerBackend:
     """A running server, which gives one purified sample and chooses noise and alphas itself."""
 
     def __init__(self, client: Client, model: str) -> None:
@@ -119,13 +118,13 @@ class ServerPurifier:
         self.alphas: dict[str, tuple[float, ...]] = {}
         self.most_samples = 0
 
-    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Purified:
+    def purify(self, image: bytes, samples: int, seed: int, alphas: Sequence[float], draws: int) -> Answer:
         options: Options = {"samples": samples, "certify": draws} if draws else {"samples": samples}
         content = self._client.predict(image, self.name, **options)
         png, drawn = self._client.purify(image, self.name, samples=samples)
         with Image.open(io.BytesIO(png)) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        return Purified(content, [(pixels, f"a sample of another vote: {drawn['label']}")])
+        return Answer(content, [(pixels, f"a sample of another vote: {drawn['label']}")])
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Attacker:
         return to_bytes(found.images)[0]
 
 
-def build(purifier: Purifier, attacker: Attacker | None, why_not: str = "") -> Any:
+def build(purifier: Backend, attacker: Attacker | None, why_not: str = "") -> Any:
     """The page.
 
     Args:
@@ -226,7 +225,7 @@ def build(purifier: Purifier, attacker: Attacker | None, why_not: str = "") -> A
 
 
 def answered(
-    purifier: Purifier,
+    purifier: Backend,
     attacker: Attacker | None,
     image: bytes,
     strength: float,

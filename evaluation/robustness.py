@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from evaluation.adaptive import Gradients
 from evaluation.attacks import fingerprint
 from evaluation.budgets import Budget
-from evaluation.defences import Defence, Images, Labels, Subject
+from evaluation.defences import Defence, Subject
 from evaluation.progress import bar
 from evaluation.shares import overlap, percent, share
 from evaluation.threats import COLUMNS, Record, Target, Threat
+from handlers.arrays import BoolArray, IntArray, Pixels
 from handlers.fields import FieldError, Range, read_strict
 from mlvgm.files import open_file
 
@@ -77,8 +78,8 @@ def measure(
     subject: Subject,
     rows: Mapping[str, Defence],
     columns: Mapping[str, Threat],
-    images: Images,
-    labels: Labels,
+    images: Pixels,
+    labels: IntArray,
     budget: Budget,
     log: Log,
     cache: Path | None = None,
@@ -96,7 +97,7 @@ def measure(
     known, identity = log.read(), _identity(subject)
     cells: dict[tuple[str, str], list[Record]] = {(row, column): [] for row in rows for column in columns}
     plan = list(_plan(len(images), rows.values(), columns, budget))
-    left: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    left: dict[tuple[str, int], BoolArray] = {}
     with bar(sum(size for *_, size in plan), "evaluating") as shown:
         for start, defence, name, size in plan:
             threat, part = columns[name], slice(start, start + size)
@@ -157,7 +158,7 @@ def _fits(record: Any, threat: str, count: int) -> bool:
     return all(len(getattr(read, name)) == (count if name in columns else 0) for name in (*COLUMNS, "agrees", "radius"))
 
 
-def _spread(record: Record, met: NDArray[np.bool_]) -> Record:
+def _spread(record: Record, met: BoolArray) -> Record:
     """A record of some images as one of all: those that it has not ``met`` were broken before."""
     columns = {}
     for name in COLUMNS:
@@ -167,11 +168,10 @@ def _spread(record: Record, met: NDArray[np.bool_]) -> Record:
     return {**record, **columns, "met": met.astype(int).tolist()}
 
 
-def _withstood(record: Record, threat: str, l2: float) -> NDArray[np.bool_]:
+def _withstood(record: Record, threat: str, l2: float) -> BoolArray:
     """(N,): where an attack found nothing, or a change that is larger than allowed."""
     far = np.array(record["l2"]) > l2 if threat in NEAREST else False
-    withstood: NDArray[np.bool_] = (np.array(record["right"]) > 0) | far
-    return withstood
+    return (np.array(record["right"]) > 0) | far
 
 
 def _plan(
@@ -285,7 +285,7 @@ def _by_place(
     return table
 
 
-def _worst(found: Found, row: str, attacks: Sequence[str], l2: float) -> NDArray[np.bool_] | None:
+def _worst(found: Found, row: str, attacks: Sequence[str], l2: float) -> BoolArray | None:
     """(N,), whether an image is classified correctly under all attacks; of the images that met all.
 
     A misclassified clean image counts as misclassified under attack. None if an attack is missing.
@@ -297,10 +297,10 @@ def _worst(found: Found, row: str, attacks: Sequence[str], l2: float) -> NDArray
     return np.logical_and.reduce([column[:count] for column in columns])
 
 
-def _right(found: Found, row: str, column: str, bound: float) -> NDArray[np.bool_]:
+def _right(found: Found, row: str, column: str, bound: float) -> BoolArray:
     """(N,), whether an image is classified correctly; an attack of `NEAREST` sends the clean one beyond ``bound``."""
     cell = found[row, column]
-    right: NDArray[np.bool_] = cell["right"] > 0
+    right: BoolArray = cell["right"] > 0
     if column in NEAREST:
         clean = found[row, "clean"]["right"][: len(right)] > 0
         right = np.where(cell["l2"] <= bound, right, clean)

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from handlers.arrays import BoolArray
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
@@ -18,7 +17,7 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
+def share(mask: BoolArray) -> dict[str, Any]:
     """The share of True with its interval, for a report."""
     count, n = int(mask.sum()), int(mask.size)
     low, high = wilson(count, n)

@@ -8,19 +8,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation import changes
-from evaluation.adaptive import Effort, Forward, Found, Penalty, Trace, ascend, examine, in_precision
+from evaluation.adaptive import AscentResult, Effort, Forward, Penalty, Trace, ascend, examine, in_precision
 from evaluation.attacks import attack, cached, distances, fingerprint, load_foolbox, predict, to_bytes, to_float
 from evaluation.changes import Change
-from evaluation.defences import Defence, Images, Labels, Predictions, Subject, gaussian
+from evaluation.defences import Defence, Predictions, Subject, gaussian
 from evaluation.photographs import to_pixels
 from export.fold import fast
+from handlers.arrays import IntArray, Pixels
 from handlers.certify import certify
 
-Rows = NDArray[np.int64]
 Record = dict[str, Any]
 """What a threat found on a chunk of images, as JSON: lists with an entry per image, and what the caveats need."""
 
@@ -52,27 +51,27 @@ class Target:
 
     subject: Subject
     defence: Defence
-    images: Images
-    labels: Labels
+    images: Pixels
+    labels: IntArray
     first: int = 0
     cache: Path | None = None
-    rows: Rows | None = None
+    rows: IntArray | None = None
 
     @property
-    def places(self) -> Rows:
+    def places(self) -> IntArray:
         """(N,), the number of each among all images."""
         return self.first + (np.arange(len(self.images)) if self.rows is None else self.rows)
 
-    def only(self, rows: Rows) -> "Target":
+    def only(self, rows: IntArray) -> "Target":
         """The images in these ``rows``, which keep their noise."""
         rows_of = (self.places - self.first)[rows]
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows], rows=rows_of)
 
-    def predict(self, images: Images, attempt: int = 0, rows: Any = slice(None)) -> Predictions:
+    def predict(self, images: Pixels, attempt: int = 0, rows: Any = slice(None)) -> Predictions:
         """What the defence makes of ``images``, which stand in these ``rows``, at a further ``attempt``."""
         return self.defence.serve(images, [int(place) + attempt * TRY for place in self.places[rows]])
 
-    def record(self, images: Images, found: Predictions | None = None, **more: Any) -> Record:
+    def record(self, images: Pixels, found: Predictions | None = None, **more: Any) -> Record:
         """What is kept of the answers to ``images``."""
         found = self.predict(images) if found is None else found
         voters, labels = found.sample_labels, self.labels
@@ -157,14 +156,14 @@ class Transferred(Threat):
             found = _replace(found, target.predict(images[resisting], attempt, resisting), resisting)
         return target.record(images, found)
 
-    def _attacked(self, target: Target) -> Images:
+    def _attacked(self, target: Target) -> Pixels:
         classifier = target.defence.classifier or target.subject.classifier
         if self.method:
             return attack(classifier, target.images, target.labels, self.method, target.cache).images
 
-        def compute() -> Images:
+        def compute() -> Pixels:
             clean, labels = to_float(target.images), torch.from_numpy(target.labels)
-            best: Found | None = None
+            best: AscentResult | None = None
             device = target.subject.device
             forward = in_precision(_of_classifier(fast(classifier, device), device), self.effort, device)
             for attempt in range(self.effort.restarts):
@@ -215,7 +214,7 @@ class White(Threat):
             resisting = resisting[~fell]
         return target.record(images, found, draws=effort.draws, broken=broken, late=late, gradients=gradients)
 
-    def forward(self, target: Target, rows: Rows) -> Forward:
+    def forward(self, target: Target, rows: IntArray) -> Forward:
         """What this attacker computes of the images in these ``rows``."""
         return target.defence.forward
 
@@ -265,7 +264,7 @@ class Seeded(White):
     knows: ClassVar[str] = "defence, noise"
     knows_noise: ClassVar[bool] = True
 
-    def forward(self, target: Target, rows: Rows) -> Forward:
+    def forward(self, target: Target, rows: IntArray) -> Forward:
         if (seeded := target.defence.seeded) is None:
             return target.defence.forward
         seeds = target.places[rows].tolist()
@@ -276,7 +275,7 @@ class Seeded(White):
 class Engine(White):
     """The same, but the served engines decide how good an image is; the reference says only where to go from it."""
 
-    def forward(self, target: Target, rows: Rows) -> Forward:
+    def forward(self, target: Target, rows: IntArray) -> Forward:
         asked = 0
 
         def forward(images: Tensor, draws: int) -> Trace:
@@ -329,13 +328,13 @@ def _of_classifier(classifier: torch.nn.Module, device: str) -> Forward:
     return lambda images, _: Trace(classifier(images.to(device))[None].cpu())
 
 
-def _best_of(one: Found, other: Found) -> Found:
+def _best_of(one: AscentResult, other: AscentResult) -> AscentResult:
     wins = other.margins < one.margins
     images = torch.where(wins[:, None, None, None], other.images, one.images)
-    return Found(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
+    return AscentResult(images, torch.minimum(one.margins, other.margins), torch.minimum(one.earlier, other.earlier))
 
 
-def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
+def _replace(found: Predictions, other: Predictions, rows: IntArray) -> Predictions:
     """``found``, but in these ``rows`` what ``other`` says."""
     columns = {}
     for entry in dataclasses.fields(Predictions):
@@ -349,5 +348,4 @@ def _replace(found: Predictions, other: Predictions, rows: Rows) -> Predictions:
 
 
 def _to_list(column: Any) -> list[Any]:
-    values: list[Any] = (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()
-    return values
+    return (column.round(5) if column.dtype.kind == "f" else column.astype(int)).tolist()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.defences import Images, Labels
+from handlers.arrays import IntArray, Pixels
 from handlers.errors import MlvgmError
 from handlers.pipeline import Pipeline
 
@@ -72,9 +72,9 @@ class Sets:
         labels: (N,).
     """
 
-    clean: Images
-    attacked: Mapping[str, Images]
-    labels: Labels
+    clean: Pixels
+    attacked: Mapping[str, Pixels]
+    labels: IntArray
 
     def part(self, rows: slice) -> "Sets":
         """Only these ``rows``."""
@@ -85,18 +85,17 @@ Objective = Callable[[Weights, str], Trial]
 """Takes weights and their origin, and scores them."""
 
 
-def objective(pipeline: Pipeline, sets: Sets, samples: int, seed: int = 0) -> Objective:
+def objective(pipeline: Pipeline, sets: Sets, samples: int) -> Objective:
     """Scores weights by purifying all of ``sets`` with a vote of ``samples`` samples.
 
     The noise is the same for all weights, so that they are compared and not their luck.
     """
 
-    def right(images: Images, weights: Weights) -> NDArray[np.float64]:
+    def right(images: Pixels, weights: Weights) -> NDArray[np.float64]:
         parts = []
         for start in range(0, len(images), _CHUNK):
             part = images[start : start + _CHUNK]
-            seeds = range(seed + start, seed + start + len(part))
-            result = pipeline.run(part, samples=samples, seeds=seeds, alphas=list(weights))
+            result = pipeline.run(part, samples, range(start, start + len(part)), alphas=list(weights))
             parts.append(result.labels == sets.labels[start : start + _CHUNK])
         return np.concatenate(parts).astype(np.float64)
 

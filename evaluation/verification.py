@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from evaluation import report
@@ -16,14 +15,13 @@ from export.classifier import stage as classifier_stage
 from export.compare import END_TO_END, ReferenceEngine, relative_error, run_engine
 from export.stage import Stage
 from handlers import runtimes
+from handlers.arrays import AnyFloats, Pixels
 from handlers.errors import MlvgmError
 from handlers.manifest import Batch, Manifest, TensorSpec
 from handlers.pipeline import Pipeline
 from handlers.result import Result
 from handlers.runtimes import Array, Engine
 from mlvgm.purifier import Purifier
-
-Floats = NDArray[np.floating[Any]]
 
 _FEW = Batch(1, 4, 4)  # rows per call of the reference: the published operators need much memory per row
 
@@ -53,7 +51,7 @@ class Difference:
     psnr: float
 
 
-def difference(found: Floats, expected: Floats) -> Difference:
+def difference(found: AnyFloats, expected: AnyFloats) -> Difference:
     """Compare two arrays of as many numbers; NaN or infinity anywhere makes ``relative_l2`` infinite."""
     found, expected = np.asarray(found, np.float64).ravel(), np.asarray(expected, np.float64).ravel()
     gap = np.abs(found - expected)
@@ -75,7 +73,7 @@ def verify(
     bundle: Path,
     purifier: Purifier,
     classifier: nn.Module,
-    sets: Mapping[str, NDArray[np.uint8]],
+    sets: Mapping[str, Pixels],
     names: Sequence[str],
     samples: int = 2,
     say: Callable[[str], None] = lambda _: None,
@@ -112,7 +110,7 @@ def verify(
     rows: list[dict[str, Any]] = []
     for runtime in names:
         say(f"running {runtime}")
-        options = runtimes.Options(precision=manifest.precision)
+        options = runtimes.EngineOptions(precision=manifest.precision)
         for stage in stages:
             file = next(bundle / s.file for s in manifest.stages if s.name == stage.name)
             with closing(runtimes.load(runtime, file, options)) as engine:

@@ -34,7 +34,7 @@ class ArchiveError(MlvgmError):
 
 
 @dataclass(frozen=True)
-class Settings(HandlerSettings):
+class ArchiveSettings(HandlerSettings):
     """The content of the model's YAML file: TorchServe's settings, and those of the handler.
 
     Attributes:
@@ -57,7 +57,7 @@ class Settings(HandlerSettings):
 
 
 def build_archive(
-    bundle: str | Path, out: str | Path, settings: Settings | None = None, archive_format: str = "zip-store"
+    bundle: str | Path, out: str | Path, settings: ArchiveSettings | None = None, archive_format: str = "zip-store"
 ) -> Path:
     """Check ``bundle`` and pack it into the folder ``out``; returns the path of the archive, replaced if it was there.
 
@@ -67,7 +67,7 @@ def build_archive(
         ArchiveError: torch-model-archiver is not installed or fails.
     """
     bundle, out = Path(bundle), Path(out)
-    settings = read_strict(Settings, dataclasses.asdict(settings or Settings()))
+    settings = read_strict(ArchiveSettings, dataclasses.asdict(settings or ArchiveSettings()))
     if importlib.util.find_spec("model_archiver") is None:
         raise ArchiveError("torch-model-archiver is not installed: pip install torch-model-archiver==0.12.0")
     manifest = Manifest.read(bundle)
@@ -90,7 +90,7 @@ def build_archive(
 
 
 def fitting_batch(manifest: Manifest, runtime: str = "auto") -> int:
-    """Requests of one image, with default samples, per batch; see `Settings.batch_size`."""
+    """Requests of one image, with default samples, per batch; see `ArchiveSettings.batch_size`."""
     full = _full_call(manifest, runtime)
     return min(full, -(-ROWS_ON_CPU // manifest.samples.typical)) if _on_cpu(manifest, runtime) else full
 
@@ -119,7 +119,7 @@ def _gather(manifest: Manifest, bundle: Path, content: Path) -> None:
         link.symlink_to((bundle / name).resolve())
 
 
-def _model_yaml(manifest: Manifest, settings: Settings) -> str:
+def _model_yaml(manifest: Manifest, settings: ArchiveSettings) -> str:
     batch_size = settings.batch_size or fitting_batch(manifest, settings.runtime)
     queue = settings.queue or fitting_queue(manifest, settings.runtime, batch_size)
     return yaml.safe_dump(

@@ -62,7 +62,7 @@ def export_bundle(
     if isinstance(classifier, Path):
         classifier = OnnxClassifier(classifier, recipe.classifier, recipe.image_size, len(recipe.classes))
     stages = (
-        *families.stages(purifier, recipe.blur, recipe.input_noise_l2, _kept(recipe)),
+        *families.stages(purifier, recipe.blur, recipe.input_noise_l2, families.kept_by(recipe.effective_alphas())),
         classify.stage(classifier, recipe.image_size, len(recipe.classes), progress),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +84,6 @@ def export_bundle(
             out.rename(work / "old")
         draft.folder.rename(out)
     return written
-
-
-def _kept(recipe: Recipe) -> int:
-    """How many latents before the first that the default schedule resamples."""
-    return next((i for i, alpha in enumerate(recipe.effective_alphas()) if alpha), 0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from export import memory
@@ -20,12 +19,10 @@ from export.precision import LIMITS
 from export.stage import Stage, as_tuple
 from export.trace import example
 from handlers import runtimes
+from handlers.arrays import AnyFloats
 from handlers.errors import MlvgmError
 from handlers.manifest import StageSpec
 from handlers.runtimes import Array, Engine
-
-FloatArray = NDArray[np.floating[Any]]
-
 
 END_TO_END = "end to end"
 """Stage name of a comparison in which all stages ran in a chain."""
@@ -52,7 +49,7 @@ class Comparison:
     equal_labels: float | None = None
 
 
-def relative_error(found: FloatArray, expected: FloatArray) -> float:
+def relative_error(found: AnyFloats, expected: AnyFloats) -> float:
     """||found - expected|| / ||expected||; infinite where a value is not finite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     error = float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-30))
@@ -75,7 +72,7 @@ def compare_stages(
     largest = max(batches)
     known: dict[str, Tensor] = {}
     limits: dict[str, float] = {}
-    chained: dict[str, FloatArray] = {}
+    chained: dict[str, AnyFloats] = {}
     comparisons = []
     for stage in stages:
         limit = max(LIMITS[precision], stage.tolerance)
@@ -84,7 +81,7 @@ def compare_stages(
             known.setdefault(spec.name, example(spec, largest, seed=1000 * largest + i))
         expected = run_reference(stage, known)
         memory.release()  # what PyTorch has kept of the weights in its own layout
-        options = runtimes.Options(precision=precision)
+        options = runtimes.EngineOptions(precision=precision)
         with closing(runtimes.load(runtime, files[stage.name], options)) as engine:
             for batch in sorted(batches):
                 found = run_engine(engine, stage, slice_batch(stage, known, slice(batch)), batch)
@@ -116,7 +113,7 @@ def run_reference(stage: Stage, known: Mapping[str, Tensor]) -> dict[str, Tensor
     return {spec.name: tensor for spec, tensor in zip(stage.outputs, whole, strict=True)}
 
 
-def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Any], batch: int) -> dict[str, FloatArray]:
+def run_engine(engine: Engine, stage: Stage, known: Mapping[str, Any], batch: int) -> dict[str, AnyFloats]:
     """Outputs of ``engine``, the exported form of ``stage``, ``batch`` rows of tensors or arrays at a time."""
     count = next(len(known[spec.name]) for spec in stage.inputs if spec.batched)
     parts = []
@@ -170,7 +167,7 @@ def report(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def _compare(stage: str, output: str, batch: int, found: FloatArray, expected: FloatArray, limit: float) -> Comparison:
+def _compare(stage: str, output: str, batch: int, found: AnyFloats, expected: AnyFloats, limit: float) -> Comparison:
     if found.shape != expected.shape:
         raise ParityError(f"stage {stage}: {output} has shape {found.shape} at batch {batch}, not {expected.shape}")
     difference = float(np.abs(found - expected).max())

@@ -34,8 +34,7 @@ class TorchGraph(nn.Module):
         for function, node, attributes in self.nodes:
             result = function(*(known[value] for value in node.inputs), **attributes)
             known |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False)
-        output: Tensor = known[self.output]
-        return output
+        return known[self.output]
 
 
 def _tensor(tensor: Any) -> Tensor:

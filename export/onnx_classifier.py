@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from export.onnx_autograd import TorchGraph
 from export.onnx_graph import Writer, declare, free_batch, load_graph, nodes, save_graph, values
 from export.precision import LIMITS, ROUNDED
 from export.probe import PROBABILITIES, SMALLEST, ClassifierError, first_line, probe
+from handlers.arrays import FloatArray
 from handlers.manifest import FileDigest
 from mlvgm.checkpoint import kind_of
 from mlvgm.recipe import ClassifierRecipe
@@ -33,8 +34,6 @@ _ROUNDING = ("Round", "Floor", "Ceil", "QuantizeLinear", "DynamicQuantizeLinear"
 _DIRECTIONS, _STEP = 64, 0.02  # of an estimated gradient; the step in units of the [0, 1] image
 
 logger = logging.getLogger(__name__)
-
-Floats = NDArray[np.float32]
 
 
 class OnnxClassifier(nn.Module):
@@ -83,8 +82,7 @@ class OnnxClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if torch.is_grad_enabled() and images.requires_grad:
-            logits: Tensor = _Differentiable.apply(images, self)
-            return logits
+            return _Differentiable.apply(images, self)
         side = self._takes.side
         if side != self.image_size:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -193,11 +191,11 @@ class OnnxClassifier(nn.Module):
             "dynamic batch axis"
         )
 
-    def _run(self, array: NDArray[Any], rows: int) -> Floats:
+    def _run(self, array: NDArray[Any], rows: int) -> FloatArray:
         missing = rows - len(array)
         padded = np.concatenate([array, array[:1].repeat(missing, axis=0)]) if missing else array
         try:
-            outputs: Floats = self._session.run(None, {self._takes.input: padded})[0]
+            outputs: FloatArray = self._session.run(None, {self._takes.input: padded})[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise ClassifierError(f"{self.file}: ONNX Runtime cannot run it ({first_line(error)})") from None
         return outputs[: len(array)]
@@ -331,7 +329,6 @@ def _name(kind: ir.DataType | None) -> str:
     return kind.name.lower() if kind else "no tensor"
 
 
-def _resampling(size: int, to: int) -> Floats:
+def _resampling(size: int, to: int) -> FloatArray:
     """(to, size): bilinear resampling of a row of pixels as a matrix, antialiased where it shrinks the row."""
-    rows: Floats = F.interpolate(torch.eye(size)[None, None], (to, size), mode="bilinear", antialias=True)[0, 0].numpy()
-    return rows
+    return F.interpolate(torch.eye(size)[None, None], (to, size), mode="bilinear", antialias=True)[0, 0].numpy()

@@ -20,7 +20,7 @@ import onnx
 import yaml
 from onnx import TensorProto
 
-from export.archive import ArchiveError, Settings, fitting_batch, fitting_queue
+from export.archive import ArchiveError, ArchiveSettings, fitting_batch, fitting_queue
 from export.single_graph import FOLDER, GRAPH, REPORT
 from handlers import files
 from handlers.fields import read_strict
@@ -54,7 +54,7 @@ def build_repository(
     bundle: str | Path,
     out: str | Path,
     kind: Kind,
-    settings: Settings | None = None,
+    settings: ArchiveSettings | None = None,
     instances: int = 1,
     storage_uri: str = "",
 ) -> Path:
@@ -73,7 +73,7 @@ def build_repository(
         ArchiveError: the bundle has no single graph, or a setting or argument is none of this server's.
     """
     bundle, out = Path(bundle), Path(out)
-    settings = read_strict(Settings, dataclasses.asdict(settings or Settings()))
+    settings = read_strict(ArchiveSettings, dataclasses.asdict(settings or ArchiveSettings()))
     _check(kind, settings, storage_uri)
     manifest = Manifest.read(bundle)
     if f"{FOLDER}/{GRAPH}" not in manifest.files or REPORT not in manifest.report:
@@ -92,8 +92,8 @@ def build_repository(
     return model
 
 
-def _check(kind: Kind, settings: Settings, storage_uri: str) -> None:
-    for field in dataclasses.fields(Settings):
+def _check(kind: Kind, settings: ArchiveSettings, storage_uri: str) -> None:
+    for field in dataclasses.fields(ArchiveSettings):
         if field.name not in _SETTINGS[kind] and getattr(settings, field.name) != field.default:
             raise ArchiveError(f"{field.name} cannot be set for {kind}: leave it out, or archive for torchserve")
     if settings.runtime not in _RUNTIMES[kind]:
@@ -125,7 +125,7 @@ def _copy_graph(bundle: Path, model: Path) -> None:
     shutil.copyfile(bundle / FILE_NAME, manifest)
 
 
-def _triton_config(manifest: Manifest, bundle: Path, settings: Settings, instances: int) -> str:
+def _triton_config(manifest: Manifest, bundle: Path, settings: ArchiveSettings, instances: int) -> str:
     """The text form of Triton's ``ModelConfig``; shapes and types are those of the graph."""
     graph = onnx.load(str(bundle / FOLDER / GRAPH), load_external_data=False).graph
     samples = Samples(manifest.report[REPORT]["samples"], manifest.samples.max)
@@ -176,14 +176,14 @@ def _type_and_shape(value: onnx.ValueInfoProto) -> str:
     return f"data_type: {_TYPES[tensor.elem_type]} dims: {sizes}"
 
 
-def _plugin_config(manifest: Manifest, settings: Settings, instances: int) -> dict[str, str]:
+def _plugin_config(manifest: Manifest, settings: ArchiveSettings, instances: int) -> dict[str, str]:
     """OpenVINO's settings. Without a hint it would compute in bf16 wherever the CPU can."""
     config = {"INFERENCE_PRECISION_HINT": "bf16" if manifest.precision == "bf16" else "f32"}
     config["NUM_STREAMS"] = str(instances)
     return config | ({"INFERENCE_NUM_THREADS": str(settings.threads)} if settings.threads else {})
 
 
-def _list_model(file: Path, manifest: Manifest, settings: Settings, instances: int) -> None:
+def _list_model(file: Path, manifest: Manifest, settings: ArchiveSettings, instances: int) -> None:
     """List the model in ``file``, in the place of one of the same name."""
     content: Any = {}
     try:
@@ -203,7 +203,7 @@ def _list_model(file: Path, manifest: Manifest, settings: Settings, instances: i
 
 
 def _inference_services(
-    manifest: Manifest, bundle: Path, settings: Settings, instances: int, storage_uri: str
+    manifest: Manifest, bundle: Path, settings: ArchiveSettings, instances: int, storage_uri: str
 ) -> dict[str, dict[str, Any]]:
     """By server. Triton loads all models below the URI, OpenVINO Model Server the one whose folder it is given."""
     uri = storage_uri.rstrip("/")

@@ -143,7 +143,7 @@ def replay(
     drawn = inputs.draw(manifest, np.arange(count * samples), wanted)
     feeds: dict[str, Any] = {name: noise.reshape(count, samples, *noise.shape[1:]) for name, noise in drawn.items()}
     feeds["images"] = np.asarray(images) if image_type == "uint8" else inputs.images
-    with closing(runtimes.load(runtime, file, runtimes.Options(precision=manifest.precision))) as engine:
+    with closing(runtimes.load(runtime, file, runtimes.EngineOptions(precision=manifest.precision))) as engine:
         return {name: np.asarray(output) for name, output in engine.run(feeds).items()}
 
 

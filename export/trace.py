@@ -106,8 +106,7 @@ class _Arguments(nn.Module):
         self.module = module
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        result: Tensor | tuple[Tensor, ...] = self.module(*tensors)
-        return result
+        return self.module(*tensors)
 
 
 @contextlib.contextmanager

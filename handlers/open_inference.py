@@ -14,8 +14,8 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from handlers.arrays import Pixels
 from handlers.manifest import AUTO, Manifest
 from handlers.strict_json import RequestError, base64_bytes, given, quoted
 
@@ -55,7 +55,7 @@ class Envelope:
     outputs: tuple[str, ...]
 
 
-Image = bytes | npt.NDArray[np.uint8]
+Image = bytes | Pixels
 
 
 def read(
@@ -203,7 +203,7 @@ def _split(binary: bytes) -> Iterator[bytes]:
         yield binary[place - length : place]
 
 
-def _pixels(data: Any, datatype: str, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+def _pixels(data: Any, datatype: str, shape: Sequence[int]) -> Pixels:
     """Pixels as uint8 of ``shape``."""
     dtype, white = _PIXELS[datatype]
     count, kind = math.prod(shape), "numbers" if white == 1 else "whole numbers"

@@ -24,7 +24,7 @@ from handlers.inputs import PipelineInputs, checked_images
 from handlers.manifest import Manifest
 from handlers.plan import Plan, is_noise
 from handlers.result import Result
-from handlers.runtimes import Array, Engine, Options, choice, memory
+from handlers.runtimes import Array, Engine, EngineOptions, choice, memory
 
 PROGRESS = "getting ready:"  # `mlvgm serve` shows lines of a worker's log that contain this
 _HAVE_FALLBACKS = (*runtimes.ON_CPU, "onnxruntime-cuda", "torch")  # load the fp32 graphs, or programs of them
@@ -83,13 +83,14 @@ class Pipeline:
             name = measured.runtime
         name = runtimes.choose(name)
         usual = manifest.batch.opt, manifest.batch.max
-        engines = _engines(name, folder, manifest, Options(threads, device, manifest.precision, compiled=usual))
+        engines = _engines(name, folder, manifest, EngineOptions(threads, device, manifest.precision, compiled=usual))
 
         def fallback() -> Pipeline:
             # TensorRT engines are only built in half precision, so the fp32 graphs run on the CPU. Nothing is compiled:
             # an image waits for the answer.
             graphs = name if name in _HAVE_FALLBACKS else runtimes.choose("auto")
-            return cls(manifest, _engines(graphs, folder, manifest, Options(threads, device, "fp32"), True), graphs)
+            options = EngineOptions(threads, device, "fp32")
+            return cls(manifest, _engines(graphs, folder, manifest, options, True), graphs)
 
         in_half = any(stage.fallback for stage in manifest.stages) or (manifest.precision, name) == ("bf16", "openvino")
         return cls(manifest, engines, name, fallback if in_half else None)
@@ -366,7 +367,7 @@ class Pipeline:
 
 
 def _engines(
-    runtime: str, folder: Path, manifest: Manifest, options: Options, in_fp32: bool = False
+    runtime: str, folder: Path, manifest: Manifest, options: EngineOptions, in_fp32: bool = False
 ) -> dict[str, Engine]:
     """The engines of all stages of the bundle in ``folder``, by name; if one fails, the others are closed.
 

@@ -125,8 +125,7 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
         x = self.adain1(F.leaky_relu(self.noise1(self.conv1(x), noise), 0.2), style)
-        x = self.adain2(F.leaky_relu(self.noise2(self.conv2(x), noise), 0.2), style)
-        return x
+        return self.adain2(F.leaky_relu(self.noise2(self.conv2(x), noise), 0.2), style)
 
 
 class AVAE(Autoencoder):

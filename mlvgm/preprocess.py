@@ -15,10 +15,10 @@ def blur_kernel_size(image_size: int) -> int:
     return 2 ** int(math.sqrt(image_size) // 2) - 1
 
 
-def gaussian_taps(size: int, sigma: float = 1.0) -> Tensor:
-    """Normalised 1-D Gaussian, (size,)."""
+def gaussian_taps(size: int) -> Tensor:
+    """Normalised 1-D Gaussian with sigma 1, (size,)."""
     x = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    taps = torch.exp(-(x**2) / (2 * sigma**2))
+    taps = torch.exp(-(x**2) / 2)
     return taps / taps.sum()
 
 

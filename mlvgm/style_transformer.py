@@ -64,8 +64,7 @@ class StyleTransformerEncoder(Pyramid):
         coarse, medium, fine = self.pyramid(images)
         codes: Tensor = self.transformerlayer_coarse(queries.expand(len(images), -1, -1), coarse)
         codes = self.transformerlayer_medium(codes, medium)
-        codes = self.transformerlayer_fine(codes, fine)
-        return codes
+        return self.transformerlayer_fine(codes, fine)
 
 
 class StyleTransformerPurifier(StyleGan2Purifier):

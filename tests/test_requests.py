@@ -21,7 +21,7 @@ from PIL import Image
 
 from deploy.server import PROJECT, Server
 from deploy.torchserve import TorchServe
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from handlers.client import Client
 from handlers.image import encode_png
 from handlers.pipeline import Pipeline
@@ -54,7 +54,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = tmp_path_factory.mktemp("store")
-    build_archive(bundle, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
+    build_archive(bundle, store, ArchiveSettings(runtime="onnxruntime", threads=1, allow_seed=True))
     with stopped(TorchServe(free_port(), tmp_path_factory.mktemp("s"))) as server:
         server.start([store / f"{MODEL}.mar"])
         yield server

@@ -24,7 +24,7 @@ from export.trace import example
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
 from handlers.pipeline import Pipeline
-from handlers.runtimes import Options
+from handlers.runtimes import EngineOptions
 from handlers.runtimes.device import DeviceArray
 from mlvgm.nvae import NVAE, NVAEPurifier
 from mlvgm.purifier import Purifier
@@ -137,11 +137,12 @@ def _published(stage: Stage, mixed: Tensor) -> Tensor:
 @contextmanager
 def _e4e_engine(bench: Bench, rows: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """The decoder as it is served, for calls of ``rows``."""
-    engine = runtimes.load("torch", bench.work / _E4E / "decode.onnx", Options(precision="fp16", compiled=(rows,)))
+    options = EngineOptions(precision="fp16", compiled=(rows,))
+    engine = runtimes.load("torch", bench.work / _E4E / "decode.onnx", options)
 
     def decode(mixed: Tensor) -> Tensor:
         found = engine.run({"mixed": mixed.numpy() if bench.toy else DeviceArray(mixed)})["images"]
-        return found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)  # type: ignore[return-value]
+        return found.tensor if isinstance(found, DeviceArray) else torch.from_numpy(found)
 
     try:
         yield decode

@@ -3,7 +3,7 @@
 import contextlib
 import time
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 
 class BackgroundLoad:

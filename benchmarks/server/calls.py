@@ -50,7 +50,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Target:
+class Endpoint:
     """A server on loopback to send calls to.
 
     Attributes:
@@ -92,14 +92,14 @@ class Connection:
         timeout: seconds to wait for an answer.
     """
 
-    def __init__(self, target: Target, timeout: float) -> None:
-        self._target, self._timeout = target, timeout
+    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+        self._endpoint, self._timeout = endpoint, timeout
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def send(self, call: Call) -> RawReply:
         """The answer to ``call``. Never raises: what goes wrong becomes the status."""
         try:
-            return await asyncio.wait_for(self._exchange(self._target.encode(call)), self._timeout)
+            return await asyncio.wait_for(self._exchange(self._endpoint.encode(call)), self._timeout)
         except (TimeoutError, asyncio.TimeoutError):  # the same from Python 3.11 on
             reply = RawReply(SILENT, b"")
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):
@@ -116,8 +116,8 @@ class Connection:
     async def _exchange(self, request: bytes) -> RawReply:
         if self._streams is None or self._streams[0].at_eof() or self._streams[1].is_closing():
             self.close()
-            target = self._target
-            self._streams = await asyncio.open_connection("127.0.0.1", target.port, ssl=target.tls)
+            endpoint = self._endpoint
+            self._streams = await asyncio.open_connection("127.0.0.1", endpoint.port, ssl=endpoint.tls)
         reader, writer = self._streams
         writer.write(request)
         start = (await reader.readuntil(b"\r\n\r\n")).lower()

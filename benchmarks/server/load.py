@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, RawReply, Target
+from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, Endpoint, RawReply
 
 MAX_CONNECTIONS = 1000
 REFUSALS = (429, 503)
@@ -90,7 +90,7 @@ class LoadResult:
 
 
 async def closed_load(
-    target: Target, calls: Iterable[Call], clients: int, timeout: float = 120.0, result: LoadResult | None = None
+    endpoint: Endpoint, calls: Iterable[Call], clients: int, timeout: float = 120.0, result: LoadResult | None = None
 ) -> LoadResult:
     """Send ``calls`` from so many clients, each on its own connection, until there are no more calls.
 
@@ -102,7 +102,7 @@ async def closed_load(
     remaining = iter(calls)
 
     async def client() -> None:
-        connection = Connection(target, timeout)
+        connection = Connection(endpoint, timeout)
         for call in remaining:
             due = time.monotonic()
             reply = await connection.send(call)
@@ -118,7 +118,7 @@ async def closed_load(
 
 
 async def open_load(
-    target: Target, calls: Iterator[Call], arrivals: Iterable[float], timeout: float = 120.0
+    endpoint: Endpoint, calls: Iterator[Call], arrivals: Iterable[float], timeout: float = 120.0
 ) -> LoadResult:
     """Send one of ``calls`` at each of the ``arrivals``, in seconds from now, whatever became of the ones before."""
     result = LoadResult()
@@ -127,7 +127,7 @@ async def open_load(
 
     async def send(call: Call, due: float) -> None:
         async with places:
-            connection = idle.pop() if idle else Connection(target, timeout)
+            connection = idle.pop() if idle else Connection(endpoint, timeout)
             sent = time.monotonic()
             reply = await connection.send(call)
             idle.append(connection)

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.server import load, servers
 from benchmarks.server.background_load import BackgroundLoad
-from benchmarks.server.calls import Call, Target
+from benchmarks.server.calls import Call, Endpoint
 from benchmarks.server.load import Say
-from benchmarks.server.workload import Plan, Workload
+from benchmarks.server.workload import BenchmarkSettings, Workload
 from evaluation.progress import track
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -27,7 +27,7 @@ Stress = Callable[[Workload, servers.Deployment, float, Say], dict[str, Any]]
 """A stress test (tests/stress): gets the images a second that the deployment can answer, and returns its findings."""
 
 
-def measure(plan: Plan, stress: Mapping[str, Stress], say: Say) -> dict[str, Any]:
+def measure(settings: BenchmarkSettings, stress: Mapping[str, Stress], say: Say) -> dict[str, Any]:
     """Serve a bundle on free ports of loopback, measure it, and leave nothing behind.
 
     Returns:
@@ -35,28 +35,28 @@ def measure(plan: Plan, stress: Mapping[str, Stress], say: Say) -> dict[str, Any
     """
     with contextlib.ExitStack() as stack:
         say("loading the pipeline")
-        workload = stack.enter_context(Workload(plan))
+        workload = stack.enter_context(Workload(settings))
         workload.images_per_s(0)
         say("starting TorchServe")
         deployment = stack.enter_context(servers.torchserve(workload))
-        targets = {TORCHSERVE: deployment.target}
-        if plan.dev_server:
+        endpoints = {TORCHSERVE: deployment.endpoint}
+        if settings.dev_server:
             say("starting the development server")
-            targets[DEV_SERVER] = stack.enter_context(servers.dev_server(workload))
+            endpoints[DEV_SERVER] = stack.enter_context(servers.dev_server(workload))
         background = BackgroundLoad()
-        found = _saturate(workload, targets, say)
+        found = _saturate(workload, endpoints, say)
         sustainable, alone = found["median"][TORCHSERVE], found["median"][IN_PROCESS]
-        rows = _curve(workload, deployment.target, sustainable, say)
+        rows = _curve(workload, deployment.endpoint, sustainable, say)
         half = next(row for row in rows if row["fraction"] == HALF)
         content = {
             "settings": {
-                "samples": plan.samples,
-                "batch": plan.archive.batch_size,
+                "samples": settings.samples,
+                "batch": settings.archive.batch_size,
                 "runtime": workload.runtime,
                 "precision": workload.manifest.precision,
-                "threads": plan.threads,
-                "workers": plan.workers,
-                "batch_delay_ms": plan.archive.batch_delay_ms,
+                "threads": settings.threads,
+                "workers": settings.workers,
+                "batch_delay_ms": settings.archive.batch_delay_ms,
                 "background_cores": background.cores(),
             },
             "saturation": {
@@ -72,30 +72,30 @@ def measure(plan: Plan, stress: Mapping[str, Stress], say: Say) -> dict[str, Any
         return content | {name: run(workload, deployment, sustainable, say) for name, run in stress.items()}
 
 
-def _saturate(workload: Workload, targets: Mapping[str, Target], say: Say) -> dict[str, Any]:
+def _saturate(workload: Workload, endpoints: Mapping[str, Endpoint], say: Say) -> dict[str, Any]:
     """Images a second of the pipeline in process and of each server, in turns: what else the machine does hits all.
 
     Returns:
         ``clients`` of each server; ``rounds``, by name the images a second of each round; ``median``, the same in one
         figure; the numbers of `load.LoadResult.counts`; ``generator_cpu_us``, a request.
     """
-    plan, batch = workload.plan, workload.plan.archive.batch_size
+    settings, batch = workload.settings, workload.settings.archive.batch_size
     slowest = batch / workload.images_per_s(0)  # of one batch, in seconds, before anything is warm
-    seconds = max(plan.seconds, 6 * slowest)
-    clients = batch * (plan.workers + _QUEUED_BATCHES)
-    rounds: dict[str, list[float]] = {name: [] for name in (IN_PROCESS, *targets)}
+    seconds = max(settings.seconds, 6 * slowest)
+    clients = batch * (settings.workers + _QUEUED_BATCHES)
+    rounds: dict[str, list[float]] = {name: [] for name in (IN_PROCESS, *endpoints)}
     counts, cpu_seconds = collections.Counter[str](), 0.0
-    for number in range(plan.rounds + 1):  # and one to warm up
+    for number in range(settings.rounds + 1):  # and one to warm up
         rates = {IN_PROCESS: workload.images_per_s(seconds)}
-        for name, target in targets.items():
+        for name, endpoint in endpoints.items():
             calls = _until(time.monotonic() + seconds, workload.calls())
-            result = asyncio.run(load.closed_load(target, calls, clients, 120 + 10 * slowest))
+            result = asyncio.run(load.closed_load(endpoint, calls, clients, 120 + 10 * slowest))
             rates[name] = result.per_second(batch)
             cpu_seconds += result.cpu_seconds
             counts.update(result.counts())
             result.show_failure(name, say)
         named = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
-        say(f"saturation, {f'round {number} of {plan.rounds}' if number else 'warming up'}: {named} images/s")
+        say(f"saturation, {f'round {number} of {settings.rounds}' if number else 'warming up'}: {named} images/s")
         for name, rate in rates.items() if number else ():
             rounds[name].append(rate)
     return {
@@ -107,7 +107,7 @@ def _saturate(workload: Workload, targets: Mapping[str, Target], say: Say) -> di
     }
 
 
-def _curve(workload: Workload, target: Target, saturation: float, say: Say) -> list[dict[str, Any]]:
+def _curve(workload: Workload, endpoint: Endpoint, saturation: float, say: Say) -> list[dict[str, Any]]:
     """Latency against offered load, at `FRACTIONS` of ``saturation`` images a second, of requests that come at random.
 
     Returns:
@@ -116,11 +116,11 @@ def _curve(workload: Workload, target: Target, saturation: float, say: Say) -> l
     """
     rows = []
     for number, fraction in enumerate(FRACTIONS):
-        offered, length = fraction * saturation, workload.plan.seconds
+        offered, length = fraction * saturation, workload.settings.seconds
         if fraction == HALF:
             length = max(length, _FEWEST / offered, min(_ENOUGH / offered, _LONGEST))
         arrivals = track(load.poisson(offered, length, seed=number), f"open load, {fraction:.0%}", "request")
-        result = asyncio.run(load.open_load(target, workload.calls(), arrivals, 120 + 100 / saturation))
+        result = asyncio.run(load.open_load(endpoint, workload.calls(), arrivals, 120 + 100 / saturation))
         answers, latencies = result.table(), result.latencies()
         row = {
             "fraction": fraction,

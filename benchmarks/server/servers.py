@@ -1,31 +1,24 @@
 """The servers that are measured, each started for a ``with`` block on free ports of loopback, and gone after it."""
 
 import os
-import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.server.calls import Target
+from benchmarks.server.calls import Endpoint
 from benchmarks.server.workload import Workload
-from deploy import trial
 from deploy.errors import CliError
-from deploy.nginx import Nginx
-from deploy.output import Output
-from deploy.readiness import Readiness
-from deploy.server import PORTS, free_ports, port_is_taken
+from deploy.server import PORTS, free_ports
 from deploy.torchserve import TorchServe
 from export import archive
 
-_CLIENTS = 256  # so that none of them is over the rate that deploy/nginx.conf lets a client have
 _START_SECONDS = 600.0
 
 
@@ -34,7 +27,7 @@ class Deployment:
     """A bundle on a TorchServe of its own, and how to send it requests."""
 
     server: TorchServe
-    target: Target
+    endpoint: Endpoint
 
     def workers(self) -> "list[Any]":
         """The processes that answer, as psutil knows them."""
@@ -45,50 +38,31 @@ class Deployment:
 @contextmanager
 def torchserve(workload: Workload) -> Iterator[Deployment]:
     """A TorchServe with an archive of the bundle."""
-    plan = workload.plan
+    settings = workload.settings
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
-        built = archive.build_archive(plan.bundle, Path(folder) / "store", plan.archive)
+        built = archive.build_archive(settings.bundle, Path(folder) / "store", settings.archive)
         server = TorchServe(free_ports(PORTS), folder)
         try:
-            server.start([built], plan.workers, threads=plan.threads)
+            server.start([built], settings.workers, threads=settings.threads)
             key = f"Authorization: Bearer {server.client().key('inference')}\r\n".encode()
-            yield Deployment(server, Target(server.port, workload.manifest.name, lambda: key))
+            yield Deployment(server, Endpoint(server.port, workload.manifest.name, lambda: key))
         finally:
             server.stop()
 
 
 @contextmanager
-def nginx(deployment: Deployment) -> Iterator[Target]:
-    """nginx in front of ``deployment``, over TLS, as deploy/pair.py runs it: what clients see."""
-    keys = [f"client-{i}" for i in range(_CLIENTS)]
-    lines = cycle([f"X-Api-Key: {key}\r\n".encode() for key in keys])
-    port, server = free_ports(1), deployment.server
-    with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
-        etc = Path(folder) / "etc"
-        conf = trial.write(etc, port, server.folder.parent, dict(zip(keys, keys, strict=True)), quiet=True)
-        process = Nginx(conf, server, Readiness(server, 60), Output(1))
-        try:
-            process.start()
-            _await("nginx", lambda: port_is_taken(port), process.ended, 30)
-            tls = ssl.create_default_context(cafile=etc / "private" / "tls.crt")
-            yield Target(port, deployment.target.model, lambda: next(lines), tls)
-        finally:
-            process.drain(timeout=10)
-
-
-@contextmanager
-def dev_server(workload: Workload) -> Iterator[Target]:
+def dev_server(workload: Workload) -> Iterator[Endpoint]:
     """The server of ``mlvgm serve --dev``: one process, with as many threads as the workers of TorchServe together."""
-    plan, port = workload.plan, free_ports(1)
-    threads, delay_s = plan.threads * plan.workers, plan.archive.batch_delay_ms / 1000
+    settings, port = workload.settings, free_ports(1)
+    threads, delay_s = settings.threads * settings.workers, settings.archive.batch_delay_ms / 1000
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
         log = Path(folder) / "log"
-        served = (plan.bundle, port, plan.archive.runtime, threads, plan.archive.batch_size, delay_s, True)
+        served = (settings.bundle, port, settings.archive.runtime, threads, settings.archive.batch_size, delay_s, True)
         process = get_context("spawn").Process(target=_serve, args=(log, *served), daemon=True)
         process.start()
         try:
-            _await("the development server", lambda: _answers(port), lambda: not process.is_alive(), log=log)
-            yield Target(port, workload.manifest.name)
+            await_start("the development server", lambda: _answers(port), lambda: not process.is_alive(), log=log)
+            yield Endpoint(port, workload.manifest.name)
         finally:
             process.terminate()
             process.join(30)
@@ -106,13 +80,18 @@ def _serve(log: Path, *arguments: Any) -> None:
     dev_server.serve(*arguments)
 
 
-def _await(
+def await_start(
     name: str,
     ready: Callable[[], bool],
     ended: Callable[[], bool],
     seconds: float = _START_SECONDS,
     log: Path | None = None,
 ) -> None:
+    """Wait until a server is ready.
+
+    Raises:
+        CliError: it has ended, or takes longer than ``seconds``; with the last line of its ``log``.
+    """
     deadline = time.monotonic() + seconds
     while not ready():
         if ended() or time.monotonic() > deadline:

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.server.calls import Call
 from evaluation.photographs import encode, pictures
-from export import archive
+from export.archive import ArchiveSettings
 from handlers.image import decode
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -21,7 +21,7 @@ _PICTURES = 48
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkSettings:
     """What is served, and how it is measured.
 
     Attributes:
@@ -37,7 +37,7 @@ class Plan:
 
     bundle: Path
     samples: int | str
-    archive: archive.Settings
+    archive: ArchiveSettings
     workers: int = 1
     threads: int = 0
     images: Path | None = None
@@ -49,11 +49,11 @@ class Plan:
 class Workload:
     """The pipeline in a process of its own, idle while servers are measured, and the requests for them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.manifest = Manifest.read(plan.bundle)
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (plan,))
-        images = pictures(plan.images, _PICTURES, self.manifest.image_size)
+    def __init__(self, settings: BenchmarkSettings) -> None:
+        self.settings = settings
+        self.manifest = Manifest.read(settings.bundle)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _load, (settings,))
+        images = pictures(settings.images, _PICTURES, self.manifest.image_size)
         self._images = [encode(image, "JPEG" if i % 2 else "PNG") for i, image in enumerate(images)]
         self._labels: dict[int | str, list[int]] = {}
 
@@ -69,12 +69,12 @@ class Workload:
         return self._pool.submit(_runtime).result()
 
     def images_per_s(self, seconds: float) -> float:
-        """Of the pipeline alone, on decoded images, at the batch and samples of the plan; two calls at least."""
+        """Of the pipeline alone, on decoded images, at the batch and samples of the settings; two calls at least."""
         return self._pool.submit(_rate, seconds).result()
 
     def calls(self, samples: int | str | None = None) -> Iterator[Call]:
-        """Valid requests without end, for so many samples (default: those of the plan)."""
-        samples = samples or self.plan.samples
+        """Valid requests without end, for so many samples (default: those of the settings)."""
+        samples = samples or self.settings.samples
         if samples not in self._labels:
             self._labels[samples] = self._pool.submit(_classify, self._images, samples).result()
         options = f"Content-Type: application/octet-stream\r\nX-Mlvgm-Samples: {samples}\r\nX-Mlvgm-Seed: "
@@ -84,14 +84,14 @@ class Workload:
         )
 
 
-_loaded: list[tuple[Plan, Pipeline]] = []
+_loaded: list[tuple[BenchmarkSettings, Pipeline]] = []
 """In the process of the pipeline."""
 
 
-def _load(plan: Plan) -> None:
-    pipeline = Pipeline.load(plan.bundle, plan.archive.runtime)
+def _load(settings: BenchmarkSettings) -> None:
+    pipeline = Pipeline.load(settings.bundle, settings.archive.runtime)
     pipeline.warm_up()
-    _loaded.append((plan, pipeline))
+    _loaded.append((settings, pipeline))
 
 
 def _runtime() -> str:
@@ -99,21 +99,21 @@ def _runtime() -> str:
 
 
 def _rate(seconds: float) -> float:
-    plan, pipeline = _loaded[0]
-    batch = pictures(plan.images, plan.archive.batch_size, pipeline.manifest.image_size)
+    settings, pipeline = _loaded[0]
+    batch = pictures(settings.images, settings.archive.batch_size, pipeline.manifest.image_size)
     calls, began = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - began < seconds:
-        pipeline.run(batch, plan.samples)
+        pipeline.run(batch, settings.samples)
         calls += 1
     return calls * len(batch) / (time.perf_counter() - began)
 
 
 def _classify(images: list[bytes], samples: int | str) -> list[int]:
     """The label of each image, whose seed is its number."""
-    plan, pipeline = _loaded[0]
+    settings, pipeline = _loaded[0]
     pixels = np.stack([decode(image, pipeline.manifest.image_size) for image in images])
     labels: list[int] = []
-    for start in range(0, len(images), plan.archive.batch_size):
-        part = pixels[start : start + plan.archive.batch_size]
+    for start in range(0, len(images), settings.archive.batch_size):
+        part = pixels[start : start + settings.archive.batch_size]
         labels += pipeline.run(part, samples, range(start, start + len(part))).labels.tolist()
     return labels

@@ -93,8 +93,7 @@ class Small(Comparator):
         images = images.detach().requires_grad_()
         classifier = self.classifier.to(images.device)
         (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(images), labels, reduction="sum"), images)
-        changed: Tensor = (images.detach() + length * L2(1.0).direction(gradient)).clamp(0, 1)
-        return changed
+        return (images.detach() + length * L2(1.0).direction(gradient)).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from evaluation.adaptive import Trace
 from evaluation.attacks import to_float
 from evaluation.comparators.autoencoders import draw, read
 from evaluation.comparators.training import ComparatorError
-from evaluation.defences import Defence, Images, Predictions, Seeds, Subject
+from evaluation.defences import Defence, Predictions, Seeds, Subject
 from export.compare import ReferenceEngine
 from export.fold import fast
+from handlers.arrays import Pixels
 from mlvgm.checkpoint import read_checkpoint, weights_digest
 from mlvgm.load import load_classifier
 from mlvgm.purifier import Autoencoder
@@ -94,7 +95,7 @@ def autoencoder(subject: Subject, name: str, title: str, network: Autoencoder) -
     sizes, quick = [math.prod(shape) for shape in network.noise_shapes], fast(network, subject.device)
 
     @torch.no_grad()
-    def serve(images: Images, seeds: Seeds) -> Predictions:
+    def serve(images: Pixels, seeds: Seeds) -> Predictions:
         clean, purified = to_float(images), []
         for sample in range(SAMPLES):
             drawn = torch.from_numpy(defences.normal((sum(sizes),), [seed + (sample << 40) for seed in seeds]))

@@ -138,7 +138,8 @@ def train(
         if is_last or now >= report_at:
             elapsed = time.monotonic() - begun
             figures = _figures(comparator, average, held_out)
-            say(f"step {step}, {elapsed:.0f} s: loss {float(total) / step:.4f}, " + _said(figures))
+            said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            say(f"step {step}, {elapsed:.0f} s: loss {float(total) / step:.4f}, held-out {said}")
             score = next(iter(figures.values()))
             if not best or score >= next(iter(best["held_out"].values())):
                 best = {"step": step, "seconds": round(elapsed), "device": _name(device), "held_out": figures}
@@ -178,10 +179,6 @@ def _figures(comparator: Comparator, network: nn.Module, held_out: Split) -> dic
         for images, labels in zip(held_out.images.split(_CHUNK), held_out.labels.split(_CHUNK), strict=True):
             parts.append(comparator.look(network, images.float() / 255.0, labels))
     return {name: round(torch.cat([part[name].float() for part in parts]).mean().item(), 4) for name in parts[0]}
-
-
-def _said(figures: Mapping[str, float]) -> str:
-    return "held-out " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def _save(network: nn.Module, about: Mapping[str, Any], file: Path) -> None:

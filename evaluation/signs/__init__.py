@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+
+from handlers.arrays import Pixels
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Sign:
 
     name: str
     label: int
-    image: NDArray[np.uint8]
+    image: Pixels
 
 
 def drawn_signs() -> list[Sign]:

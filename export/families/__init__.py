@@ -35,6 +35,11 @@ def stages(purifier: Purifier, blur: bool, input_noise_l2: float, kept: int = 0)
     return with_preprocessing(first, purifier.image_size, blur, input_noise_l2), *others
 
 
+def kept_by(alphas: Iterable[float]) -> int:
+    """How many latents come before the first that these alphas resample."""
+    return next((i for i, alpha in enumerate(alphas) if alpha), 0)
+
+
 def kept(stages: Iterable[StageSpec]) -> int:
     """With how many latents ``kept`` the stages of a bundle were made."""
     return sum(is_noise(tensor.name) for stage in stages if stage.name == "coarse" for tensor in stage.inputs)

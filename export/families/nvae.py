@@ -190,8 +190,7 @@ def _published_decode(purifier: NVAEPurifier, latents: range, *tensors: Tensor) 
         fresh = soft_clamp(mu) + purifier.temperature * torch.exp(soft_clamp(log_sigma)) * drawn
         x = network.from_latent(s, g, x, (1.0 - alphas[i]) * soft_clamp(mean) + alphas[i] * fresh)
     if latents.stop < purifier.n_latents:
-        following: Tensor = network.to_latent(*network.config.latents()[latents.stop], x)
-        return following
+        return network.to_latent(*network.config.latents()[latents.stop], x)
     return (mixture_mean(network.finish(x)) + 1.0) / 2.0
 
 
@@ -203,8 +202,7 @@ class Gate(nn.Module):
         self.of_means = GateOfMeans(gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        gated: Tensor = x * self.of_means(x.mean(dim=(2, 3)))
-        return gated
+        return x * self.of_means(x.mean(dim=(2, 3)))
 
 
 class GateOfMeans(nn.Module):
@@ -266,8 +264,7 @@ class FirstCombiner(nn.Module):
         self.conv = conv(both.weight[:, width:], None)
 
     def forward(self, z: Tensor) -> Tensor:
-        combined: Tensor = self.conv(z) + self.constant
-        return combined
+        return self.conv(z) + self.constant
 
 
 class Prior(nn.Module):
@@ -301,8 +298,7 @@ class Posterior(nn.Module):
             self.register_buffer("border", F.conv2d(bias, second, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean: Tensor = self.conv(x) + self.border
-        return mean
+        return self.conv(x) + self.border
 
 
 class MixtureMean(nn.Module):

@@ -41,7 +41,7 @@ def _prior(module: Prior) -> nn.Module:
 @fp16_layer.register
 def _mixture(module: MixtureMean) -> nn.Module:
     made = copied(module)
-    made.conv = _to_single(module.conv)  # type: ignore[assignment]
+    made.conv = _to_single(module.conv)
     return made
 
 
@@ -67,5 +67,4 @@ class _Fp16Combiner(nn.Module):
         self.combiner = combiner
 
     def forward(self, decoded: Tensor, latent: Tensor) -> Tensor:
-        joined: Tensor = self.combiner(decoded, latent.to(decoded.dtype))
-        return joined
+        return self.combiner(decoded, latent.to(decoded.dtype))

@@ -51,8 +51,7 @@ class Preprocessed(nn.Module):
             images = blur_images(images, self.taps)
         if input_noise:
             images = add_noise(images, input_noise[0], self.input_noise_l2)
-        result: Tensor | tuple[Tensor, ...] = self.stage(images)
-        return result
+        return self.stage(images)
 
 
 @fp16_stage.register

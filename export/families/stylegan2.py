@@ -63,8 +63,7 @@ class Encode(nn.Module):
             raise TypeError(f"{type(purifier).__name__} is not a StyleGAN2 purifier that can be rewritten")
 
     def forward(self, images: Tensor) -> Tensor:
-        codes: Tensor = self.encoder(2.0 * images - 1.0)
-        return codes
+        return self.encoder(2.0 * images - 1.0)
 
 
 class Resample(nn.Module):
@@ -105,8 +104,8 @@ def shifted(taps: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     def smooth(x: Tensor, _: Tensor) -> Tensor:
         x = F.pad(x, (1, 1, 1, 1))
         height, width = x.shape[2] - len(down) + 1, x.shape[3] - len(across) + 1
-        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(down))  # type: ignore[assignment]
-        return sum(weight * x[..., i : i + width] for i, weight in enumerate(across))  # type: ignore[return-value]
+        x = sum(weight * x[:, :, i : i + height] for i, weight in enumerate(down))
+        return sum(weight * x[..., i : i + width] for i, weight in enumerate(across))
 
     return smooth
 

@@ -39,8 +39,7 @@ class FoldedUnit(nn.Module):
             self.shortcut = nn.Identity() if subsampling.stride == 1 else subsampling
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.gate(self.branch(x)) + self.shortcut(x)
-        return out
+        return self.gate(self.branch(x)) + self.shortcut(x)
 
 
 class FoldedPyramid(nn.Module):
@@ -125,8 +124,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(queries).view(-1, n, 3, HEADS, d // HEADS).permute(2, 0, 3, 1, 4)
         weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=-1)
         mixed = self.out((weights @ v).transpose(1, 2).flatten(2))
-        out: Tensor = self.norm(queries + mixed)
-        return out
+        return self.norm(queries + mixed)
 
 
 class CrossAttention(nn.Module):
@@ -157,8 +155,7 @@ class CrossAttention(nn.Module):
         weights = torch.softmax(asked @ pixels, dim=-1)
         seen = (weights @ pixels.transpose(1, 2)).view(-1, n, HEADS * d)
         queries = self.norm_1(queries + self.out_proj(seen))
-        out: Tensor = self.norm_2(queries + self.feed(queries))
-        return out
+        return self.norm_2(queries + self.feed(queries))
 
 
 def folded_head(head: StyleHead, shift: Tensor) -> nn.Sequential:

@@ -105,8 +105,7 @@ class Fp16ToRGB(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         scale, peak = normalised_style(self.modulation(style))
         seen = F.conv2d(x * scale.to(x.dtype)[:, :, None, None], self.weight).float()
-        image: Tensor = seen * (self.size * peak)[:, :, None, None] + self.bias
-        return image
+        return seen * (self.size * peak)[:, :, None, None] + self.bias
 
 
 def normalised(weight: Tensor) -> tuple[Tensor, Tensor]:

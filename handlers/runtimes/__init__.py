@@ -6,7 +6,6 @@ share a module.
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from handlers import packages
 from handlers.errors import MlvgmError
 
 # OpenVINO tells Google Analytics that it is imported, unless this package of its is missing.
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class EngineOptions:
     """Options of `load`, for every runtime.
 
     Attributes:
@@ -142,13 +142,10 @@ def choose(name: str) -> str:
 def _is_installed(runtime: _Runtime) -> bool:
     if importlib.util.find_spec(runtime.package) is None:
         return False
-    try:
-        return not runtime.distribution or bool(importlib.metadata.version(runtime.distribution))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    return not runtime.distribution or packages.version(runtime.distribution) is not None
 
 
-def load(name: str, file: Path, options: Options) -> Engine:
+def load(name: str, file: Path, options: EngineOptions) -> Engine:
     """Load the stage ``file`` with the runtime ``name``, which is one that `choose` returned.
 
     Raises:
@@ -160,5 +157,4 @@ def load(name: str, file: Path, options: Options) -> Engine:
         module = importlib.import_module(f"handlers.runtimes.{runtime.module}")
     except ImportError as error:
         raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): {runtime.install}") from error
-    engine: Engine = module.load(file, options, **runtime.arguments)
-    return engine
+    return module.load(file, options, **runtime.arguments)

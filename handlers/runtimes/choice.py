@@ -5,12 +5,11 @@ looks up what they have found: so no start takes longer or computes beside a ser
 """
 
 import dataclasses
-import importlib.metadata
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from handlers import cores
+from handlers import cores, packages
 from handlers.fields import FieldError, read_strict
 from handlers.manifest import Manifest
 from handlers.runtimes import cache, candidates
@@ -61,12 +60,6 @@ def _key(manifest: Manifest) -> dict[str, Any]:
         "batch": dataclasses.asdict(manifest.batch),
         "cpu": cores.kind(),
         "cores": cores.usable(),
-        "versions": {name: _version(name) for name in candidates()},
+        # None of its name where it is in another distribution, such as onnxruntime-gpu.
+        "versions": {name: packages.version(name) or "" for name in candidates()},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # it is in another distribution, such as onnxruntime-gpu
-        return ""

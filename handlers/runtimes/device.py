@@ -36,5 +36,4 @@ class DeviceArray:
 
     def finite(self) -> BoolArray:
         """(rows,): which rows have neither NaN nor infinity. Computed on the device."""
-        found: BoolArray = self.tensor.isfinite().flatten(1).all(1).cpu().numpy()
-        return found
+        return self.tensor.isfinite().flatten(1).all(1).cpu().numpy()

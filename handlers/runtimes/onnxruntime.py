@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
 from handlers import cores
-from handlers.runtimes import Array, Options, engine_errors, memory
+from handlers.runtimes import Array, EngineOptions, engine_errors, memory
 
 
-def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
+def load(file: Path, options: EngineOptions) -> "OnnxRuntimeEngine":
     """An engine of the graph ``file``; external data is loaded from its folder.
 
     Raises:
@@ -20,7 +20,7 @@ def load(file: Path, options: Options) -> "OnnxRuntimeEngine":
     return OnnxRuntimeEngine(session_of(file, options, ["CPUExecutionProvider"]))
 
 
-def session_of(file: Path, options: Options, providers: Sequence[Any]) -> Any:
+def session_of(file: Path, options: EngineOptions, providers: Sequence[Any]) -> Any:
     """A session of ``file``, in which each operator runs on the first of ``providers`` that supports it.
 
     Raises:

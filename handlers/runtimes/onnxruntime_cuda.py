@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-untyped]
+import onnxruntime as ort
 
-from handlers.runtimes import Array, Engine, Options, RuntimeMissing, engine_errors
+from handlers.runtimes import Array, Engine, EngineOptions, RuntimeMissing, engine_errors
 from handlers.runtimes.device import DeviceArray
 from handlers.runtimes.onnxruntime import OnnxRuntimeEngine, session_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
-def load(file: Path, options: Options) -> Engine:
+def load(file: Path, options: EngineOptions) -> Engine:
     """An engine of the graph ``file`` on the GPU.
 
     Raises:

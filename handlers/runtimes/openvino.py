@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 
 from handlers import cores
-from handlers.runtimes import Array, Engine, Options, cache, engine_errors, memory
+from handlers.runtimes import Array, Engine, EngineOptions, cache, engine_errors, memory
 from handlers.runtimes.widened import Widened
 
 _KEPT = "openvino"  # folder of the cache
 
 
-def load(file: Path, options: Options) -> Engine:
+def load(file: Path, options: EngineOptions) -> Engine:
     """An engine of the graph ``file``; external data is loaded from its folder.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from handlers.runtimes import Engine, EngineError, Options, RuntimeMissing, engine_store
+from handlers.runtimes import Engine, EngineError, EngineOptions, RuntimeMissing, engine_store
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -26,7 +26,7 @@ def library(name: str) -> ModuleType:
         raise RuntimeMissing(f"runtime {name!r} cannot be imported ({error}): pip install {name}") from None
 
 
-def load(file: Path, options: Options, name: str = "tensorrt", compiler: str = "") -> Engine:
+def load(file: Path, options: EngineOptions, name: str = "tensorrt", compiler: str = "") -> Engine:
     """The engine that was built from ``file`` for this GPU.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from handlers.runtimes import Array, Engine, Options, engine_errors, engine_store, pt2
+from handlers.runtimes import Array, Engine, EngineOptions, engine_errors, engine_store, pt2
 from handlers.runtimes.compiled import Compiled
 from handlers.runtimes.cuda_graphs import Computation, CudaGraphs, Tensors
 
@@ -23,7 +23,7 @@ def version() -> str:
     return str(torch.__version__).partition("+")[0]
 
 
-def load(file: Path, options: Options) -> Engine:
+def load(file: Path, options: EngineOptions) -> Engine:
     """The program of the graph ``file``, on the GPU if there is one.
 
     Raises:

@@ -10,7 +10,7 @@ import os
 import tempfile
 
 import numpy as np
-import openvino as ov  # type: ignore[import-untyped]
+import openvino as ov
 
 from handlers.runtimes import cache, memory
 

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from deploy.errors import CliError
-from export.archive import FORMATS, QUEUED_CALLS, Settings, build_archive
+from export.archive import FORMATS, QUEUED_CALLS, ArchiveSettings, build_archive
 from mlvgm.cli.options import Parser, add_engines, whole
 
 _NUMBERS = (  # option, field of the settings, unit, help
@@ -37,7 +37,7 @@ def add_options(parser: Parser) -> None:
     add("--instances", type=whole(1, 1024), default=1, help="of the single graph (%(default)s)")
     add("--storage-uri", default="", metavar="URI", help="kserve: where the cluster finds the folder")
     add_engines(parser, "CPU threads per worker (default: every core)")
-    defaults = Settings()
+    defaults = ArchiveSettings()
     for option, name, unit, text in _NUMBERS:
         default = getattr(defaults, name)
         add(option, dest=name, type=type(default), default=default, metavar=unit, help=text)
@@ -57,8 +57,8 @@ def add_options(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the archive, or the model's folder in a repository, and say where it is."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
+    names = [field.name for field in dataclasses.fields(ArchiveSettings)]
+    settings = ArchiveSettings(**{name: value for name, value in vars(args).items() if name in names})
     if args.format == "torchserve":
         if args.instances > 1 or args.storage_uri:
             raise CliError("--instances and --storage-uri are for --format triton, ovms or kserve")

@@ -15,12 +15,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from handlers.arrays import Pixels
 from handlers.image import ImageError, decode
 from mlvgm.cli.bulk import Bulk, Outcome, Row, print_row
 from mlvgm.cli.options import Parser, add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
-from mlvgm.cli.purify import Purifier
+from mlvgm.cli.purify import FilePurifier
 from mlvgm.files import read_file, shown
 from mlvgm.recipe import Recipe
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         purifier = None
         if args.bundle:
-            purifier = stack.enter_context(Purifier(args.bundle, args.runtime, args.threads, **given))
+            purifier = stack.enter_context(FilePurifier(args.bundle, args.runtime, args.threads, **given))
             settings |= purifier.settings
         job = Bulk(args.files, args.out, "attacked", settings, _BATCH, args.overwrite)
         rows = []
@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attack(
-    files: Sequence[bytes], recipe: Recipe, classifier: "nn.Module", method: str, purifier: Purifier | None
+    files: Sequence[bytes], recipe: Recipe, classifier: "nn.Module", method: str, purifier: FilePurifier | None
 ) -> Sequence[Outcome]:
     """For each encoded image the attacked one as PNG and what is read in it, or what is wrong with it."""
     from evaluation.attacks import attack, predict
     from evaluation.photographs import encode
 
-    images: dict[int, NDArray[np.uint8]] = {}
+    images: dict[int, Pixels] = {}
     outcomes: list[Outcome] = [""] * len(files)
     for i, file in enumerate(files):
         try:
@@ -107,10 +107,9 @@ def _attack(
     return outcomes
 
 
-def _draw(rows: Sequence[Row], recipe: Recipe, purifier: Purifier | None, path: Path) -> None:
+def _draw(rows: Sequence[Row], recipe: Recipe, purifier: FilePurifier | None, path: Path) -> None:
     """Each image, clean, attacked, the change between them, and purified."""
-    from evaluation.contact_sheet import CHANGE, Picture, change, save
-    from evaluation.contact_sheet import Row as Line
+    from evaluation.contact_sheet import CHANGE, Picture, SheetRow, change, save
 
     size = (recipe.image_size, recipe.image_size)
     files = [read_file(Path(row["attacked"])) for row in rows]
@@ -120,7 +119,7 @@ def _draw(rows: Sequence[Row], recipe: Recipe, purifier: Purifier | None, path: 
         clean, attacked = decode(read_file(Path(row["file"])), size), decode(file, size)
         after = decode(outcome[0], size) if isinstance(outcome, tuple) else None
         pictures = [Picture(clean, row["before"]), Picture(attacked, row["after"]), change(clean, attacked)]
-        lines.append(Line(row["before"], [*pictures, Picture(after, row.get("purified", ""))]))
+        lines.append(SheetRow(row["before"], [*pictures, Picture(after, row.get("purified", ""))]))
     method = rows[0]["settings"]["method"]
     save(lines, ("clean", "attacked", CHANGE, "purified"), f"{recipe.name}: {method}", path)
 

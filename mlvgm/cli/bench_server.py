@@ -44,27 +44,29 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
     """Measure; returns the content of the report, its page and its plot."""
     from benchmarks.server import report
     from benchmarks.server.measure import measure
-    from benchmarks.server.workload import Plan
+    from benchmarks.server.workload import BenchmarkSettings
     from tests.stress import hostile, kills, overload, soak
 
     manifest = Manifest.read(args.bundle)
     samples = args.samples or manifest.samples.default
     if samples != AUTO and int(samples) > manifest.samples.max:
         raise CliError(f"--samples must be 1 to {manifest.samples.max} or {AUTO!r} with this bundle")
-    served = archive.Settings(
+    served = archive.ArchiveSettings(
         runtime=args.runtime,
         allow_seed=True,  # so that every answer can be compared with the correct one
         batch_size=args.batch_size or archive.fitting_batch(manifest, args.runtime),
-        batch_delay_ms=args.batch_delay or archive.Settings().batch_delay_ms,
+        batch_delay_ms=args.batch_delay or archive.ArchiveSettings().batch_delay_ms,
     )
     size = sum(path.stat().st_size for path in args.bundle.rglob("*") if path.is_file())
     workers, threads = chosen(args.workers, args.threads, [size])
     dev_server = importlib.util.find_spec("uvicorn") is not None and not args.no_dev
-    plan = Plan(args.bundle, samples, served, workers, threads, args.images, args.seconds, args.rounds, dev_server)
+    settings = BenchmarkSettings(
+        args.bundle, samples, served, workers, threads, args.images, args.seconds, args.rounds, dev_server
+    )
     modules = {"hostile": hostile, "overload": overload, "soak": soak, "kills": kills}
     asked = {name: module for name, module in modules.items() if getattr(args, name)}
     stress = {name: partial(module.run, getattr(args, name)) for name, module in asked.items()}
     sections = {name: module.section for name, module in asked.items()}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, or the folders would be left behind
-    content = {"bundle": f"{manifest.name} {manifest.version}", **measure(plan, stress, say)}
+    content = {"bundle": f"{manifest.name} {manifest.version}", **measure(settings, stress, say)}
     return content, partial(report.markdown, sections=sections), partial(report.plot, sections=sections)

@@ -10,11 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deploy.errors import CliError
 from evaluation.progress import say
+from handlers.arrays import Pixels
 from handlers.manifest import FILE_NAME, Manifest
 from mlvgm.cli.options import Parser, add_models, add_threads, number, positive
 from mlvgm.recipe import Recipe
@@ -76,7 +74,7 @@ def _model(args: argparse.Namespace, name: str, work: Path) -> "ModelUnderTest":
     return ModelUnderTest(name, bundle, purifier, classifier)
 
 
-def _images(args: argparse.Namespace, model: "ModelUnderTest") -> NDArray[np.uint8]:
+def _images(args: argparse.Namespace, model: "ModelUnderTest") -> Pixels:
     from evaluation.photographs import pictures
 
     count = max(*args.batch, args.compare)

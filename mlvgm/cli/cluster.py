@@ -28,7 +28,7 @@ def workers(
 
     Args:
         address: of its control service, HOST:PORT, or "auto" for the one that this machine belongs to.
-        make: arguments of `mlvgm.cli.purify.Purifier`, which each worker makes for itself.
+        make: arguments of `mlvgm.cli.purify.FilePurifier`, which each worker makes for itself.
         settings: those of the `Purifier` here: a worker's have to be equal, or its bundle is another.
 
     Raises:
@@ -81,6 +81,6 @@ def _purify(make: Mapping[str, Any], settings: Mapping[str, Any], images: Sequen
 @functools.lru_cache(maxsize=1)
 def _purifier(*make: tuple[str, Any]) -> Any:
     """Loaded once in each process, which Ray keeps for the next task."""
-    from mlvgm.cli.purify import Purifier
+    from mlvgm.cli.purify import FilePurifier
 
-    return Purifier(**dict(make))
+    return FilePurifier(**dict(make))

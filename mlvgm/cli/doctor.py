@@ -4,7 +4,6 @@ Example: mlvgm doctor --port 8080 --model-store model_store
 """
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from deploy.errors import CliError
 from deploy.java import find_java
 from deploy.server import Server, grey_png, port_is_taken
 from deploy.torchserve import INSTALL
-from handlers import runtimes
+from handlers import packages, runtimes
 from handlers.errors import MlvgmError
 from handlers.reply import ServerError
 from handlers.runtimes import cache
@@ -85,9 +84,7 @@ def _java() -> Finding:
 
 
 def _package(name: str, oldest: str, cure: str) -> Finding:
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    if (version := packages.version(name)) is None:
         return Finding(name, "not installed", cure)
     return Finding(name, version, "" if _numbers(version) >= _numbers(oldest) else cure)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from handlers.errors import MlvgmError
+from handlers.packages import version
 from mlvgm.cli.options import add_verb
 from mlvgm.files import shown
 
@@ -84,7 +85,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         description="Adversarial purification in front of an image classifier.",
         epilog="Example: mlvgm serve, then mlvgm predict sign.png. Each verb has its own --help.",
     )
-    parser.add_argument("--version", action="version", version=f"mlvgm-serve {_version()}")
+    installed = version(DISTRIBUTION) or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"mlvgm-serve {installed}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, summary in VERBS.items():
         if words and words[0] == verb:
@@ -93,13 +95,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         else:
             verbs.add_parser(verb, help=summary)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _how_to_install(error: ModuleNotFoundError) -> str | None:

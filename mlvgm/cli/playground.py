@@ -24,7 +24,7 @@ from mlvgm.cli.predict import add_server, find_server
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from evaluation.playground import Attacker, Purifier
+    from evaluation.playground import Attacker, Backend
 
 
 def add_options(parser: Parser) -> None:
@@ -64,15 +64,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _purifier(args: argparse.Namespace, open_things: contextlib.ExitStack) -> "tuple[Purifier, Callable[[], Recipe]]":
+def _purifier(args: argparse.Namespace, open_things: contextlib.ExitStack) -> "tuple[Backend, Callable[[], Recipe]]":
     """It, and a function that gives the recipe of the classifier behind it."""
-    from evaluation.playground import BundlePurifier, ServerPurifier
+    from evaluation.playground import BundleBackend, ServerBackend
 
     if not args.bundle:
         client, model = find_server(args)
-        return ServerPurifier(open_things.enter_context(client), model), lambda: Recipe.read(args.recipe or model)
+        return ServerBackend(open_things.enter_context(client), model), lambda: Recipe.read(args.recipe or model)
     pipeline = open_things.enter_context(Pipeline.load(args.bundle, args.runtime, args.threads))
-    return BundlePurifier(pipeline), lambda: read_recipe(args, pipeline.manifest)
+    return BundleBackend(pipeline), lambda: read_recipe(args, pipeline.manifest)
 
 
 def _attacker(args: argparse.Namespace, recipe: Recipe) -> "Attacker":

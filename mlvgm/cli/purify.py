@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     folder, packed = parts(args.out, args.overwrite), dict[str, str | None]()
     threads = args.threads or 1 if args.ray else args.threads
     make = {"bundle": args.bundle.resolve(), "runtime": args.runtime, "threads": threads, **request(args)}
-    with Purifier(**make) as purifier:
+    with FilePurifier(**make) as purifier:
         job = Bulk(args.files, folder, "purified", purifier.settings, purifier.batch, args.overwrite)
         if folder != args.out:
             job = dataclasses.replace(job, finish=functools.partial(pack, folder, args.out, packed))
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-class Purifier:
+class FilePurifier:
     """Purifies encoded images with the pipeline of a bundle, as its server would.
 
     Args:
@@ -123,7 +123,7 @@ class Purifier:
         self._pipeline = self._load()
         return Service(self._pipeline)
 
-    def __enter__(self) -> "Purifier":
+    def __enter__(self) -> "FilePurifier":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mlvgm.cli.options import Parser, add_threads
 
 if TYPE_CHECKING:
-    from mlvgm.training.settings import Settings
+    from mlvgm.training.settings import TrainingSettings
 
 
 def add_options(parser: Parser) -> None:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> "Settings":
+def _settings(args: argparse.Namespace) -> "TrainingSettings":
     from mlvgm.training.settings import TrainingError, named_settings, read_settings
 
     names = ("steps", "batch", "noise", "whole", "classifier")

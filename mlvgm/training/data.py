@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlvgm.npz import NpzError, read_npz, whole_numbers, write_npz
-from mlvgm.training.images import hold_out
+from mlvgm.training.images import hold_out, to_tensor
 
 SIDE = 32
 
@@ -37,8 +37,7 @@ class Signs:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Float images (N, 3, 32, 32) in [0, 1] and labels."""
-        images = torch.from_numpy(self.images).permute(0, 3, 1, 2).float() / 255.0
-        return images.contiguous(memory_format=torch.channels_last), torch.from_numpy(self.labels)
+        return to_tensor(self.images), torch.from_numpy(self.labels)
 
 
 def load_signs(folder: str | Path, part: str) -> Signs:

@@ -25,7 +25,7 @@ from mlvgm.training.bound import Bound, answer_divergence, evidence_lower_bound,
 from mlvgm.training.images import ImageSet, augment, to_tensor
 from mlvgm.training.loop import cosine_rate, shuffled
 from mlvgm.training.recorded import RecordedStep
-from mlvgm.training.settings import Settings, TrainingError
+from mlvgm.training.settings import TrainingError, TrainingSettings
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 REPORT_EVERY, SAVE_EVERY = 100, 100
@@ -94,7 +94,7 @@ class State:
 
 
 def train_nvae(
-    settings: Settings,
+    settings: TrainingSettings,
     images: ImageSet,
     work: Path,
     device: torch.device | str = "cpu",
@@ -150,7 +150,7 @@ def train_nvae(
     return recalibrated(state.average, images, settings).to("cpu"), state.reports
 
 
-def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: int = 60) -> NVAE:
+def recalibrated(network: NVAE, images: ImageSet, settings: TrainingSettings, passes: int = 60) -> NVAE:
     """A copy whose batch-norm statistics are means over ``passes`` batches, with the noise of the training; those of
     training are of other weights.
     """
@@ -172,7 +172,7 @@ def recalibrated(network: NVAE, images: ImageSet, settings: Settings, passes: in
     return network.eval().requires_grad_(False)
 
 
-def begin(settings: Settings, device: torch.device, channels_last: bool = True) -> State:
+def begin(settings: TrainingSettings, device: torch.device, channels_last: bool = True) -> State:
     """Fresh weights, or those to start from."""
     torch.manual_seed(settings.seed)
     network = NVAE(settings.shape.config(settings.image_size))
@@ -192,7 +192,7 @@ def begin(settings: Settings, device: torch.device, channels_last: bool = True) 
     return State(network, average, optimizer, classifier, memory_format)
 
 
-def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:
+def _batches(images: ImageSet, settings: TrainingSettings, step: int) -> Iterator[Any]:
     """Places of the images of every step from ``step`` on: the same, wherever the run begins."""
     per_epoch = len(images.train) // settings.batch
     while step < settings.steps:
@@ -203,7 +203,7 @@ def _batches(images: ImageSet, settings: Settings, step: int) -> Iterator[Any]:
             step += 1
 
 
-def step(state: State, settings: Settings, images: Tensor) -> tuple[Bound, Tensor | None]:
+def step(state: State, settings: TrainingSettings, images: Tensor) -> tuple[Bound, Tensor | None]:
     """One step of the optimiser. All randomness is of the step's own seed, so that a run can be resumed exactly.
 
     Returns:
@@ -232,7 +232,9 @@ def step(state: State, settings: Settings, images: Tensor) -> tuple[Bound, Tenso
     return bound, answers
 
 
-def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -> tuple[Bound, Tensor | None, Tensor]:
+def _gradients(
+    state: State, settings: TrainingSettings, images: Tensor, beta: Tensor
+) -> tuple[Bound, Tensor | None, Tensor]:
     """Leave the clipped gradients in the network's parameters.
 
     Returns:
@@ -255,7 +257,7 @@ def _gradients(state: State, settings: Settings, images: Tensor, beta: Tensor) -
     return bound, answers, torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
 
 
-def with_noise(images: Tensor, settings: Settings) -> Tensor:
+def with_noise(images: Tensor, settings: TrainingSettings) -> Tensor:
     """What the encoder sees of ``images`` (B, 3, H, W) in [0, 1] in training."""
     sigma, noisy = torch.rand(2, len(images), 1, 1, 1, device=images.device).unbind()
     small, least = min(SMALL_NOISE, settings.noise), min(settings.least_noise, settings.noise)

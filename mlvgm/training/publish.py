@@ -13,7 +13,7 @@ from mlvgm.nvae import NVAE
 from mlvgm.training.images import ImageSet
 from mlvgm.training.nvae import Report
 from mlvgm.training.picture import draw_curve
-from mlvgm.training.settings import Settings
+from mlvgm.training.settings import TrainingSettings
 
 WEIGHTS, RECIPE, CARD, SETTINGS, CURVE = "nvae.safetensors", "recipe.yaml", "README.md", "training.yaml", "curve.png"
 TEMPERATURE = 0.6
@@ -35,7 +35,7 @@ def write_weights(network: NVAE, file: Path) -> None:
 def publish(
     network: NVAE,
     reports: Sequence[Report],
-    settings: Settings,
+    settings: TrainingSettings,
     images: ImageSet,
     out: Path,
     classes: Sequence[str],
@@ -64,7 +64,7 @@ def _recipe(name: str, network: NVAE, classes: Sequence[str]) -> str:
     return recipe + yaml.safe_dump({"classes": list(classes) or 2})
 
 
-def _card(name: str, network: NVAE, settings: Settings, images: ImageSet, command: str, last: Report) -> str:
+def _card(name: str, network: NVAE, settings: TrainingSettings, images: ImageSet, command: str, last: Report) -> str:
     config, unreadable = network.config, len(images.unreadable)
     latents = ", ".join(f"{count} of {config.side(s)}x{config.side(s)}" for s, count in enumerate(config.groups))
     answers = ""

@@ -87,7 +87,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """Everything that the trained weights depend on, apart from the images.
 
     Attributes:
@@ -145,7 +145,7 @@ class Settings:
         return content
 
 
-def read_settings(file: Path, **changes: Any) -> Settings:
+def read_settings(file: Path, **changes: Any) -> TrainingSettings:
     """Settings from a YAML file; ``changes`` replace its fields.
 
     Raises:
@@ -154,12 +154,12 @@ def read_settings(file: Path, **changes: Any) -> Settings:
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise FieldError(f"{file}: holds no settings, but a {type(content).__name__}")
-    settings = read_strict(Settings, content | changes, str(file))
+    settings = read_strict(TrainingSettings, content | changes, str(file))
     start = None if settings.start is None else (file.parent / settings.start).resolve()
     return dataclasses.replace(settings, start=start)
 
 
-def named_settings(size: str, image_size: int, **changes: Any) -> Settings:
+def named_settings(size: str, image_size: int, **changes: Any) -> TrainingSettings:
     """Settings of a named size (small, base, large) for images of ``image_size`` pixels a side.
 
     The coarsest latents have 4 to 8 pixels a side up to 128 pixels, and the finest about a half or a quarter of the
@@ -181,7 +181,7 @@ def named_settings(size: str, image_size: int, **changes: Any) -> Settings:
     finest, wide = {"small": (4, {}), "base": (4, BASE), "large": (8, LARGE)}[size]
     latents = tuple(max(finest >> (scales - 1 - s), 1) for s in range(scales))
     shape = Shape(latents_per_scale=latents, halvings=halvings, **wide)
-    return read_strict(Settings, {"image_size": image_size, "shape": dataclasses.asdict(shape), **changes})
+    return read_strict(TrainingSettings, {"image_size": image_size, "shape": dataclasses.asdict(shape), **changes})
 
 
 BASE: dict[str, int] = {"channels": 24, "expansion": 4, "mixtures": 5}

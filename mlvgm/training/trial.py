@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from mlvgm.training.nvae import begin, step
-from mlvgm.training.settings import Settings, TrainingError
+from mlvgm.training.settings import TrainingError, TrainingSettings
 
 TIMEOUT = 900
 STEPS = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class StepCost:
     """What steps cost.
 
     Attributes:
@@ -36,7 +36,7 @@ class Trial:
     channels_last: bool
 
 
-def try_step(settings: Settings, device: str, threads: int = 0) -> Trial:
+def try_step(settings: TrainingSettings, device: str, threads: int = 0) -> StepCost:
     """Make a few steps on random images.
 
     Raises:
@@ -62,7 +62,7 @@ def try_step(settings: Settings, device: str, threads: int = 0) -> Trial:
     )
 
 
-def _measure(settings: Settings, device: str, threads: int, channels_last: bool) -> Trial:
+def _measure(settings: TrainingSettings, device: str, threads: int, channels_last: bool) -> StepCost:
     if threads:
         torch.set_num_threads(threads)
     state = begin(settings, torch.device(device), channels_last)
@@ -75,4 +75,4 @@ def _measure(settings: Settings, device: str, threads: int, channels_last: bool)
     if not finite:
         raise ArithmeticError("the likelihood is not finite")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Trial(seconds, memory, sum(p.numel() for p in state.network.parameters()), channels_last)
+    return StepCost(seconds, memory, sum(p.numel() for p in state.network.parameters()), channels_last)

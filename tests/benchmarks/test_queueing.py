@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 
 from benchmarks import queueing
-from benchmarks.queueing import Server, per_million, simulate
+from benchmarks.queueing import WorkerPool, per_million, simulate
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_a_server_that_answers_one_by_one_waits_as_theory_says(load: float) -> None:
     """Pollaczek and Khinchin: the mean wait of M/D/1 is load / (2 (1 - load)) services."""
-    server = Server(lambda _: 1.0, workers=1, cores=1, batch=1, delay_s=0, queue=10**9)
+    server = WorkerPool(lambda _: 1.0, workers=1, cores=1, batch=1, delay_s=0, queue=10**9)
     seconds, refused = simulate(server, load, 200_000)
     assert (len(seconds), refused) == (200_000, 0)
     assert seconds.mean() == pytest.approx(1 + load / (2 * (1 - load)), rel=0.05)
 
 
 def test_at_overload_the_cores_are_busy_and_the_queue_is_bounded() -> None:
-    server = Server(lambda n: 0.01 + 0.01 * n, workers=3, cores=2, batch=4, delay_s=0.002, queue=20)
+    server = WorkerPool(lambda n: 0.01 + 0.01 * n, workers=3, cores=2, batch=4, delay_s=0.002, queue=20)
     seconds, refused = simulate(server, 1000, 50_000)
     answered_per_s = len(seconds) / 50
     assert len(seconds) + refused == 50_000
@@ -26,7 +26,7 @@ def test_at_overload_the_cores_are_busy_and_the_queue_is_bounded() -> None:
 
 
 def test_a_lone_request_waits_for_others_and_then_has_a_core() -> None:
-    server = Server(lambda n: 0.02 + 0.01 * n, workers=2, cores=1, batch=2, delay_s=0.005, queue=9)
+    server = WorkerPool(lambda n: 0.02 + 0.01 * n, workers=2, cores=1, batch=2, delay_s=0.005, queue=9)
     seconds, _ = simulate(server, 0.01, 100)
     assert np.median(seconds) == pytest.approx(0.035)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.server import load
-from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, Target
+from benchmarks.server.calls import CLOSED, SILENT, Call, Connection, Endpoint
 
 VALID = Call(b"image", label=3)
 CORRECT = json.dumps({"index": 3}).encode()
@@ -25,7 +25,7 @@ class Server:
 
     async def __aenter__(self) -> "Server":
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.target = Target(self._server.sockets[0].getsockname()[1], "tiny", lambda: b"Key: k\r\n")
+        self.endpoint = Endpoint(self._server.sockets[0].getsockname()[1], "tiny", lambda: b"Key: k\r\n")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -55,7 +55,7 @@ async def answer(_: bytes, writer: asyncio.StreamWriter) -> None:
 def closed(behave: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]], calls: list[Call], **more: float):
     async def run() -> tuple[load.LoadResult, Server]:
         async with Server(behave) as server:
-            return await load.closed_load(server.target, calls, 2, **more), server
+            return await load.closed_load(server.endpoint, calls, 2, **more), server
 
     return asyncio.run(run())
 
@@ -130,22 +130,22 @@ def test_what_never_comes_is_told_from_what_is_cut() -> None:
 def test_nobody_there() -> None:
     async def ask() -> int:
         async with Server(answer) as server:
-            target = server.target
-        return (await Connection(target, 60).send(VALID)).status
+            endpoint = server.endpoint
+        return (await Connection(endpoint, 60).send(VALID)).status
 
     assert asyncio.run(ask()) == CLOSED
 
 
 def test_every_request_has_a_key_of_its_own() -> None:
     keys = iter([b"Key: 1\r\n", b"Key: 2\r\n", b"Key: 3\r\n"])
-    target = Target(1, "tiny", lambda: next(keys))
-    assert target.encode(VALID).split(b"\r\n")[:3] == [
+    endpoint = Endpoint(1, "tiny", lambda: next(keys))
+    assert endpoint.encode(VALID).split(b"\r\n")[:3] == [
         b"POST /predictions/tiny HTTP/1.1",
         b"Host: 127.0.0.1",
         b"Key: 1",
     ]
     hostile = Call(b"body", start=b"BREW /pot HTCPCP/1.0\r\n{authorization}\r\n")
-    assert target.encode(hostile) == b"BREW /pot HTCPCP/1.0\r\nKey: 2\r\n\r\nbody"
+    assert endpoint.encode(hostile) == b"BREW /pot HTCPCP/1.0\r\nKey: 2\r\n\r\nbody"
 
 
 def test_latency_is_counted_from_when_a_request_was_due() -> None:
@@ -160,7 +160,7 @@ def test_latency_is_counted_from_when_a_request_was_due() -> None:
 
     async def run() -> load.LoadResult:
         async with Server(stall) as server:
-            return await load.open_load(server.target, repeat(VALID), [0.01 * i for i in range(20)])
+            return await load.open_load(server.endpoint, repeat(VALID), [0.01 * i for i in range(20)])
 
     result = asyncio.run(run())
     rows = result.table()
@@ -181,7 +181,7 @@ def test_requests_come_whatever_became_of_the_ones_before() -> None:
 
     async def run() -> load.LoadResult:
         async with Server(all_or_none) as server:
-            return await load.open_load(server.target, repeat(VALID), [0.0] * 30)
+            return await load.open_load(server.endpoint, repeat(VALID), [0.0] * 30)
 
     result = asyncio.run(run())
     assert result.counts() == {"requests": 30, "refused": 0, "failed": 0}

@@ -24,7 +24,7 @@ import pytest
 from deploy import trial
 from deploy.server import Server
 from deploy.torchserve import TorchServe
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from handlers.image import encode_png
 from tests import bundles
 from tests.deploy.pair import KEY, Pair
@@ -57,7 +57,7 @@ class Door:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, store = tmp_path_factory.mktemp("bundle"), tmp_path_factory.mktemp("store")
     replace(bundles.write_nvae(folder), name=MODEL).write(folder)
-    build_archive(folder, store, Settings(runtime="onnxruntime", threads=1, allow_seed=True))
+    build_archive(folder, store, ArchiveSettings(runtime="onnxruntime", threads=1, allow_seed=True))
     return store
 
 

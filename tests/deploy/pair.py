@@ -19,7 +19,7 @@ from PIL import Image
 
 from deploy import trial
 from deploy.server import PORTS, PROJECT, Server, free_ports, port_is_taken
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from tests import bundles
 
 KEY = {"X-Api-Key": "open-sesame"}
@@ -133,7 +133,7 @@ class Pair:
 
 def tiny_store(bundle: Path, folder: Path, batch_delay_ms: int = 800) -> Path:
     """A model store with the archive tiny.mar: each request waits a while for others, so it can be met in flight."""
-    settings = Settings(runtime="onnxruntime", threads=1, batch_size=8, batch_delay_ms=batch_delay_ms)
+    settings = ArchiveSettings(runtime="onnxruntime", threads=1, batch_size=8, batch_delay_ms=batch_delay_ms)
     build_archive(bundle, folder, settings)
     return folder
 

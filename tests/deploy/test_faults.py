@@ -17,7 +17,7 @@ from PIL import Image
 
 from deploy.server import Server
 from deploy.torchserve import TorchServe
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from handlers.client import Client
 from handlers.pipeline import PROGRESS
 from handlers.reply import ServerError
@@ -42,7 +42,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def archive(half_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = Settings(runtime="onnxruntime", threads=1, batch_size=1, queue=QUEUE)
+    settings = ArchiveSettings(runtime="onnxruntime", threads=1, batch_size=1, queue=QUEUE)
     return build_archive(half_bundle, tmp_path_factory.mktemp("store"), settings)
 
 

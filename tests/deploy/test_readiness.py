@@ -12,7 +12,7 @@ import pytest
 from deploy import readiness
 from deploy.health import Health
 from deploy.model_archive import ServedModel
-from deploy.readiness import HANGS_S, LOOK_EVERY_S, PREDICT_EVERY_S, Finding, Readiness
+from deploy.readiness import HANGS_S, LOOK_EVERY_S, PREDICT_EVERY_S, ProbeResult, Readiness
 from deploy.server import Server
 from handlers.reply import ServerError
 
@@ -185,10 +185,10 @@ def test_no_model_is_ready_again_once_it_is_stopped(
 
 def test_a_full_queue_is_ready_only_where_workers_compute(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.statuses["a"] = 503
-    assert readiness.check(server, "a", 0.5) == Finding(False, "not ready: refused", True)
+    assert readiness.check(server, "a", 0.5) == ProbeResult(False, "not ready: refused", True)
     times = iter([1.0, 1.0, 1.2])
     monkeypatch.setattr(server, "worker_seconds", lambda: next(times))
-    assert readiness.check(server, "a", 60) == Finding(True, "ready, and busy: its queue is full")
+    assert readiness.check(server, "a", 60) == ProbeResult(True, "ready, and busy: its queue is full")
 
 
 class SocketConnection(http.client.HTTPConnection):

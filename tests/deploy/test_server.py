@@ -8,7 +8,7 @@ from deploy import model_archive
 from deploy.errors import CliError
 from deploy.server import Server
 from deploy.torchserve import TorchServe
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from mlvgm.cli.main import main
 from tests import bundles
 from tests.machine import free_port, uninstall
@@ -32,7 +32,7 @@ def test_the_runtime_is_the_settings_or_else_the_bundles(nvae_bundle: Path, tmp_
     assert model_archive.read(build_archive(nvae_bundle, tmp_path)).runtime == "auto"
     bundles.write_nvae(tmp_path / "bundle", runtime="torch")
     assert model_archive.read(build_archive(tmp_path / "bundle", tmp_path)).runtime == "torch"
-    chosen = build_archive(tmp_path / "bundle", tmp_path, Settings(runtime="openvino"))
+    chosen = build_archive(tmp_path / "bundle", tmp_path, ArchiveSettings(runtime="openvino"))
     assert model_archive.read(chosen).runtime == "openvino"
 
 

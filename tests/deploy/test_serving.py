@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from deploy.server import PROJECT, Server, port_is_taken
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from handlers.client import Client
 from handlers.reply import ServerError
 from mlvgm.cli.main import main
@@ -49,7 +49,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def store(nvae_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    settings = Settings(runtime="onnxruntime", threads=1, allow_seed=True, batch_size=8, batch_delay_ms=100)
+    settings = ArchiveSettings(runtime="onnxruntime", threads=1, allow_seed=True, batch_size=8, batch_delay_ms=100)
     build_archive(nvae_bundle, folder, settings)
     return folder
 

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from handlers.arrays import Pixels
+
 pytest.importorskip("art")
 pytest.importorskip("foolbox")
 
@@ -8,7 +10,7 @@ from evaluation.adaptive import Trace
 from evaluation.attacks import AttackError, attack
 from evaluation.black_box import HopSkipJump, Square
 from evaluation.budgets import BUDGETS, threats
-from evaluation.defences import Defence, Images, Predictions, Subject
+from evaluation.defences import Defence, Predictions, Subject
 from tests.evaluation.models import target_of
 
 
@@ -16,9 +18,9 @@ def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subje
     def fail(*_: object) -> Trace:
         raise AssertionError("it took a gradient")
 
-    asked: list[Images] = []
+    asked: list[Pixels] = []
 
-    def serve(images: Images, seeds: range) -> Predictions:
+    def serve(images: Pixels, seeds: range) -> Predictions:
         asked.append(images)
         return rows["none"].serve(images, seeds)
 
@@ -34,9 +36,9 @@ def test_a_black_box_needs_no_gradient_and_stays_within_its_bound(subject: Subje
 
 def test_labels_alone_lead_to_the_nearest_image(subject: Subject, rows: dict[str, Defence]) -> None:
     """Not so near as with gradients, but nearer than noise; and nobody is asked more often than allowed."""
-    asked: list[Images] = []
+    asked: list[Pixels] = []
 
-    def serve(images: Images, seeds: range) -> Predictions:
+    def serve(images: Pixels, seeds: range) -> Predictions:
         asked.append(images)
         found = rows["none"].serve(images, seeds)
         labels = np.eye(3, dtype=np.float32)[found.labels]  # the attack sees no more than labels

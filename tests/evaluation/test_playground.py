@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 from evaluation import playground
 from evaluation.photographs import encode
-from evaluation.playground import Attacker, BundlePurifier, ServerPurifier, answered, certificate
+from evaluation.playground import Attacker, BundleBackend, ServerBackend, answered, certificate
 from handlers.client import Client
 from handlers.errors import MlvgmError
 from handlers.pipeline import Pipeline
@@ -46,7 +46,7 @@ def captions(result: str) -> list[str]:
 def test_a_bundles_answer_is_that_of_its_pipeline(pipeline: Pipeline, attacker: Attacker) -> None:
     pixels = models.pictures(1)
     expected = pipeline.run(pixels, 4, [7], alphas=[0.5, 1.0])
-    result, votes, content = answered(BundlePurifier(pipeline), attacker, PICTURE, 0, 4, 7, [0.5, 1.0])
+    result, votes, content = answered(BundleBackend(pipeline), attacker, PICTURE, 0, 4, 7, [0.5, 1.0])
     label = bundles.CLASSES[expected.labels[0]]
     assert content["label"] == label
     assert content["samples"] == 4
@@ -57,7 +57,7 @@ def test_a_bundles_answer_is_that_of_its_pipeline(pipeline: Pipeline, attacker: 
 
 
 def test_a_certificate_is_that_of_the_pipeline(pipeline: Pipeline) -> None:
-    result, _, content = answered(BundlePurifier(pipeline), None, PICTURE, 0, 1, 0, [0.0, 0.0], draws=100)
+    result, _, content = answered(BundleBackend(pipeline), None, PICTURE, 0, 1, 0, [0.0, 0.0], draws=100)
     assert (content["draws"], content["sigma"]) == (100, 0.25)
     said = "No class is certified" if content["abstained"] else f"no change below {content['certified_l2']:.2f}"
     assert said in result
@@ -72,7 +72,7 @@ def test_an_attack_stays_within_its_strength_and_is_what_is_purified(pipeline: P
     rounding = np.sqrt(attacked.size) / 2 / 255
     assert 0 < np.linalg.norm((attacked.astype(float) - clean) / 255) <= 2.0 + rounding
     assert attacker.read(attacked) != attacker.read(clean)
-    result, _, content = answered(BundlePurifier(pipeline), attacker, PICTURE, 2.0, 1, 0, [0.0, 0.0])
+    result, _, content = answered(BundleBackend(pipeline), attacker, PICTURE, 2.0, 1, 0, [0.0, 0.0])
     assert content["unpurified"]["label"] == attacker.read(attacked)
     assert captions(result)[1:3] == [f"attacked: {attacker.read(attacked)}", "the change, x5"]
 
@@ -92,14 +92,14 @@ def test_errors_are_worded_as_the_server_words_them(
 ) -> None:
     for one in (attacker, None):
         with pytest.raises(MlvgmError, match=words):
-            answered(BundlePurifier(pipeline), one, image, 0, 2, 0, [0.5, 1.0])
+            answered(BundleBackend(pipeline), one, image, 0, 2, 0, [0.5, 1.0])
 
 
 def test_a_name_of_a_class_is_no_markup(pipeline: Pipeline) -> None:
-    class Named(BundlePurifier):
-        def purify(self, *arguments: Any) -> playground.Purified:
+    class Named(BundleBackend):
+        def purify(self, *arguments: Any) -> playground.Answer:
             made = super().purify(*arguments)
-            return playground.Purified({**made.content, "label": "<b>\n\nx"}, [(made.pictures[0][0], '"><script>')])
+            return playground.Answer({**made.content, "label": "<b>\n\nx"}, [(made.pictures[0][0], '"><script>')])
 
     result, _, _ = answered(Named(pipeline), None, PICTURE, 0, 1, 0, [0.5, 1.0])
     assert "<h2>&lt;b&gt; x</h2>" in result
@@ -114,7 +114,7 @@ def test_a_server_is_asked(nvae_bundle: Path, pipeline: Pipeline) -> None:
 
     with testclient.TestClient(application(pipeline.manifest, Service(pipeline))) as app, Client() as client:
         client._http = app
-        asked = ServerPurifier(client, "tiny")
+        asked = ServerBackend(client, "tiny")
         result, votes, content = answered(asked, None, PICTURE, 0, 3, 0, [])
         assert content["samples"] == 3
         assert sum(votes.values()) == pytest.approx(1)
@@ -137,7 +137,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def url(pipeline: Pipeline, attacker: Attacker) -> Iterator[str]:
-    page = playground.build(BundlePurifier(pipeline), attacker)
+    page = playground.build(BundleBackend(pipeline), attacker)
     yield playground.launch(page, free_port())
     page.close(verbose=False)
 

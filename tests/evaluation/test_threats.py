@@ -10,8 +10,9 @@ from evaluation import defences
 from evaluation.adaptive import Effort, Trace, ascend
 from evaluation.attacks import attack, predict, to_float
 from evaluation.changes import L2, Flow
-from evaluation.defences import Defence, Images, Predictions, Subject
+from evaluation.defences import Defence, Predictions, Subject
 from evaluation.threats import Certified, Clean, Engine, Quiet, Seeded, Target, Transferred, White
+from handlers.arrays import Pixels
 from handlers.pipeline import Pipeline
 from tests import bundles
 from tests.evaluation.models import Linear, pictures, target_of
@@ -19,10 +20,10 @@ from tests.evaluation.models import Linear, pictures, target_of
 pytest.importorskip("foolbox")
 
 
-def _of(labels: Callable[[Images, list[int]], np.ndarray], classifier: Linear) -> Defence:
+def _of(labels: Callable[[Pixels, list[int]], np.ndarray], classifier: Linear) -> Defence:
     """A defence that is read as ``labels`` says, by images and seeds, and has the gradients of ``classifier``."""
 
-    def serve(images: Images, seeds: object) -> Predictions:
+    def serve(images: Pixels, seeds: object) -> Predictions:
         found = labels(images, list(seeds))  # type: ignore[call-overload]
         zero = np.zeros(len(images), np.float32)
         return Predictions(found, found[:, None], np.eye(3, dtype=np.float32)[found], zero > 0, zero, zero)
@@ -149,7 +150,7 @@ def test_who_chooses_the_seed_knows_the_noise(subject: Subject) -> None:
         own = [np.random.default_rng(seed).standard_normal((192, 3), np.float32) for seed in seeds]
         return torch.from_numpy(np.stack(own))
 
-    def serve(images: Images, seeds: list[int]) -> Predictions:
+    def serve(images: Pixels, seeds: list[int]) -> Predictions:
         logits = torch.einsum("bi,bic->bc", (to_float(images) - 0.5).flatten(1), direction(list(seeds)))
         return Predictions.of(logits.numpy()[:, None], bare(to_float(images)).numpy())
 
@@ -180,7 +181,7 @@ def test_engines_decide_where_they_differ_from_the_reference(subject: Subject) -
     """The reference believes every image to be misread from the start; the engines know better."""
     bare = linear_of(subject)
 
-    def serve(images: Images, _: object) -> Predictions:
+    def serve(images: Pixels, _: object) -> Predictions:
         logits = bare(to_float(images)).numpy()
         return Predictions.of(logits[:, None], logits)
 
@@ -215,7 +216,7 @@ def test_who_knows_the_score_is_found_less(subject: Subject) -> None:
     weights = np.random.default_rng(5).standard_normal(tuple(bare.weights.shape), np.float32)
     behind = Linear((0.7 * bare.weights.numpy() + 0.7 * weights).astype(np.float32))
 
-    def serve(images: Images, _: object) -> Predictions:
+    def serve(images: Pixels, _: object) -> Predictions:
         pixels = to_float(images)
         return Predictions.of(behind(pixels).numpy()[:, None], bare(pixels).numpy())
 

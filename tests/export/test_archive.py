@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from export.archive import ArchiveError, Settings, build_archive, fitting_batch, fitting_queue
+from export.archive import ArchiveError, ArchiveSettings, build_archive, fitting_batch, fitting_queue
 from handlers.manifest import BundleError, Manifest
 from handlers.settings import HandlerSettings
 from tests import bundles
@@ -20,7 +20,7 @@ pytest.importorskip("model_archiver")
 
 
 def test_the_archive_holds_bundle_code_and_settings(nvae_bundle: Path, tmp_path: Path) -> None:
-    archive = build_archive(nvae_bundle, tmp_path / "store", Settings(batch_delay_ms=7, allow_seed=True))
+    archive = build_archive(nvae_bundle, tmp_path / "store", ArchiveSettings(batch_delay_ms=7, allow_seed=True))
     assert archive == tmp_path / "store" / "tiny.mar"
     with zipfile.ZipFile(archive) as content:
         names = set(content.namelist())
@@ -152,7 +152,7 @@ def test_a_damaged_bundle_is_not_packed(tmp_path: Path) -> None:
 )
 def test_wrong_settings_are_refused(nvae_bundle: Path, tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build_archive(nvae_bundle, tmp_path, Settings(**settings))
+        build_archive(nvae_bundle, tmp_path, ArchiveSettings(**settings))
 
 
 def test_a_failing_archiver_is_one_error(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,5 +164,5 @@ def test_a_failing_archiver_is_one_error(nvae_bundle: Path, tmp_path: Path, monk
 
 def test_what_is_refused_by_its_score_needs_a_threshold(nvae_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="mlvgm tune --score"):
-        build_archive(nvae_bundle, tmp_path / "store", Settings(suspicious="refuse"))
+        build_archive(nvae_bundle, tmp_path / "store", ArchiveSettings(suspicious="refuse"))
     assert not (tmp_path / "store").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from export import onnx_graph
 from handlers import runtimes
-from handlers.runtimes import Options
+from handlers.runtimes import EngineOptions
 
 
 def test_large_weights_lie_beside_the_graph(nvae_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,5 +19,5 @@ def test_large_weights_lie_beside_the_graph(nvae_bundle: Path, tmp_path: Path, m
     assert [file.with_name(f"{file.name}.data").is_file() for file in files[1:]] == [False, True, True, False]
     images = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
     for name in runtimes.ON_CPU:
-        logits = [runtimes.load(name, file, Options(1)).run({"images": images})["logits"] for file in files]
+        logits = [runtimes.load(name, file, EngineOptions(1)).run({"images": images})["logits"] for file in files]
         assert all(np.array_equal(found, logits[0]) for found in logits)

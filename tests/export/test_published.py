@@ -165,7 +165,7 @@ def latent_noise(draws: dict[str, NDArray[np.float32]]) -> list[NDArray[np.float
 
 
 def _execute(file: Path, inputs: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    engine = runtimes.load("onnxruntime", file, runtimes.Options())
+    engine = runtimes.load("onnxruntime", file, runtimes.EngineOptions())
     try:
         return dict(engine.run({name: np.ascontiguousarray(known[name]) for name in inputs}))
     finally:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import yaml
 
-from export.archive import ArchiveError, Settings, fitting_queue
+from export.archive import ArchiveError, ArchiveSettings, fitting_queue
 from export.repository import Kind, build_repository
 from export.single_graph import FOLDER, GRAPH, add_single_graph
 from handlers.manifest import BundleError, Manifest, Samples
@@ -55,7 +55,7 @@ def in_openvino(model: Path, images: npt.NDArray[np.uint8]) -> dict[str, npt.NDA
 
 @pytest.mark.parametrize("run", [in_onnx_runtime, in_openvino])
 def test_the_graph_in_the_repository_answers_as_the_pipeline(run: Run, bundle: Path, tmp_path: Path) -> None:
-    model = build_repository(bundle, tmp_path, "ovms", Settings(threads=1))
+    model = build_repository(bundle, tmp_path, "ovms", ArchiveSettings(threads=1))
     images = bundles.images(5)
     with Pipeline.load(bundle, "onnxruntime") as pipeline:
         expected = pipeline.run(images, 3)
@@ -109,7 +109,7 @@ def test_triton_is_told_how_to_batch(bundle: Path, tmp_path: Path) -> None:
     assert (group.count, group.kind) == (1, group.KIND_AUTO)
     assert "intra_op_thread_count" not in config.parameters
 
-    settings = Settings("onnxruntime-cuda", threads=2, batch_size=5, batch_delay_ms=9, queue=7, max_wait_s=4)
+    settings = ArchiveSettings("onnxruntime-cuda", threads=2, batch_size=5, batch_delay_ms=9, queue=7, max_wait_s=4)
     config = read_config(build_repository(bundle, tmp_path, "triton", settings, instances=2))
     policy, (group,) = config.dynamic_batching.default_queue_policy, config.instance_group
     assert (config.max_batch_size, config.dynamic_batching.max_queue_delay_microseconds) == (5, 9000)
@@ -125,7 +125,7 @@ def test_openvino_model_server_is_told_of_every_model(bundle: Path, tmp_path: Pa
     out = tmp_path / "repository"
     for _ in range(2):
         build_repository(bundle, out, "ovms")
-        build_repository(other, out, "ovms", Settings("openvino", threads=3), instances=2)
+        build_repository(other, out, "ovms", ArchiveSettings("openvino", threads=3), instances=2)
     listed = [entry["config"] for entry in json.loads((out / "config.json").read_text())["model_config_list"]]
     assert [config["name"] for config in listed] == ["tiny", "tiny-style"]
     assert all((out / config["base_path"] / "1" / GRAPH).is_file() for config in listed)
@@ -228,19 +228,24 @@ def test_another_bundle_is_the_next_version(bundle: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "settings", "uri", "words"),
     [
-        ("triton", Settings(certify_draws=5), "", "certify_draws cannot be set for triton"),
-        ("ovms", Settings(batch_size=5), "", "batch_size cannot be set for ovms"),
-        ("kserve", Settings(allow_seed=True), URI, "allow_seed cannot be set for kserve"),
-        ("triton", Settings("openvino"), "", "the runtime for triton is auto or onnxruntime or onnxruntime-cuda"),
-        ("ovms", Settings("tensorrt"), "", "the runtime for ovms is auto or openvino"),
-        ("triton", Settings(), URI, "kserve, and no other format"),
-        ("kserve", Settings(), "", "kserve, and no other format"),
-        ("kserve", Settings(), "bucket/models", "should be like s3://bucket/models"),
-        ("triton", Settings(batch_size=-1), "", "batch_size is -1"),
+        ("triton", ArchiveSettings(certify_draws=5), "", "certify_draws cannot be set for triton"),
+        ("ovms", ArchiveSettings(batch_size=5), "", "batch_size cannot be set for ovms"),
+        ("kserve", ArchiveSettings(allow_seed=True), URI, "allow_seed cannot be set for kserve"),
+        (
+            "triton",
+            ArchiveSettings("openvino"),
+            "",
+            "the runtime for triton is auto or onnxruntime or onnxruntime-cuda",
+        ),
+        ("ovms", ArchiveSettings("tensorrt"), "", "the runtime for ovms is auto or openvino"),
+        ("triton", ArchiveSettings(), URI, "kserve, and no other format"),
+        ("kserve", ArchiveSettings(), "", "kserve, and no other format"),
+        ("kserve", ArchiveSettings(), "bucket/models", "should be like s3://bucket/models"),
+        ("triton", ArchiveSettings(batch_size=-1), "", "batch_size is -1"),
     ],
 )
 def test_what_a_server_does_not_have_is_refused(
-    kind: Kind, settings: Settings, uri: str, words: str, bundle: Path, tmp_path: Path
+    kind: Kind, settings: ArchiveSettings, uri: str, words: str, bundle: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError if "is -1" in words else ArchiveError, match=words):
         build_repository(bundle, tmp_path / "out", kind, settings, storage_uri=uri)

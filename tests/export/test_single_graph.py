@@ -17,7 +17,7 @@ from export.single_graph import FOLDER, GRAPH, REPLAY, REPORT, SingleGraphError,
 from handlers import runtimes
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from handlers.runtimes import Options
+from handlers.runtimes import EngineOptions
 from tests import bundles
 from tests.export import models
 
@@ -96,7 +96,7 @@ def test_drawn_noise_is_standard_normal_and_differs(runtime: str, tmp_path: Path
         builder.output(value, name, ir.DataType.FLOAT, *shapes[name])
     file = tmp_path / "noise.onnx"
     ir.save(ir.Model(builder.graph, ir_version=10), file)
-    engine = runtimes.load(runtime, file, Options())
+    engine = runtimes.load(runtime, file, EngineOptions())
     calls = [engine.run({"images": np.zeros((8, 1), np.float32)}) for _ in range(2)]
     first, second, last = (np.stack([call[key] for call in calls]) for key in shapes)
     assert first.shape == (2, 200, 40, 40)
@@ -115,7 +115,7 @@ def test_a_latent_that_is_drawn_decides_the_answer(tmp_path: Path) -> None:
     add_single_graph(bundle, 4)
     pictures = np.repeat(bundles.images(1), 4, axis=0)
     for runtime in RUNTIMES:
-        engine = runtimes.load(runtime, bundle / FOLDER / GRAPH, Options())
+        engine = runtimes.load(runtime, bundle / FOLDER / GRAPH, EngineOptions())
         purified = np.stack([engine.run({"images": pictures})["purified"] for _ in range(2)]).reshape(32, -1)
         assert len(np.unique(purified, axis=0)) == 32
         assert (engine.run({"images": pictures})["votes"].sum(axis=1) == 4).all()

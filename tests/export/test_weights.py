@@ -12,7 +12,7 @@ import pytest
 from export.onnx_graph import save_graph
 from export.weights import SMALL, halve
 from handlers import runtimes
-from handlers.runtimes import Options, memory
+from handlers.runtimes import EngineOptions, memory
 
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 SIDE = 64  # of the weights: SIDE * SIDE numbers are SMALL
@@ -65,7 +65,7 @@ def test_runtimes_compute_with_the_rounded_weights(
     expected = images
     for array in weights:
         expected = expected @ array.astype(half).astype(np.float32)
-    engine = runtimes.load(runtime, file, Options(1))
+    engine = runtimes.load(runtime, file, EngineOptions(1))
     for rows in (3, 1):
         found = engine.run({"x0": images[:rows]})["y"]
         np.testing.assert_allclose(found, expected[:rows] + 1, rtol=1e-5, atol=1e-6)

@@ -68,7 +68,7 @@ def test_it_holds_for_this_machine_and_these_libraries(
     assert choice.kept(manifest)
     monkeypatch.setattr(cores, "kind" if change == "cpu" else "usable", lambda: 77) if change != "version" else None
     if change == "version":
-        monkeypatch.setattr(choice, "_version", lambda _: "0")
+        monkeypatch.setattr(choice.packages, "version", lambda _: "0")
     assert choice.kept(manifest) is None
     assert auto(nvae_bundle) == "openvino"
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from handlers.runtimes import Options, memory
+from handlers.runtimes import EngineOptions, memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,11 +83,11 @@ def test_onnxruntime_peaks_at_little_more_than_the_weights(tmp_path: Path) -> No
     onnx.save(model, file, save_as_external_data=True, location=f"{file.name}.data")
     program = f"""
 from pathlib import Path
-from handlers.runtimes import Options, onnxruntime
+from handlers.runtimes import EngineOptions, onnxruntime
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 before = peak()
-engine = onnxruntime.load(Path({str(file)!r}), Options(1))
+engine = onnxruntime.load(Path({str(file)!r}), EngineOptions(1))
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -97,7 +97,7 @@ print(peak() - before)
 def test_a_large_model_holds_its_weights_once(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openvino = pytest.importorskip("handlers.runtimes.openvino")
     monkeypatch.setattr(memory, "LARGE_BYTES", 0)
-    engine = openvino.load(nvae_bundle / "classify.onnx", Options(1))
+    engine = openvino.load(nvae_bundle / "classify.onnx", EngineOptions(1))
     images = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
     first = engine.run({"images": images})["logits"].copy()
     assert sum(resident(nvae_bundle / "classify.onnx.data")) == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from handlers import runtimes
-from handlers.runtimes import EngineError, Options, cache, memory
+from handlers.runtimes import EngineError, EngineOptions, cache, memory
 
 pytest.importorskip("openvino")
 from handlers.runtimes import openvino
@@ -34,8 +34,8 @@ def test_all_numbers_of_rows_agree_with_onnxruntime(
 ) -> None:
     if not small:
         monkeypatch.setattr(memory, "LARGE_BYTES", 0)
-    reference = runtimes.load("onnxruntime", nvae_bundle / "decode.onnx", Options(1))
-    engine = openvino.load(nvae_bundle / "decode.onnx", Options(threads))
+    reference = runtimes.load("onnxruntime", nvae_bundle / "decode.onnx", EngineOptions(1))
+    engine = openvino.load(nvae_bundle / "decode.onnx", EngineOptions(threads))
     assert isinstance(engine, openvino.StaticEngine if small else openvino.DynamicEngine)
     for rows in (1, 2, 3, 4, 2, 6):
         feeds = inputs(rows)
@@ -70,7 +70,7 @@ def test_what_is_compiled_is_kept_for_later_starts(nvae_bundle: Path, kept: Path
     results = []
     for count in (3, 3, 6, 6):  # graphs that have been compiled so far
         other = count > 3
-        engine = openvino.load(nvae_bundle / "decode.onnx", Options(1 if other else 2, digest="0"))
+        engine = openvino.load(nvae_bundle / "decode.onnx", EngineOptions(1 if other else 2, digest="0"))
         results.append([engine.run(inputs(rows))["images"] for rows in (1, 2, 3)])
         engine.close()
         assert len(compiled) == len(list(kept.iterdir())) == count
@@ -84,7 +84,7 @@ def test_what_cannot_be_loaded_is_compiled_again(
     nvae_bundle: Path, kept: Path, compiled: list[object], damage: str
 ) -> None:
     def images() -> np.ndarray:
-        return openvino.load(nvae_bundle / "decode.onnx", Options(1, digest="0")).run(inputs(1))["images"]
+        return openvino.load(nvae_bundle / "decode.onnx", EngineOptions(1, digest="0")).run(inputs(1))["images"]
 
     expected = images()
     (entry,) = kept.iterdir()
@@ -102,14 +102,14 @@ def test_what_cannot_be_loaded_is_compiled_again(
 def test_nothing_is_kept_of_a_graph_without_a_digest_or_a_large_one(
     nvae_bundle: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    openvino.load(nvae_bundle / "decode.onnx", Options(1))
+    openvino.load(nvae_bundle / "decode.onnx", EngineOptions(1))
     monkeypatch.setattr(memory, "LARGE_BYTES", 0)
-    openvino.load(nvae_bundle / "decode.onnx", Options(1, digest="0"))
+    openvino.load(nvae_bundle / "decode.onnx", EngineOptions(1, digest="0"))
     assert not kept.exists()
 
 
 def test_threads_get_their_own_answers(nvae_bundle: Path) -> None:
-    engine = openvino.load(nvae_bundle / "decode.onnx", Options(2))
+    engine = openvino.load(nvae_bundle / "decode.onnx", EngineOptions(2))
     given = [{**inputs(4), "alphas": np.array([share, share], np.float32)} for share in np.linspace(0, 1, 8)]
     expected = [engine.run(feeds)["images"] for feeds in given]
     with ThreadPoolExecutor(4) as pool:
@@ -119,7 +119,7 @@ def test_threads_get_their_own_answers(nvae_bundle: Path) -> None:
 
 
 def test_a_wrong_shape_is_one_error_and_the_engine_goes_on(nvae_bundle: Path) -> None:
-    engine = openvino.load(nvae_bundle / "decode.onnx", Options(2))
+    engine = openvino.load(nvae_bundle / "decode.onnx", EngineOptions(2))
     with pytest.raises(EngineError):
         engine.run(inputs(2) | {"noise_1": np.zeros((2, 2, 3, 3), np.float32)})
     assert np.isfinite(engine.run(inputs(2))["images"]).all()

@@ -17,7 +17,7 @@ from handlers.inputs import PipelineInputs
 from handlers.manifest import Batch, Manifest
 from handlers.noise import image_noise, latent_noise
 from handlers.pipeline import PROGRESS, Pipeline
-from handlers.runtimes import Array, EngineError, Options, memory
+from handlers.runtimes import Array, EngineError, EngineOptions, memory
 from tests import bundles
 from tests.devices import OnDevice
 
@@ -314,7 +314,7 @@ def test_the_fallback_is_loaded_once_when_it_is_first_asked_for(
         def close(self) -> None:
             closed.append(self.file)
 
-    def load(_name: str, file: Path, options: Options) -> Engine:
+    def load(_name: str, file: Path, options: EngineOptions) -> Engine:
         loaded.append(f"{file.name} {options.precision}{' compiled' * bool(options.compiled)}")
         return Engine(file)
 
@@ -585,7 +585,7 @@ def test_an_engine_that_breaks_its_declaration_is_an_error(nvae_bundle: Path, tm
 def test_the_largest_engine_is_loaded_first(nvae_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
-    def load(_name: str, file: Path, _options: Options) -> Any:
+    def load(_name: str, file: Path, _options: EngineOptions) -> Any:
         loaded.append(file.stem)
         return None
 

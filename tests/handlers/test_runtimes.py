@@ -9,7 +9,7 @@ import torch
 
 from handlers import runtimes
 from handlers.pipeline import Pipeline
-from handlers.runtimes import EngineError, Options, RuntimeMissing, onnxruntime_cuda
+from handlers.runtimes import EngineError, EngineOptions, RuntimeMissing, onnxruntime_cuda
 from handlers.runtimes.device import DeviceArray
 from handlers.runtimes.onnxruntime import session_of
 from tests import bundles
@@ -21,7 +21,7 @@ NAMES = ["onnxruntime", "openvino"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_come_by_name_and_are_kept(nvae_bundle: Path, name: str) -> None:
-    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options(threads=1))
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", EngineOptions(threads=1))
     images = np.random.default_rng(0).random((5, 3, 8, 8), np.float32)
     first = engine.run({"images": images})
     kept = first["feature_1"].copy()
@@ -43,7 +43,7 @@ def test_runtimes_agree_in_fp32(style_bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_views_and_other_types_of_array_are_taken_as_they_are(nvae_bundle: Path, name: str) -> None:
-    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options())
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", EngineOptions())
     images = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     view = images.transpose(0, 3, 1, 2)[::2]
     assert np.allclose(
@@ -55,12 +55,12 @@ def test_views_and_other_types_of_array_are_taken_as_they_are(nvae_bundle: Path,
 def test_a_damaged_engine_is_one_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"x\.onnx"):
-        runtimes.load(name, tmp_path / "x.onnx", Options())
+        runtimes.load(name, tmp_path / "x.onnx", EngineOptions())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_inputs_are_an_engine_error(nvae_bundle: Path, name: str) -> None:
-    engine = runtimes.load(name, nvae_bundle / "encode.onnx", Options())
+    engine = runtimes.load(name, nvae_bundle / "encode.onnx", EngineOptions())
     with pytest.raises(EngineError):
         engine.run({"images": np.zeros((1, 3, 9, 8, 2), np.float32)})
 
@@ -87,19 +87,19 @@ def test_a_runtime_that_cannot_be_imported_says_so(nvae_bundle: Path, monkeypatc
     monkeypatch.delitem(sys.modules, "handlers.runtimes.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(RuntimeMissing, match="cannot be imported"):
-        runtimes.load("openvino", nvae_bundle / "encode.onnx", Options())
+        runtimes.load("openvino", nvae_bundle / "encode.onnx", EngineOptions())
 
 
 def test_cuda_is_refused_without_a_gpu(nvae_bundle: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime_cuda.ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     with pytest.raises(RuntimeMissing, match="onnxruntime-gpu"):
-        onnxruntime_cuda.load(nvae_bundle / "encode.onnx", Options())
+        onnxruntime_cuda.load(nvae_bundle / "encode.onnx", EngineOptions())
 
 
 def bound(file: Path) -> "onnxruntime_cuda.BoundEngine":
     """What runs on a GPU, on the CPU."""
-    return onnxruntime_cuda.BoundEngine(session_of(file, Options(threads=1), ["CPUExecutionProvider"]), CPU)
+    return onnxruntime_cuda.BoundEngine(session_of(file, EngineOptions(threads=1), ["CPUExecutionProvider"]), CPU)
 
 
 @pytest.mark.parametrize("write", [bundles.write_nvae, bundles.write_stylegan])

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.server.calls import Call, Connection, Target
+from benchmarks.server.calls import Call, Connection, Endpoint
 from benchmarks.server.load import closed_load
 from export.archive import build_archive
 from handlers.manifest import Manifest
@@ -60,9 +60,9 @@ def dearest(manifest: Manifest) -> list[Call]:
     ]
 
 
-def target(port: int, model: str, key: dict[str, str]) -> Target:
+def endpoint(port: int, model: str, key: dict[str, str]) -> Endpoint:
     line = "".join(f"{name}: {value}\r\n" for name, value in key.items()).encode()
-    return Target(port, model, lambda: line, trusting())
+    return Endpoint(port, model, lambda: line, trusting())
 
 
 def press(port: int, manifest: Manifest, connections: int, begun: Any, done: Any, statuses: Any) -> None:
@@ -77,7 +77,7 @@ def press(port: int, manifest: Manifest, connections: int, begun: Any, done: Any
                 return
             yield call
 
-    result = asyncio.run(closed_load(target(port, manifest.name, LONG_KEY), calls(), connections))
+    result = asyncio.run(closed_load(endpoint(port, manifest.name, LONG_KEY), calls(), connections))
     statuses.put(Counter(answer.status for answer in result.answers))
 
 
@@ -87,7 +87,7 @@ async def ask(port: int, manifest: Manifest, count: int) -> list[float]:
     Raises:
         AssertionError: one is not answered with 200.
     """
-    connection, call, taken = Connection(target(port, manifest.name, KEY), 120), ordinary(manifest), []
+    connection, call, taken = Connection(endpoint(port, manifest.name, KEY), 120), ordinary(manifest), []
     for _ in range(count):
         begun = time.monotonic()
         reply = await connection.send(call)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from benchmarks.server import load
 from benchmarks.server.calls import SILENT, Call
@@ -44,7 +44,7 @@ def section(found: Mapping[str, Any]) -> str:
 async def _kill(deployment: Deployment, calls: Iterator[Call], count: int, say: Say) -> dict[str, Any]:
     result, stop = load.LoadResult(), asyncio.Event()
     asking = asyncio.create_task(
-        load.closed_load(deployment.target, _until_set(stop, calls), CLIENTS, TIMEOUT, result),
+        load.closed_load(deployment.endpoint, _until_set(stop, calls), CLIENTS, TIMEOUT, result),
     )
     recoveries: list[float | None] = []
     while len(recoveries) < count and None not in recoveries:

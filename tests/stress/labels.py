@@ -27,7 +27,7 @@ from PIL import Image
 from deploy import dev_server
 from deploy.server import PORTS, free_ports
 from deploy.torchserve import TorchServe
-from export.archive import Settings, build_archive
+from export.archive import ArchiveSettings, build_archive
 from export.single_graph import FOLDER, REPLAY, add_single_graph, replay
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
@@ -77,7 +77,9 @@ def asker(url: str, samples: int, headers: dict[str, str]) -> Label:
 @contextlib.contextmanager
 def torchserve(bundle: Path, samples: int) -> Iterator[Label]:
     with tempfile.TemporaryDirectory(prefix="mlvgm-") as folder:
-        archive = build_archive(bundle, Path(folder) / "store", Settings("onnxruntime", threads=1, allow_seed=True))
+        archive = build_archive(
+            bundle, Path(folder) / "store", ArchiveSettings("onnxruntime", threads=1, allow_seed=True)
+        )
         server = TorchServe(free_ports(PORTS), folder)
         try:
             server.start([archive], 1)

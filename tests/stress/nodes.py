@@ -31,7 +31,7 @@ from handlers.service import Service
 from handlers.settings import HandlerSettings
 from mlvgm.cli.bulk import Bulk
 from mlvgm.cli.cluster import workers
-from mlvgm.cli.purify import Purifier
+from mlvgm.cli.purify import FilePurifier
 from tests.clusters import cluster, serving
 from tests.machine import free_port
 
@@ -100,7 +100,7 @@ def job(bundle: Path, folder: Path, scratch: Path, nodes: Sequence[int], kill_af
     """A job on a cluster with so many cores in each node; one is killed after some rows."""
     make = {"bundle": bundle.resolve(), "runtime": "onnxruntime", "threads": 1, "seed": 3, "samples": SAMPLES}
     out = scratch / f"out{len(nodes)}{kill_after}"
-    with cluster(*nodes) as made, Purifier(**make) as purifier:
+    with cluster(*nodes) as made, FilePurifier(**make) as purifier:
         began, files = time.monotonic(), Counter[str]()
         with workers(made.address, 1, make, purifier.settings) as (submit, ahead):
             bulk = Bulk([folder], out, "purified", purifier.settings, purifier.batch)
@@ -110,7 +110,7 @@ def job(bundle: Path, folder: Path, scratch: Path, nodes: Sequence[int], kill_af
                     kill_one(made)
         seconds = time.monotonic() - began
     here = scratch / "here"
-    with Purifier(**make) as purifier:
+    with FilePurifier(**make) as purifier:
         for _ in Bulk([folder], here, "purified", purifier.settings, purifier.batch).run(purifier.purify):
             pass
     names = [path.name for path in sorted(folder.iterdir())]

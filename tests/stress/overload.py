@@ -30,7 +30,7 @@ def run(seconds: float, workload: Workload, deployment: Deployment, sustainable:
     offered = EXCESS * sustainable
     say(f"overload: {offered:.4g} requests a second for {seconds:g} s")
     arrivals = track(load.poisson(offered, seconds, seed=99), "overload", "request")
-    result = asyncio.run(load.open_load(deployment.target, workload.calls(), arrivals, 120 + 100 / sustainable))
+    result = asyncio.run(load.open_load(deployment.endpoint, workload.calls(), arrivals, 120 + 100 / sustainable))
     rows = result.table()
     done, due, correct, silent = rows["done"], rows["due"], rows["correct"], rows["status"] == SILENT
     refused = np.isin(rows["status"], load.REFUSALS)

@@ -47,7 +47,7 @@ async def _soak(workload: Workload, deployment: Deployment, offered: float, seco
     async with Watch(deployment) as watch:
         for number, length in enumerate(lengths):
             arrivals = track(load.poisson(offered, float(length), seed=number), "soak", "request")
-            result = await load.open_load(deployment.target, calls, arrivals, 120 + 100 / offered)
+            result = await load.open_load(deployment.endpoint, calls, arrivals, 120 + 100 / offered)
             counts.update(result.counts())
             parts.append({"requests": len(result.answers), **load.percentiles(result.latencies())})
             so_far = f"{counts['requests']} requests so far, {counts['refused']} refused, {counts['failed']} failed"

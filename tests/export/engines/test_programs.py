@@ -25,7 +25,7 @@ from export.trace import example, trace
 from handlers import runtimes
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
-from handlers.runtimes import EngineError, Options, RuntimeMissing, engine_store, pt2
+from handlers.runtimes import EngineError, EngineOptions, RuntimeMissing, engine_store, pt2
 from handlers.runtimes import torch as runtime
 from handlers.runtimes.compiled import Compiled
 from handlers.runtimes.cuda_graphs import Computation, CudaGraphs
@@ -58,7 +58,7 @@ def test_programs_and_graphs_agree_in_every_batch(
         file = tmp_path / f"{stage.name}.onnx"
         trace(made, file)
         programs.write(made, file)
-        graph, program = (runtimes.load(name, file, Options()) for name in ("onnxruntime", "torch"))
+        graph, program = (runtimes.load(name, file, EngineOptions()) for name in ("onnxruntime", "torch"))
         assert isinstance(program, runtime.CpuProgram)
         laid_out = runtime.channels_last(pt2.read(engine_store.find(file, "torch", runtime.version(), suffix=".pt2")))
         as_on_gpu = Compiled(laid_out.module(check_guards=False), (1, 3), "eager")
@@ -115,10 +115,10 @@ def test_no_foreign_or_damaged_program_is_loaded(bundle: Path, tmp_path: Path, m
     file = tmp_path / "decode.onnx"
     file.write_bytes((bundle / "decode.onnx").read_bytes())
     with pytest.raises(EngineError, match=r"has no engine by torch .*; mlvgm export --engines torch builds one"):
-        runtimes.load("torch", file, Options())
+        runtimes.load("torch", file, EngineOptions())
     monkeypatch.setattr(runtime, "version", lambda: "2.99.0")
     with pytest.raises(EngineError, match=r"has no engine by torch 2\.99\.0; "):
-        runtimes.load("torch", bundle / "decode.onnx", Options())
+        runtimes.load("torch", bundle / "decode.onnx", EngineOptions())
 
 
 class Evil:
@@ -211,7 +211,7 @@ def test_nothing_in_an_archive_is_executed(
     changed.with_suffix(".json").write_text(json.dumps(info))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match=reason):
-        runtimes.load("torch", tmp_path / "decode.onnx", Options())
+        runtimes.load("torch", tmp_path / "decode.onnx", EngineOptions())
     assert not trap.exists()
     assert not (tmp_path / "evil").exists()
 
@@ -233,7 +233,7 @@ def test_archives_are_read_without_what_older_pytorch_lacks(bundle: Path, monkey
 
 
 def test_wrong_inputs_are_an_engine_error(bundle: Path) -> None:
-    program = runtimes.load("torch", bundle / "encode.onnx", Options(threads=1))
+    program = runtimes.load("torch", bundle / "encode.onnx", EngineOptions(threads=1))
     for wrong in ({"images": np.zeros((1, 3, 9, 32), np.float32)}, {}):
         with pytest.raises(EngineError, match="PyTorch"):
             program.run(wrong)

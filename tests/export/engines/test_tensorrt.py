@@ -17,7 +17,7 @@ from export.precision import to_fp16
 from export.trace import trace
 from handlers import runtimes
 from handlers.manifest import Batch, Manifest
-from handlers.runtimes import EngineError, Options, RuntimeMissing
+from handlers.runtimes import EngineError, EngineOptions, RuntimeMissing
 from handlers.runtimes.engine_store import digest, find
 from handlers.runtimes.tensorrt import load
 from mlvgm.resnet import read_resnet50
@@ -196,13 +196,13 @@ def test_what_is_missing_is_said_in_one_error(tmp_path: Path, monkeypatch: pytes
     file = convolution(tmp_path / "decode.onnx")
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeMissing, match="'tensorrt-rtx' finds no NVIDIA GPU"):
-            runtimes.load("tensorrt-rtx", file, Options())
+            runtimes.load("tensorrt-rtx", file, EngineOptions())
         assert "tensorrt-rtx" in runtimes.installed()
         assert "tensorrt-rtx" not in runtimes.available()
         with pytest.raises(BuildError, match="for this machine's GPU, and there is none"):
             tensorrt.capability()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeMissing, match=r"'tensorrt' cannot be imported .*pip install tensorrt"):
-        load(file, Options())
+        load(file, EngineOptions())
     with pytest.raises(RuntimeMissing, match="pip install tensorrt"):
         build(file, tmp_path, BATCH, "tensorrt")

@@ -205,7 +205,7 @@ def test_onnx_files_agree_with_the_official_modules(name: str, tmp_path: Path) -
     for stage in stages(model, blur=True, input_noise_l2=0.0):
         file = tmp_path / f"{stage.name}.onnx"
         trace(stage, file)
-        engine = runtimes.load("onnxruntime", file, runtimes.Options())
+        engine = runtimes.load("onnxruntime", file, runtimes.EngineOptions())
         known |= engine.run({key: known[key] for key in [spec.name for spec in stage.inputs]})
         engine.close()
         for path in tmp_path.iterdir():

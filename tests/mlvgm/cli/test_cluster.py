@@ -12,7 +12,7 @@ from deploy.errors import CliError
 from mlvgm.cli.bulk import Bulk
 from mlvgm.cli.cluster import workers
 from mlvgm.cli.main import main
-from mlvgm.cli.purify import Purifier
+from mlvgm.cli.purify import FilePurifier
 from tests import bundles
 from tests.clusters import cluster
 
@@ -84,7 +84,7 @@ def test_a_node_that_dies_within_a_job(two_nodes: Any, nvae_bundle: Path, tmp_pa
     """Last of this file: no image is lost, and none is written twice."""
     folder = signs(tmp_path / "in", 60)
     make = {"bundle": nvae_bundle, "runtime": "onnxruntime", "threads": 1, "seed": 3, "samples": 2}
-    with Purifier(**make) as purifier, workers(two_nodes.address, 1, make, purifier.settings) as (submit, ahead):
+    with FilePurifier(**make) as purifier, workers(two_nodes.address, 1, make, purifier.settings) as (submit, ahead):
         job = Bulk([folder], tmp_path / "out", "purified", purifier.settings, batch=2)
         files = []
         for row in job.run_ahead(submit, ahead):

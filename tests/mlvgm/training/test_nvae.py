@@ -21,12 +21,12 @@ from mlvgm.training.bound import answer_divergence, evidence_lower_bound
 from mlvgm.training.images import ImageSet, to_tensor
 from mlvgm.training.nvae import CHECKPOINT, LOG, begin, recalibrated, train_nvae, with_noise
 from mlvgm.training.publish import write_weights
-from mlvgm.training.settings import Settings, Shape, TrainingError
-from mlvgm.training.trial import Trial, try_step
+from mlvgm.training.settings import Shape, TrainingError, TrainingSettings
+from mlvgm.training.trial import StepCost, try_step
 from tests.mlvgm.training.spawned import spawned
 
 SHAPE = Shape((1, 2), latent_channels=2, channels=4, mixtures=2)
-SETTINGS = Settings(32, SHAPE, steps=24, batch=16, warmup=2)
+SETTINGS = TrainingSettings(32, SHAPE, steps=24, batch=16, warmup=2)
 
 
 fitted = partial(train_nvae, channels_last=False)
@@ -97,7 +97,7 @@ class Sharp(torch.nn.Module):
         return 20.0 * values
 
 
-def divergence_of_answers(settings: Settings, work: Path) -> float:
+def divergence_of_answers(settings: TrainingSettings, work: Path) -> float:
     """Of held-out images, after training."""
     trained, _ = fitted(settings, images(), work)
     held_out = to_tensor(images().images[images().validation])
@@ -146,7 +146,7 @@ def weights_saved_often(work: Path, kill_at: int) -> dict[str, torch.Tensor]:
     return weights(work, kill_at)
 
 
-def train(settings: Settings, work: Path) -> torch.Tensor:
+def train(settings: TrainingSettings, work: Path) -> torch.Tensor:
     """One of the trained weights; a whole network cannot travel between processes."""
     return fitted(settings, images(), work)[0].const_prior.detach()
 
@@ -233,10 +233,10 @@ def crash(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def crash_with_channels_last(settings: Settings, device: str, threads: int, channels_last: bool) -> Trial:
+def crash_with_channels_last(settings: TrainingSettings, device: str, threads: int, channels_last: bool) -> StepCost:
     if channels_last:
         crash()
-    return Trial(1.0, 2, 3, channels_last)
+    return StepCost(1.0, 2, 3, channels_last)
 
 
 def stall(*_: object) -> None:
@@ -245,7 +245,7 @@ def stall(*_: object) -> None:
 
 def test_a_shape_that_crashes_with_channels_last_is_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_measure", crash_with_channels_last)
-    assert try_step(SETTINGS, "cpu") == Trial(1.0, 2, 3, channels_last=False)
+    assert try_step(SETTINGS, "cpu") == StepCost(1.0, 2, 3, channels_last=False)
 
 
 def test_a_step_that_ends_its_process_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import yaml
 from handlers.errors import MlvgmError
 from handlers.fields import FieldError
 from mlvgm.nvae import NVAEConfig
-from mlvgm.training.settings import SIZES, Settings, Shape, TrainingError, named_settings, read_settings
+from mlvgm.training.settings import SIZES, Shape, TrainingError, TrainingSettings, named_settings, read_settings
 
 
 @pytest.mark.parametrize("image_size", [32, 40, 48, 64, 96, 128, 160, 224, 256])
@@ -77,5 +77,7 @@ def test_wrong_settings_are_named(tmp_path: Path, content: str, words: str) -> N
 
 def test_the_digest_is_of_every_field() -> None:
     shape = Shape((1, 2))
-    digests = {Settings(64, shape, **change).digest for change in ({}, {"beta": 0.2}, {"seed": 1}, {"noise": 0.2})}  # type: ignore[arg-type]
+    digests = {
+        TrainingSettings(64, shape, **change).digest for change in ({}, {"beta": 0.2}, {"seed": 1}, {"noise": 0.2})
+    }  # type: ignore[arg-type]
     assert len(digests) == 4

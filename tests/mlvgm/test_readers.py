@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mlvgm import checkpoint
+from mlvgm import checkpoint, nvae
 from mlvgm.avae import read_avae
 from mlvgm.checkpoint import CheckpointError, read_checkpoint
 from mlvgm.e4e import read_e4e
@@ -271,6 +271,27 @@ def test_a_wide_file_cannot_ask_for_more_than_the_published_widths(tmp_path: Pat
                 [1024] * value.ndim if value.ndim < 5 else [1, 1024, 1024, 3, 3]
             )
     assert "has shape" in refusal("e4e", small.save(checkpoint, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel": -1},
+        {"kernel": 10**9 + 1},
+        {"num_scales": 10**6},
+        {"num_scales": 6, "num_groups_per_scale": 64, "num_cells_per_group": 16},
+        {"num_scales": 6, "num_groups_per_scale": 64, "num_nf_cells": 16},
+    ],
+)
+def test_an_nvae_configuration_that_cannot_be_meant(
+    changes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before layers are made of it, which would take minutes, or raise anything."""
+    checkpoint = fresh("nvae")
+    checkpoint["configuration"]["autoencoder"] |= changes
+    checkpoint["configuration"]["resolution"] = [3, 1024, 1024]
+    monkeypatch.setattr(nvae, "encoder_cell", None)
+    assert refusal("nvae", small.save(checkpoint, tmp_path)).count("describes no NVAE (ValueError") == 1
 
 
 @pytest.mark.parametrize("start", [b"<", b"  <", b"\x80\x02", b"\x1f\x8b", b"BZh"])

@@ -304,3 +304,28 @@ def test_safetensors_are_known_whatever_the_length_of_their_header_reads_as(star
     header = content[8 : 8 + length] + b" " * (padded - length)
     (tmp_path / "own").write_bytes(padded.to_bytes(8, "little") + header + content[8 + length :])
     assert read_checkpoint(tmp_path / "own")["state_dict"]["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Not Found\n", "neither a PyTorch checkpoint nor a safetensors file"),
+        (b"\x93NUMPY\x01\x00", "neither a PyTorch checkpoint nor a safetensors file"),
+        (
+            b'{"metadata": {"total_size": 1}, "weight_map": {"a": "1-of-2.safetensors"}}',
+            "index of shards",
+        ),
+        (b'{"error": "not found"}', "a server's error"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_said_to_need_code(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "own.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_checkpoint(tmp_path / "own.pt")
+    assert "code" not in str(caught.value)
+
+
+def test_another_pickle_protocol_is_told_with_its_cure(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "own.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"pickle protocol 2.*torch\.save\(model\.state_dict"):
+        read_checkpoint(tmp_path / "own.pt")

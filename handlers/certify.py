@@ -89,12 +89,13 @@ def certify(
     generator = fresh_generator()
     steps = _steps(images)
     tallies = np.zeros((2, len(images), n_classes + 1), np.int64)  # the last class is none
-    owners, places = np.divmod(np.arange(len(images) * (first + draws)), first + draws)
-    for rows in np.split(np.arange(len(owners)), range(batch, len(owners), batch)):
-        noise = generator.standard_normal((len(rows), *images.shape[1:]))
-        noisy = np.clip(np.rint(steps[owners[rows]] + 255 * sigma * noise), 0, 255).astype(np.float32)
+    rows = len(images) * (first + draws)
+    for start in range(0, rows, batch):
+        owners, places = np.divmod(np.arange(start, min(start + batch, rows)), first + draws)
+        noise = generator.standard_normal((len(owners), *images.shape[1:]))
+        noisy = np.clip(np.rint(steps[owners] + 255 * sigma * noise), 0, 255).astype(np.float32)
         labels = classify(noisy / np.float32(255))
-        np.add.at(tallies, ((places[rows] >= first).astype(int), owners[rows], labels), 1)
+        np.add.at(tallies, ((places >= first).astype(int), owners, labels), 1)
     chosen = tallies[0, :, :-1].argmax(axis=1)
     counts = tallies[1, :, :-1]
     bounds = [lower_bound(int(count), draws, alpha) for count in counts[np.arange(len(images)), chosen]]

@@ -29,12 +29,14 @@ _KINDS: tuple[tuple[str, str], ...] = (  # how a file begins, and what it is the
     (r"PK\x03\x04|\x80[\x01-\x05]", CHECKPOINT),
     (r"\x89HDF", "an HDF5 file, as Keras writes it"),
     (r"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "compressed: unpack it first"),
+    (r'\s*\{.*"(metadata|weight_map)"', "an index of shards (JSON), not weights: save all of them to one file"),
     (r"\s*[\[{]", "JSON text, most likely a server's error in the place of a download"),
 )
 
 
 _CHUNK = 1 << 24  # numbers that are looked at together
 _GIVEN_BACK_EVERY_S = 0.1
+_CURE = "save the weights alone: torch.save(model.state_dict(), FILE)"
 _ALIGNED = 64  # bytes, as PyTorch's own tensors are and saves them: products may differ in the last digit otherwise
 
 _mapped: ContextVar[set[Path] | None] = ContextVar("mapped", default=None)
@@ -96,10 +98,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from None
     if kind == SAFETENSORS or (path.suffix == ".safetensors" and kind in ("", CHECKPOINT)):
         content = _read_safetensors(path)
-    elif kind in ("", CHECKPOINT):
+    elif kind == CHECKPOINT:
         content = _read_pickled(path)
     else:
-        raise CheckpointError(f"{path}: is {kind}")
+        raise CheckpointError(f"{path}: is {kind or f'neither {CHECKPOINT} nor {SAFETENSORS}'}")
     if (files := _mapped.get()) is not None:
         memory.seal(path)
         files.add(path)
@@ -280,12 +282,11 @@ def _reason(error: Exception) -> str:
     """Why PyTorch cannot load a file. PyTorch's own message recommends to load it without ``weights_only``."""
     text = str(error)
     if names := re.findall(r"GLOBAL (\S+)", text):
-        cure = "save the weights alone: torch.save(model.state_dict(), FILE)"
-        return f"not a checkpoint of plain tensors: it holds {names[0]}, pickled code, which is never run; {cure}"
+        return f"not a checkpoint of plain tensors: it holds {names[0]}, pickled code, which is never run; {_CURE}"
     if "TorchScript" in text:
         return "a TorchScript archive, which holds code beside the weights: save model.state_dict() instead"
     if "weights_only" in text or "Unsupported" in text:
-        return "not a checkpoint of plain tensors: it needs pickled code, which is never run"
+        return f"not a checkpoint of plain tensors in pickle protocol 2, without code, which is never run; {_CURE}"
     return f"truncated or not a PyTorch checkpoint ({_first_line(error)})"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint, unwrapped
+from mlvgm.checkpoint import CheckpointError, entry, load_tensors, read_checkpoint, read_mapping, unwrapped
 from mlvgm.mixture import mixture_mean
 from mlvgm.nvae_cells import (
     DecoderCombiner,
@@ -21,6 +21,8 @@ from mlvgm.nvae_cells import (
     soft_clamp,
 )
 from mlvgm.purifier import Purified, Purifier
+
+MAX_SCALES = 8
 
 _PUBLISHED_NAMES = {
     "cells_per_group": "num_cells_per_group",
@@ -61,6 +63,8 @@ class NVAEConfig:
     def from_checkpoint(cls, configuration: Mapping[str, Any]) -> "NVAEConfig":
         autoencoder = {"expansion": cls.expansion, "kernel": cls.kernel, **configuration["autoencoder"]}
         scales, count = int(autoencoder["num_scales"]), int(autoencoder["num_groups_per_scale"])
+        if scales > MAX_SCALES:  # before there is a list of so many
+            raise ValueError(f"{scales} scales")
         groups = [count] * scales
         if autoencoder["is_adaptive"]:
             smallest = int(autoencoder["min_groups_per_scale"])
@@ -100,7 +104,7 @@ class NVAEConfig:
 
     def check(self) -> None:
         """Raises ValueError for a shape that cannot be built (or is too large to be meant)."""
-        sizes = (self.resolution, self.mixtures, self.expansion, self.latent_channels, self.channels)
+        sizes = (self.resolution, self.mixtures, self.expansion, self.kernel, self.latent_channels, self.channels)
         counts = (self.cells_per_group, self.blocks, self.cells_per_block)
         sane = (
             all(0 < n <= 4096 for n in sizes)
@@ -108,7 +112,7 @@ class NVAEConfig:
             and all(0 < n <= 64 for n in self.groups)
             and 0 <= self.flow_cells <= 16
             and self.kernel % 2 == 1
-            and 0 < len(self.groups) <= 8
+            and 0 < len(self.groups) <= MAX_SCALES
             and self.side(0) << (self.blocks + len(self.groups) - 1) == self.resolution
         )
         if not sane or self.side(0) < 1:
@@ -268,13 +272,15 @@ def read_nvae(path: str | Path, temperature: float = 0.6) -> NVAEPurifier:
     configuration = entry(checkpoint, "configuration", path)
     # A published file has one set of batch-norm statistics for each temperature; the default model has one for all.
     plain = Path(path).suffix == ".safetensors"
-    weights = entry(checkpoint, "state_dict" if plain else f"state_dict_temp={temperature}", path)
+    weights = read_mapping(checkpoint, "state_dict" if plain else f"state_dict_temp={temperature}", path)
     try:
+        config = NVAEConfig.from_checkpoint(configuration)
+        # A few bytes can ask for a network that takes minutes to build, whatever tensors there are for it.
+        if len(weights) < sum(config.groups) * (config.cells_per_group + config.flow_cells):
+            raise ValueError(f"of {len(weights)} tensors: {config}")
         with torch.device("meta"):  # the file's own tensors take the place of these
-            network = NVAE(NVAEConfig.from_checkpoint(configuration))
+            network = NVAE(config)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: the entry 'configuration' describes no NVAE ({error!r:.200})") from None
-    if isinstance(weights, Mapping):
-        weights = unwrapped(weights, "const_prior") or weights
-    load_tensors(network, weights, path)
+    load_tensors(network, unwrapped(weights, "const_prior") or weights, path)
     return NVAEPurifier(network, temperature).eval().requires_grad_(False)

@@ -105,13 +105,28 @@ def build(file: Path, folder: Path, batch: Batch, name: str = "tensorrt-rtx", ta
         RuntimeMissing: the library is not installed.
         BuildError: the library refuses the graph, or the engine is not in the precision of its graph.
     """
-    trt = library(name)
-    found = (tuple(targets) or TARGETS) if name == "tensorrt-rtx" else (capability(),)
-    if name != "tensorrt-rtx" and targets and tuple(targets) != found:
-        raise BuildError(f"tensorrt builds for this machine's GPU ({found[0]}), not for {', '.join(targets)}")
+    trt, found = library(name), targets_of(name, targets)
     profile = (batch.min, batch.opt, batch.max)
     info = EngineInfo(engine_store.digest(file), name, trt.__version__, found, profile, ("STRONGLY_TYPED", "NO_TF32"))
     return cached(file, folder, info, lambda: _build(trt, file, info, folder))
+
+
+def targets_of(name: str, targets: Sequence[str] = ()) -> tuple[str, ...]:
+    """The compute capabilities that an engine is built for, as for `build`.
+
+    Raises:
+        RuntimeMissing: the library is not installed.
+        BuildError: it cannot build for them here.
+    """
+    trt = library(name)
+    if name == "tensorrt-rtx":
+        for target in targets:
+            _capability_of(trt, target)
+        return tuple(targets) or TARGETS
+    found = (capability(),)
+    if targets and tuple(targets) != found:
+        raise BuildError(f"tensorrt builds for this machine's GPU ({found[0]}), not for {', '.join(targets)}")
+    return found
 
 
 def cached(

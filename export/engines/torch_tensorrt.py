@@ -30,7 +30,7 @@ def build_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None)
         RuntimeMissing: Torch-TensorRT or TensorRT is not installed.
         BuildError: there is no GPU, a program cannot be compiled, or an engine is not in the program's precision.
     """
-    compiler = _compiler()
+    compiler = compiler_here()
     manifest = Manifest.read(bundle)
     engines = {}
     for stage in manifest.stages:
@@ -39,11 +39,19 @@ def build_bundle(bundle: Path, progress: Callable[[str], None] = lambda _: None)
     return tensorrt.with_engines(bundle, manifest, NAME, engines)
 
 
-def _compiler() -> Any:
+def compiler_here() -> Any:
+    """The module of Torch-TensorRT, where there is a GPU to compile for.
+
+    Raises:
+        RuntimeMissing: it is not installed.
+        BuildError: there is no GPU.
+    """
     try:
-        return importlib.import_module("torch_tensorrt")
+        compiler = importlib.import_module("torch_tensorrt")
     except (ImportError, OSError) as error:
         raise RuntimeMissing(f"{NAME} cannot be imported ({error}): pip install torch-tensorrt") from None
+    tensorrt.capability()
+    return compiler
 
 
 def _build(compiler: Any, bundle: Path, stage: StageSpec, batch: Batch) -> Path:

@@ -19,7 +19,17 @@ import numpy as np
 from handlers.arrays import Pixels
 from handlers.image import ImageError, decode
 from mlvgm.cli.bulk import Bulk, Outcome, Row, print_row
-from mlvgm.cli.options import Parser, add_files, add_models, add_pipeline, add_pngs, add_request, add_rows, request
+from mlvgm.cli.options import (
+    Parser,
+    add_files,
+    add_models,
+    add_pipeline,
+    add_pngs,
+    add_request,
+    add_rows,
+    report_file,
+    request,
+)
 from mlvgm.cli.purify import FilePurifier
 from mlvgm.files import read_file, shown
 from mlvgm.recipe import Recipe
@@ -40,7 +50,9 @@ def add_options(parser: Parser) -> None:
     add_pipeline(parser, help="purify the attacked images with this bundle")
     add_request(parser)
     add_rows(parser)
-    parser.add_argument("--picture", type=Path, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG")
+    parser.add_argument(
+        "--picture", type=report_file, metavar="FILE", help=f"show the first {_PICTURED} images on one PNG"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

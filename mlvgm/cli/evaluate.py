@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
 from handlers.pipeline import Pipeline
-from mlvgm.cli.options import Parser, add_engines, add_models, add_request, number, positive, read_recipe
+from mlvgm.cli.options import Parser, add_engines, add_models, add_request, number, positive, read_recipe, report_file
 from mlvgm.cli.predict import add_server, find_server
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def add_options(parser: Parser) -> None:
     add("--cache", type=Path, default=Path("build/attacks"), metavar="DIR", help="(%(default)s)")
     add(
         "--json",
-        type=Path,
+        type=report_file,
         default=Path("build/evaluation.json"),
         metavar="FILE",
         help="for the report; .md and .png go beside it, and .jsonl, from which work goes on (%(default)s)",

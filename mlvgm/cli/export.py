@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """Export a recipe and what else was asked for, or add a single graph to a bundle; say how exact all of it is."""
     say = clocked()
     if args.bundle:
+        if args.recipe or args.out or args.engines or args.purifier or args.classifier:
+            raise CliError("--bundle exports nothing: it takes --single-graph and --images alone")
         _add_single_graph(args.bundle, args, say)
         return 0
     if not args.recipe:
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from export.models import load_models
     from mlvgm import checkpoint
 
+    for name in args.engines:
+        _check_engine(name, args.target)
     out = args.out or Path("build") / recipe.name
     say(f"loading the models of {recipe.name}")
     with checkpoint.mapped():
@@ -115,6 +119,18 @@ def _add_single_graph(bundle: Path, args: argparse.Namespace, say: Callable[[str
     report = add_single_graph(bundle, args.single_graph or 0, args.images, say).report[REPORT]
     worst = max(entry["relative_error"] for entry in report["worst"])
     say(f"wrote {bundle / FOLDER / GRAPH}: {report['samples']} samples, {worst:.1e} off the pipeline, equal labels")
+
+
+def _check_engine(name: str, targets: list[str]) -> None:
+    """Refuse what cannot be built here, before all is traced."""
+    if name == "torch-tensorrt":
+        from export.engines import torch_tensorrt
+
+        torch_tensorrt.compiler_here()
+    elif name != "torch":
+        from export.engines import tensorrt
+
+        tensorrt.targets_of(name, targets)
 
 
 def _build(name: str, bundle: Path, targets: list[str], say: Callable[[str], None]) -> Manifest:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,15 @@ def number(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return value
+
+
+def report_file(text: str) -> Path:
+    """The type of an option for a file to write: where that cannot be is told before the work that it reports on."""
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    if os.path.isdir(path) or not (there == path or os.path.isdir(there)) or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder of your own")
+    return path
 
 
 def number_of_samples(text: str) -> int | str:
@@ -145,7 +155,7 @@ def read_recipe(args: argparse.Namespace, manifest: "Manifest") -> "Recipe":
 
 def add_report(parser: Parser) -> None:
     """--json, the file of a report."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="for the report; .md and .png go beside it")
+    parser.add_argument("--json", type=report_file, metavar="FILE", help="for the report; .md and .png go beside it")
 
 
 def add_port(parser: "argparse._ActionsContainer", text: str) -> None:

@@ -75,7 +75,7 @@ def find_server(args: argparse.Namespace) -> tuple[Client, str]:
     if args.url:
         if not args.model:
             raise CliError("say which model with --model: a server elsewhere does not tell what it has")
-        key = key_file.read_text(encoding="ascii", errors="replace").strip() if key_file else None
+        key = read_file(key_file).decode("ascii", errors="replace").strip() if key_file else None
         return Client(args.url, api_key=key, ca_file=args.ca_file), args.model
     if key_file or args.ca_file:
         raise CliError("--api-key-file and --ca-file are for a server elsewhere: name it with --url")

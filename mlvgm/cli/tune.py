@@ -23,7 +23,7 @@ from evaluation.progress import bar, say, track
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
-from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe
+from mlvgm.cli.options import Parser, add_models, add_pipeline, load_pipeline, positive, read_recipe, report_file
 from mlvgm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def add_options(parser: Parser) -> None:
     add("--trials", type=positive, default=100, help="of the search, at most (%(default)s)")
     add("--steps", type=positive, default=60, help="of each gradient descent (%(default)s)")
     add("--attacks", nargs="+", choices=("deepfool", "cw"), default=["deepfool", "cw"])
-    add("--out", type=Path, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
+    add("--out", type=report_file, default=Path("build/tuned.json"), help="for all trials (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

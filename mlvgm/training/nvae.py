@@ -260,7 +260,7 @@ def _gradients(
 def with_noise(images: Tensor, settings: TrainingSettings) -> Tensor:
     """What the encoder sees of ``images`` (B, 3, H, W) in [0, 1] in training."""
     sigma, noisy = torch.rand(2, len(images), 1, 1, 1, device=images.device).unbind()
-    small, least = min(SMALL_NOISE, settings.noise), min(settings.least_noise, settings.noise)
+    small, least = min(SMALL_NOISE, settings.noise), settings.least_noise
     sigma = torch.where(noisy < settings.noisy, least + sigma * (settings.noise - least), sigma * small)
     return (images + sigma * torch.randn_like(images)).clamp(0.0, 1.0)
 

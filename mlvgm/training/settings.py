@@ -100,7 +100,7 @@ class TrainingSettings:
         whole: share of the images whose latents all come from the posterior. Those of the others are interpolated with
             draws from the prior, as in purification, by random schedules (`mlvgm.training.bound.random_schedules`).
         noise: largest standard deviation of the Gaussian noise that the encoder sees, in units of the [0, 1] image.
-        least_noise: smallest standard deviation for the share ``noisy`` of the images.
+        least_noise: smallest standard deviation for the share ``noisy`` of the images, at most ``noise``.
         noisy: share of the images that get ``least_noise`` to ``noise``; the others get little or none.
         augment: strength of the random rotation, scale, shift and lighting of training images, 0 for none.
         validation: share of the images (whole groups, where the images have groups) that is held out.
@@ -130,6 +130,10 @@ class TrainingSettings:
     classifier: Annotated[str, Length(1, 200)] | None = None
     stability: Annotated[float, Range(0.0, 100.0, exclusive=True)] = 0.3
     start: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.least_noise > self.noise:
+            raise ValueError(f"least_noise is {self.least_noise}, must be at most noise, which is {self.noise}")
 
     @property
     def digest(self) -> str:

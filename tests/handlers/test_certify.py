@@ -1,5 +1,6 @@
 import itertools
 from statistics import NormalDist
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -163,3 +164,11 @@ def test_two_calls_never_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_certifies_nothing_is_refused(arguments: dict[str, float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         certified(Linear(), Linear().images([0.1]), **arguments)  # type: ignore[arg-type]
+
+
+def test_memory_is_that_of_a_batch_however_many_draws() -> None:
+    def stop(images: Floats) -> NoReturn:
+        raise InterruptedError(len(images))
+
+    with pytest.raises(InterruptedError, match="8"):
+        certify(stop, gray(), 2, 0.1, 10**15, 0.001, 8)

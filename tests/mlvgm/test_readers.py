@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mlvgm import checkpoint
+from mlvgm import checkpoint, nvae
 from mlvgm.avae import read_avae
 from mlvgm.checkpoint import CheckpointError, read_checkpoint
 from mlvgm.e4e import read_e4e
@@ -273,6 +273,27 @@ def test_a_wide_file_cannot_ask_for_more_than_the_published_widths(tmp_path: Pat
     assert "has shape" in refusal("e4e", small.save(checkpoint, tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel": -1},
+        {"kernel": 10**9 + 1},
+        {"num_scales": 10**6},
+        {"num_scales": 6, "num_groups_per_scale": 64, "num_cells_per_group": 16},
+        {"num_scales": 6, "num_groups_per_scale": 64, "num_nf_cells": 16},
+    ],
+)
+def test_an_nvae_configuration_that_cannot_be_meant(
+    changes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before layers are made of it, which would take minutes, or raise anything."""
+    checkpoint = fresh("nvae")
+    checkpoint["configuration"]["autoencoder"] |= changes
+    checkpoint["configuration"]["resolution"] = [3, 1024, 1024]
+    monkeypatch.setattr(nvae, "encoder_cell", None)
+    assert refusal("nvae", small.save(checkpoint, tmp_path)).count("describes no NVAE (ValueError") == 1
+
+
 @pytest.mark.parametrize("start", [b"<", b"  <", b"\x80\x02", b"\x1f\x8b", b"BZh"])
 def test_safetensors_are_known_whatever_the_length_of_their_header_reads_as(start: bytes, tmp_path: Path) -> None:
     """A web page, a pickle, gzip: the file begins with the length of its header, in bytes."""
@@ -283,3 +304,28 @@ def test_safetensors_are_known_whatever_the_length_of_their_header_reads_as(star
     header = content[8 : 8 + length] + b" " * (padded - length)
     (tmp_path / "own").write_bytes(padded.to_bytes(8, "little") + header + content[8 + length :])
     assert read_checkpoint(tmp_path / "own")["state_dict"]["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Not Found\n", "neither a PyTorch checkpoint nor a safetensors file"),
+        (b"\x93NUMPY\x01\x00", "neither a PyTorch checkpoint nor a safetensors file"),
+        (
+            b'{"metadata": {"total_size": 1}, "weight_map": {"a": "1-of-2.safetensors"}}',
+            "index of shards",
+        ),
+        (b'{"error": "not found"}', "a server's error"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_said_to_need_code(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "own.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_checkpoint(tmp_path / "own.pt")
+    assert "code" not in str(caught.value)
+
+
+def test_another_pickle_protocol_is_told_with_its_cure(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "own.pt", pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"pickle protocol 2.*torch\.save\(model\.state_dict"):
+        read_checkpoint(tmp_path / "own.pt")

@@ -56,6 +56,8 @@ def test_samples_are_the_bundles_unless_told(bundle: Path) -> None:
     [
         (["--bundle", "BUNDLE", "--single-graph", "999"], "999 samples are more than the"),
         (["--bundle", "/nonexistent", "--single-graph"], "not a bundle"),
+        (["--bundle", "BUNDLE", "--single-graph", "--recipe", "road-signs"], "--bundle exports nothing"),
+        (["--bundle", "BUNDLE", "--single-graph", "--out", "other"], "--bundle exports nothing"),
         (["--single-graph"], "name a recipe with --recipe, or an exported bundle with --bundle"),
     ],
 )
@@ -68,3 +70,26 @@ def test_what_cannot_be_is_one_line_and_leaves_the_bundle(
     assert reason in error.splitlines()[-1]
     assert Manifest.read(bundle) == before
     assert not (bundle / FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "reason"),
+    [
+        (["tensorrt-rtx", "--target", "8.99"], "tensorrt_rtx", "compute capability 8.99; it knows"),
+        (["torch", "tensorrt-rtx", "--target", "sm_90"], "tensorrt_rtx", "compute capability sm_90; it knows"),
+        (["tensorrt"], "", "tensorrt"),
+        (["torch-tensorrt"], "", "torch-tensorrt"),
+    ],
+)
+def test_engines_that_cannot_be_built_here_are_refused_before_the_work(
+    words: list[str], package: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if package:
+        pytest.importorskip(package)
+    else:  # neither of them builds without a GPU
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("export.models.load_models", None)
+    assert main(["export", "--recipe", "road-signs", "--engines", *words]) == 2
+    said = capsys.readouterr()
+    assert reason in said.err
+    assert "loading" not in said.out

@@ -1,5 +1,6 @@
 """Options that verbs share: what cannot be is refused while the words are read, before anything is loaded."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,3 +98,33 @@ def test_no_slip_ends_in_a_traceback(
     assert error.startswith(f"mlvgm {words[0]}: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["", "file/report.json", "locked/report.json"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["verify", "bundle", "--json"],
+        ["evaluate", "bundle", "--images", "x", "--json"],
+        ["tune", "--data", "x", "--out"],
+        ["attack", "x.png", "--picture"],
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    verb: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and allowed(path, mode))
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, str(tmp_path / name)])
+    assert ended.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_report_may_be_new_in_new_folders_or_take_the_place_of_an_old_one(tmp_path: Path) -> None:
+    (tmp_path / "old.json").touch()
+    for file in ("old.json", "new.json", "a/b/new.json"):
+        assert options.report_file(str(tmp_path / file)) == tmp_path / file
+    assert options.report_file("/dev/null") == Path("/dev/null")

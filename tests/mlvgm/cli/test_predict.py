@@ -59,6 +59,7 @@ def test_purified_images_keep_their_places(
         ({"--api-key-file": "wrong.txt"}, "answered 401: X-Api-Key is missing or unknown"),
         ({"--api-key-file": "two.txt"}, "api_key must be printable ASCII"),
         ({"--api-key-file": "none.txt"}, "none.txt"),
+        ({"--api-key-file": "/dev/null"}, "not a regular file"),
         ({"--ca-file": "wrong.txt"}, "holds no certificate"),
         ({"--ca-file": None}, "--ca-file"),
         ({"--model": None}, "say which model with --model"),

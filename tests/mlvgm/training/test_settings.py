@@ -61,6 +61,10 @@ def test_settings_read_back_from_yaml(tmp_path: Path) -> None:
         ("image_size: large\nshape: {latents_per_scale: [1, 2]}", "image_size is 'large'"),
         ("image_size: 64\nshape: {latents_per_scale: [1, 2], chanels: 4}", "chanels"),
         ("image_size: 64\nshape: {latents_per_scale: [1, 2]}\nnoise: -1", "noise is -1"),
+        (
+            "image_size: 64\nshape: {latents_per_scale: [1, 2]}\nnoise: 0.1\nleast_noise: 0.2",
+            "least_noise is 0.2, must be at most noise, which is 0.1",
+        ),
         ("image_size: 64\nshape: {latents_per_scale: []}", "latents_per_scale"),
         ("image_size: 64\nshape: {latents_per_scale: [1, 65]}", "latents_per_scale"),
         ("image_size: 64\nshape: {latents_per_scale: [1, 2], cells_per_latent: 17}", "cells_per_latent is 17"),

@@ -35,7 +35,7 @@ from mlvgm.stylegan2 import PUBLISHED_CHANNELS, Generator
 Tensors = dict[str, Tensor]
 
 TOY_NVAE = NVAEConfig(16, (1, 2), 1, 2, 0, channels=4, blocks=1, cells_per_block=1, mixtures=2)
-_E4E = (PUBLISHED_CHANNELS, 512, synthetic.PUBLISHED), ((16, 12, 8, 8), 16, Widths(8, 8, 16, 16, 16))
+_E4E = (PUBLISHED_CHANNELS, 512, synthetic.PUBLISHED), ((16, 12, 8, 8), 16, Widths(4, 4, 8, 8, 16))
 _ROWS, _SETS = 32, 4  # rows of which inputs are made, and in how many orders
 
 
@@ -152,7 +152,7 @@ class Models:
 def classifier_stage(purifier: Purifier, toy: bool) -> Stage:
     """``classify`` by a ResNet-50 as it is initialised, on the CPU."""
     torch.manual_seed(0)
-    classifier = ResNetClassifier(10, stem=16) if toy else ResNetClassifier(10)
+    classifier = ResNetClassifier(10, stem=4) if toy else ResNetClassifier(10)
     return classify.stage(classifier.eval().requires_grad_(False), purifier.image_size, 10)
 
 

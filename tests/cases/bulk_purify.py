@@ -108,7 +108,7 @@ def one_odd(name: str, folder: Path, out: Path, odd: str, good: int, bundle: Pat
 def several_jobs(folder: Path, out: Path, bundle: Path, jobs: int) -> None:
     """Either one refuses to begin, or all share the work; no image gets two answers that differ."""
     running = [start(folder, out, bundle, "--json", stdout=(out.parent / f"answers{i}").open("w")) for i in range(jobs)]
-    said = [process.communicate(timeout=120)[1] for process in running]
+    said = [process.communicate(timeout=1500)[1] for process in running]
     codes = [process.returncode for process in running]
     failed = [words.strip().splitlines()[-1] for words, code in zip(said, codes, strict=True) if code]
     clean = 0 in codes and all(words.startswith("mlvgm purify: ") and "Errno" not in words for words in failed)
@@ -149,7 +149,7 @@ def cut_off(folder: Path, bundle: Path, out: Path) -> None:
     process.kill()
     process.wait()
     before = len(list(out.glob("*.png")))
-    code = subprocess.run(line, shell=True, stderr=subprocess.DEVNULL, timeout=120).returncode
+    code = subprocess.run(line, shell=True, stderr=subprocess.DEVNULL, timeout=1500).returncode
     files = [json.loads(line)["file"] for line in answers.read_text().splitlines() if line.endswith("}")]
     pngs = sorted(out.glob("*.png"))
     whole = sum(Image.open(png).size == (SIDE, SIDE) and bool(Image.open(png).load()) for png in pngs)

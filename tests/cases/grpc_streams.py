@@ -77,7 +77,7 @@ class Served:
     def mlvgm(self, *words: str) -> int:
         command = [sys.executable, "-m", "mlvgm", *words]
         return subprocess.run(
-            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=180
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=1500
         ).returncode
 
     def post(self, seconds: float = 10) -> int | str:

@@ -129,9 +129,9 @@ def measure(maker: str, width: int, height: int) -> dict[str, object]:
     """Seconds of CPU, MB at the peak above what was there before, and what came of it: each step in its own process."""
     if (maker, width, height) not in measured:
         make = [sys.executable, __file__, "make", maker, str(width), str(height)]
-        image = subprocess.run(make, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+        image = subprocess.run(make, check=True, stdout=subprocess.PIPE, timeout=1500).stdout
         decode = [sys.executable, __file__, "decode"]
-        found = subprocess.run(decode, input=image, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+        found = subprocess.run(decode, input=image, check=True, stdout=subprocess.PIPE, timeout=1500).stdout
         measured[maker, width, height] = json.loads(found) | {"bytes": len(image)}
     return measured[maker, width, height]
 

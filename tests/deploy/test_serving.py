@@ -297,7 +297,7 @@ def test_in_the_foreground_signals_stop_everything(environment: Path, store: Pat
         family = family_of(server)
         for number in signals:
             running.send_signal(number)
-        assert running.wait(timeout=60) == 0
+        assert running.wait(timeout=900) == 0
         assert all(is_gone(process) for process in family)
     finally:
         running.kill()

@@ -109,7 +109,7 @@ def compare(port: int, manifest: Manifest, connections: int, count: int) -> bool
     assert begun.wait(60), "the other client gets no answer"
     beside = asyncio.run(ask(port, manifest, count))
     done.set()
-    answered = statuses.get(timeout=180)
+    answered = statuses.get(timeout=1500)
     other.join()
     for words, taken in (("alone", quiet), ("beside the other", beside)):
         half, slow, worst = (1000 * np.quantile(taken, share) for share in (0.5, 0.99, 1))

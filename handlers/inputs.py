@@ -56,7 +56,7 @@ class PipelineInputs:
             InputError: an argument is wrong; the message names the first such argument and what it should be.
         """
         batch = checked_images(manifest, images)
-        count, rounds = _samples(manifest, manifest.samples.default if samples is None else samples)
+        count, rounds = checked_samples(manifest, samples)
         rows, weights = len(batch) * count, _alphas(manifest, alphas)
         if len(rounds) > 1 and not weights.any() and not manifest.input_noise_l2:
             rounds = [1]  # nothing is random, so further samples would be the same
@@ -137,8 +137,14 @@ def checked_images(manifest: Manifest, images: npt.ArrayLike) -> FloatArray:
     )
 
 
-def _samples(manifest: Manifest, samples: int | str) -> tuple[int, list[int]]:
-    """Maximum number of samples per image, and their number after each round."""
+def checked_samples(manifest: Manifest, samples: int | str | None) -> tuple[int, list[int]]:
+    """Maximum number of samples per image, and their number after each round; None is the bundle's default.
+
+    Raises:
+        InputError: the bundle does not take so many.
+    """
+    if samples is None:
+        samples = manifest.samples.default
     if samples == AUTO:
         return manifest.samples.max, vote.rounds(manifest.samples.max)
     if not isinstance(samples, int | np.integer) or not 1 <= samples <= manifest.samples.max:

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.errors import CliError
 from deploy.workers import chosen
 from evaluation.progress import say
 from export import archive
-from handlers.manifest import AUTO, Manifest
+from handlers.inputs import checked_samples
+from handlers.manifest import Manifest
 from mlvgm.cli.options import Parser, add_pipeline, number, number_of_samples, positive, whole
 
 
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
 
     manifest = Manifest.read(args.bundle)
     samples = args.samples or manifest.samples.default
-    if samples != AUTO and int(samples) > manifest.samples.max:
-        raise CliError(f"--samples must be 1 to {manifest.samples.max} or {AUTO!r} with this bundle")
+    checked_samples(manifest, samples)
     served = archive.ArchiveSettings(
         runtime=args.runtime,
         allow_seed=True,  # so that every answer can be compared with the correct one

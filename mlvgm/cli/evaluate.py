@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.errors import CliError
+from handlers.inputs import checked_samples
 from handlers.pipeline import Pipeline
 from mlvgm.cli.options import Parser, add_engines, add_models, add_request, number, positive, read_recipe, report_file
 from mlvgm.cli.predict import add_server, find_server
@@ -194,6 +195,7 @@ def _rows(args: argparse.Namespace, subject: "Subject") -> "dict[str, Defence]":
     from evaluation.defences import defences, remote
 
     known = subject.pipeline.manifest.alphas
+    checked_samples(subject.pipeline.manifest, args.samples)
     if args.alphas and args.alphas not in known:
         raise CliError(f"the bundle has no schedule {args.alphas!r}: it has {', '.join(known)}")
     rows = defences(subject, args.samples, args.alphas)

@@ -20,6 +20,7 @@ import numpy as np
 
 from deploy.errors import CliError
 from evaluation.progress import bar, say, track
+from handlers.inputs import checked_samples
 from handlers.manifest import Manifest
 from handlers.pipeline import Pipeline
 from handlers.score import ScoreThreshold
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from evaluation import tuning
 
     with load_pipeline(args) as pipeline:
+        checked_samples(pipeline.manifest, args.samples)
         recipe = read_recipe(args, pipeline.manifest)
         trials, finalists, as_it_is = _measure(args, pipeline, recipe)
     best = finalists[0]

@@ -91,7 +91,7 @@ def test_a_report_of_a_server_that_answered_nothing(tmp_path: Path) -> None:
     [
         (["--seconds", "0"], "--seconds: must be a number above 0"),
         (["--hostile", "-1"], "--hostile: must be a whole number from 0"),
-        (["--samples", "99"], "--samples must be 1 to 16"),
+        (["--samples", "99"], "samples must be 1 to 16"),
     ],
 )
 def test_wrong_arguments_are_refused(

@@ -253,6 +253,7 @@ def test_strict_refuses_a_report_with_caveats(made: Path, tmp_path: Path) -> Non
     [
         (["--defence", "magic"], "no defence 'magic': there are none, blur"),
         (["--alphas", "cosin"], "no schedule 'cosin'"),
+        (["--samples", "1000"], "samples must be 1 to 4"),
         (["--comparators", "nowhere"], "nowhere: holds no comparator"),
         (["--images", "nowhere"], "nowhere"),
         (["--gate", "nowhere.yaml"], "nowhere.yaml"),

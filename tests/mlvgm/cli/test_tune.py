@@ -94,6 +94,10 @@ def test_prints_weights_that_are_better(
 def test_refuses_what_cannot_work(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--images", "9"]) == 2
     assert "9 validation images, too few" in capsys.readouterr().err
+    assert main([*words, "--images", "5", "--samples", "1000"]) == 2
+    says = capsys.readouterr().err
+    assert "samples must be 1 to" in says
+    assert says.count("\n") == 1, "it has not begun to attack"
     with pytest.raises(SystemExit):
         main([*words, "--trials", "0"])
     assert "--trials: must be a whole number from 1" in capsys.readouterr().err

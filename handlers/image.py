@@ -24,7 +24,7 @@ MAX_PIXELS = 16_777_216  # WebP takes 16 bytes for each while it is decoded
 MAX_JPEG_PIXELS = 64_000_000  # in one scan; such a JPEG can be decoded at a reduced size
 MAX_JPEG_SCANS = 100  # cameras write about ten
 MAX_JPEG_SAMPLES = 300_000_000  # in all scans together: 16 million pixels without subsampling need 235 million
-MAX_LOSSLESS_PIXELS = 2_097_152  # of a WebP, of which every 16 pixels can ask for tables of 5 kB
+MAX_LOSSLESS_PIXELS = 2_097_152  # of a WebP, also where its opacity alone is: every 16 pixels can ask for 5 kB of tables
 MAX_RLE_PIXELS = 131_072  # of a run-length encoded BMP, which Pillow decodes in Python
 _FULL_DECODE_PIXELS = 4_000_000
 _UNREAD_BMP = "this kind of BMP is not read: save it with 24 bits and without compression, or as PNG"
@@ -144,7 +144,7 @@ def _check_header(image: ImageFile.ImageFile, stripped: Stripped, images_in_requ
     if is_rle:
         kind, most = "run-length encoded BMP", MAX_RLE_PIXELS
     elif stripped.lossless:
-        kind, most = "lossless WebP", MAX_LOSSLESS_PIXELS
+        kind, most = "lossless or transparent WebP", MAX_LOSSLESS_PIXELS
     else:
         kind, most = "image", MAX_JPEG_PIXELS if scans and scans.at_once else MAX_PIXELS
     limit = most // images_in_request

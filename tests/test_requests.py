@@ -159,7 +159,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"body": jpeg_scans(4096, 20)},
         {},
     ),
-    "the lossless WebP is too large: 2048x2048, at most 2097152 pixels are accepted": (
+    "the lossless or transparent WebP is too large: 2048x2048, at most 2097152 pixels are accepted": (
         {"body": encoded(Image.new("L", (2048, 2048)), "WEBP", lossless=True)},
         {},
     ),

@@ -101,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     elif kind == CHECKPOINT:
         content = _read_pickled(path)
     else:
-        raise CheckpointError(f"{path}: is {kind or f'neither {CHECKPOINT} nor {SAFETENSORS}'}")
+        raise CheckpointError(f"{path}: is {kind or f'not {CHECKPOINT} and not {SAFETENSORS}'}")
     if (files := _mapped.get()) is not None:
         memory.seal(path)
         files.add(path)

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 PROJECT = Path(__file__).resolve().parents[2]
 NUMBER = ("number", "integer", "float")
-SECONDS = 90  # until a run is ended that neither fails nor begins
+SECONDS = 900  # until a run is ended that neither fails nor begins
 RIGHT = {
     "name": "my-signs",
     "family": "nvae",

@@ -309,8 +309,8 @@ def test_safetensors_are_known_whatever_the_length_of_their_header_reads_as(star
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"Not Found\n", "neither a PyTorch checkpoint nor a safetensors file"),
-        (b"\x93NUMPY\x01\x00", "neither a PyTorch checkpoint nor a safetensors file"),
+        (b"Not Found\n", "not a PyTorch checkpoint and not a safetensors file"),
+        (b"\x93NUMPY\x01\x00", "not a PyTorch checkpoint and not a safetensors file"),
         (
             b'{"metadata": {"total_size": 1}, "weight_map": {"a": "1-of-2.safetensors"}}',
             "index of shards",

@@ -25,6 +25,7 @@ _CHANNELS = {_GRAY: 1, _RGB: 3, _PALETTE: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
 """Passes of an interlaced PNG: first column, step, first row, step."""
 _JPEG_START = b"\xff\xd8\xff"
+_WEBP_START = b"RIFF"
 # Searched for, since any number of fill bytes may precede it; restart markers belong to the data of a scan, and 0x01,
 # like them, has no length: decoders skip it, and see the marker behind it.
 _JPEG_MARKER = re.compile(rb"\xff([^\xff\x00\x01\xd0-\xd7])")
@@ -142,7 +143,7 @@ def strip_metadata(data: bytes) -> Stripped:
     """
     if data.startswith(_PNG_START):
         return _png(data)
-    if data[8:12] == b"WEBP":
+    if data.startswith(_WEBP_START):
         return _webp(data)
     return _jpeg(data) if data.startswith(_JPEG_START) else Stripped(data)
 

@@ -29,7 +29,7 @@ def workers(
     Args:
         address: of its control service, HOST:PORT, or "auto" for the one that this machine belongs to.
         make: arguments of `mlvgm.cli.purify.FilePurifier`, which each worker makes for itself.
-        settings: those of the `Purifier` here: a worker's have to be equal, or its bundle is another.
+        settings: those of the `FilePurifier` here: a worker's have to be equal, or its bundle is another.
 
     Raises:
         CliError: Ray is not installed, or there is no such cluster.

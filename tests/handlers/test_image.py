@@ -279,6 +279,11 @@ def test_a_damaged_png_is_refused() -> None:
     assert "damaged" in reason(bytes(data))
 
 
+def test_a_jpeg_cannot_pass_for_a_webp() -> None:
+    data = scans(16, MAX_JPEG_SCANS + 1)
+    assert "too many scans" in reason(data[:2] + b"\xff\xfe\0\x08..WEBP" + data[2:])
+
+
 def test_jpegs_with_endless_scans_are_refused() -> None:
     data = encoded(picture((256, 256)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
